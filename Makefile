@@ -1,0 +1,30 @@
+# Two commands: `make train` (minutes, no service, no GPU) and `make test`.
+# DATA=cifar10 downloads CIFAR-10; ARCH=v1 trains the baseline; FLAGS passes more to jobs/train.py.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= sample
+ARCH ?= v2
+RUN ?= first-$(ARCH)-$(shell date +%Y%m%d-%H%M%S)
+FLAGS ?=
+
+.PHONY: train test lint env benchmark
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lpips,slurm,test,dev]'
+	touch $@
+
+train: env
+	$(BIN)/python jobs/stage.py --source $(DATA) --out data/$(DATA) --full-images
+	$(BIN)/python jobs/train.py --arch $(ARCH) --recipe first-run --data data/$(DATA) --run-name $(RUN) $(FLAGS)
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,155 @@
+"""Train V1 or V2 from staged shards, on Ray or without it.
+
+    python jobs/train.py --arch v2                      a private Ray on this machine
+    ray job submit -- python jobs/train.py --arch v2    the cluster at RAY_ADDRESS
+    torchrun --nproc-per-node 8 jobs/train.py --no-ray --use-gpu --num-workers 8
+
+Exit codes: 0 done; 2 bad input, nothing changed; 143 stopped on request (SIGTERM, or a file
+named STOP in the run's folder) with a checkpoint saved, go on with --resume; 1 failed.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import tyro
+from tqdm import tqdm
+
+from mambaflow.config import RECIPES, RunConfig, lookup, require
+from mambaflow.run import RESULTS, STOP, Outcome, Point, World, check_data, open_run, train
+from mambaflow.sources import EMBEDDED
+from mambaflow.staging import stage_once
+from mambaflow.storage import Storage, at
+
+FAILED, BAD_INPUT, STOPPED = 1, 2, 128 + signal.SIGTERM
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """The run that the flags describe; --arch and --recipe choose the defaults of the others."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--arch", default="v2")
+    first.add_argument("--recipe", default="mission")
+    chosen, _ = first.parse_known_args(argv)
+    return tyro.cli(
+        RunConfig,
+        args=argv,
+        default=lookup(RECIPES, chosen.recipe, "recipe")(chosen.arch),
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def prepare(config: RunConfig) -> RunConfig:
+    """The same run with a name, absolute addresses, and its data staged."""
+    torchrun = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        config.scale.ray or config.scale.num_workers == torchrun,
+        f"num_workers (={config.scale.num_workers}) without Ray must be the number of processes "
+        f"(={torchrun}); start them with torchrun --nproc-per-node {config.scale.num_workers}",
+    )
+    require(
+        config.scale.ray or not config.scale.use_gpu or torch.cuda.is_available(),
+        "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
+    )
+    name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
+    data = stage_once(config.data) if config.data in EMBEDDED else config.data
+    return replace(config, run_name=name, storage=at(config.storage).uri, data=at(data).uri)
+
+
+@contextlib.contextmanager
+def stoppable(run: Storage) -> Iterator[None]:
+    """SIGTERM asks the run to stop; a second one ends the driver at once."""
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        run.write(STOP, b"SIGTERM\n")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[Point], None]]:
+    """A bar that shows the newest point of the run."""
+    with tqdm(unit="step", dynamic_ncols=True, disable=None) as bar:
+
+        def watch(point: Point) -> None:
+            bar.total, bar.n = point.steps, point.step
+            bar.set_postfix_str(f"loss {point.loss:.4f}, {point.samples_per_second:.0f} samples/s")
+
+        yield watch
+
+
+def on_ray(config: RunConfig, run: Storage) -> Outcome:
+    """Train on the connected or a private cluster."""
+    from mambaflow.distributed import connect, train_on_ray
+
+    with connect(config.scale.num_workers + 1), stoppable(run), progress_bar() as watch:
+        return train_on_ray(config, watch)
+
+
+class ProcessWorld(World):
+    """This process, alone or among torchrun's."""
+
+    def __init__(self, use_gpu: bool, watch: Callable[[Point], None]) -> None:
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
+        if device is not None:
+            torch.cuda.set_device(device)
+        if size > 1:
+            dist.init_process_group("nccl" if use_gpu else "gloo")
+        super().__init__(rank, size, device or torch.device("cpu"))
+        self.pin = watch  # type: ignore[method-assign]
+
+
+def without_ray(config: RunConfig) -> Outcome:
+    """Train in this process; a bare GPU box needs no Ray."""
+    with progress_bar() as watch:
+        outcome = train(config, ProcessWorld(config.scale.use_gpu, watch))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return outcome
+
+
+def show(config: RunConfig, run: Storage) -> None:
+    """The end of a run, for a person."""
+    print(run.read("report/table.md").decode())
+    print(f"run folder   {run.uri}")
+    print(f"picture      {run.uri}/report/picture.png")
+    print(f"TensorBoard  tensorboard --logdir {config.storage}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check, train, show; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    leader = int(os.environ.get("RANK", "0")) == 0
+    try:
+        config = prepare(parse(sys.argv[1:] if argv is None else argv))
+        check_data(config)
+        run = open_run(config) if leader else at(config.storage).child(config.run_name)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    outcome = on_ray(config, run) if config.scale.ray else without_ray(config)
+    if outcome.status == "stopped":
+        print(f"stopped after step {outcome.step}; go on with --resume --run-name {config.run_name}")
+        return STOPPED
+    if leader:
+        show(config, run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

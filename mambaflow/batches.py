@@ -1,0 +1,239 @@
+"""The endless, deterministic stream of training batches, the same for any number of workers.
+
+Sample number p of the stream (p = step x batch size + place in the batch) is row
+`RowOrder.row(p)`; its noise, its time and its fresh mask are functions of (seed, p). So a
+worker makes its own slice of any step's batch from nothing but the step: there is no state
+to save, and no row that it reads is another's.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mambaflow.config import ModelConfig, TrainConfig, require
+from mambaflow.pixels import choose, coordinates, to_rgb
+from mambaflow.randomness import normal, philox, uniform
+
+FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """Known pixels, and the queried ones with their true colours."""
+
+    known_xy: Float[Tensor, "b k 2"]
+    known_rgb: Float[Tensor, "b k 3"]
+    query_xy: Float[Tensor, "b n 2"]
+    query_rgb: Float[Tensor, "b n 3"]
+    number: Int[Tensor, " b"]
+    """Place of each sample in the stream: what its noise and time are functions of."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return replace(self, **moved)
+
+    def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
+        """x_0 of each sample."""
+        b, n, _ = self.query_xy.shape
+        return normal(seed, "noise", 0, self.number, 3 * n).view(b, n, 3)
+
+    def times(self, seed: int) -> Float[Tensor, " b"]:
+        """The uniform draw from which the time of each sample is made."""
+        return uniform(seed, "time", 0, self.number, 1)[:, 0]
+
+
+class RowOrder:
+    """Row of each sample of the stream: in every epoch each row once, shuffled.
+
+    A permutation without a table: a Feistel network over the smallest even number of bits
+    that holds the rows, walked until it lands inside (Black & Rogaway 2002). Rows are shuffled
+    within windows of `window` rows and windows among themselves, so that only the shards of one
+    window are open at a time; with one window, which is the rule up to a million rows, the
+    shuffle is over all. Memory does not grow with the number of rows.
+    """
+
+    def __init__(self, rows: int, seed: int, window: int = 2**20) -> None:
+        require(rows > 0, f"rows (={rows}) must be positive; stage at least one image")
+        require(window > 0, f"window (={window}) must be positive; use 2**20")
+        self.rows, self.seed, self.window = rows, seed, min(window, rows)
+
+    def epoch(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+        """The epoch of each sample of the stream."""
+        return number // self.rows
+
+    def row(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+        """The row of each sample of the stream."""
+        epoch, place = number // self.rows, number % self.rows
+        window, inside = place // self.window, place % self.window
+        whole = self.rows // self.window  # a last, shorter window keeps its place
+        shuffled = self._permute(window, whole, epoch, torch.full_like(window, -1))
+        window = torch.where(window < whole, shuffled, window)
+        rest = self.rows - whole * self.window
+        size = torch.where(window < whole, self.window, rest)
+        return window * self.window + self._permute(inside, size, epoch, window)
+
+    def _permute(
+        self, place: Int[Tensor, " m"], size: int | Tensor, epoch: Tensor, salt: Tensor
+    ) -> Int[Tensor, " m"]:
+        """`place` in [0, size) through the permutation of (seed, epoch, salt)."""
+        size = torch.as_tensor(size).expand_as(place)
+        bits = torch.frexp((size - 1).double()).exponent.long()
+        half = ((bits + 1) // 2).clamp(min=1)  # of each place's own size, whoever is beside it
+        walking = place < size
+        while bool(walking.any()):
+            walked = self._feistel(place[walking], half[walking], epoch[walking], salt[walking])
+            place = place.masked_scatter(walking, walked)
+            walking = walking & (place >= size)
+        return place
+
+    def _feistel(
+        self, place: Int[Tensor, " m"], half: Tensor, epoch: Tensor, salt: Tensor
+    ) -> Int[Tensor, " m"]:
+        mask = (1 << half) - 1
+        left, right = place >> half, place & mask
+        for i in range(FEISTEL_ROUNDS):
+            mixed = philox(torch.stack((right, salt + 1, epoch, half), -1), (self.seed, i))[:, 0]
+            left, right = right, left ^ (mixed & mask)
+        return (left << half) | right
+
+
+class RowReader(Protocol):
+    """Shards, as far as batches need them."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, row_numbers: np.ndarray) -> "ShardRows": ...
+
+
+class ShardRows(Protocol):
+    ids: np.ndarray
+    index: np.ndarray
+    rgb: np.ndarray
+    images: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many pixels a row holds, and how the model wants its places and colours."""
+
+    size: int
+    known: int
+    target: int
+    coordinates: str = "centre"
+    rgb_low: float = -1.0
+
+    @classmethod
+    def of(cls, recipe: "LayoutSource", model: ModelConfig) -> Self:
+        """The layout of shards for a model."""
+        return cls(
+            recipe.size, recipe.known, recipe.target, model.coordinates, model.rgb_low
+        )
+
+    def xy(self, index: Int[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
+        """Where pixels are."""
+        xy = coordinates(index, self.size)
+        corner = (xy * self.size - 0.5) / (self.size - 1)
+        return corner if self.coordinates == "corner" else xy
+
+    def rgb(self, colours: UInt8[Tensor, "b n 3"]) -> Float[Tensor, "b n 3"]:
+        """What colours are."""
+        return self._stretch(to_rgb(colours))
+
+    def image(self, rgb: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n 3"]:
+        """Colours of the model as [0, 1], clipped."""
+        return ((rgb - self.rgb_low) / (1 - self.rgb_low)).clamp(0, 1)
+
+    def _stretch(self, symmetric: Tensor) -> Tensor:
+        low = self.rgb_low
+        return symmetric if low == -1 else low + (1 - low) * (symmetric + 1) / 2
+
+    def batch(
+        self, index: Int[Tensor, "b m"], colours: UInt8[Tensor, "b m 3"], number: Tensor
+    ) -> PixelBatch:
+        """The batch in which the first `known` pixels of each row are known."""
+        xy, rgb, k = self.xy(index), self.rgb(colours), self.known
+        return PixelBatch(xy[:, :k], rgb[:, :k], xy[:, k:], rgb[:, k:], number)
+
+
+class LayoutSource(Protocol):
+    size: int
+    known: int
+    target: int
+
+
+class Batches:
+    """This worker's slice of each step's batch: `batches[step]`."""
+
+    def __init__(
+        self, reader: RowReader, layout: Layout, config: TrainConfig, rank: int = 0, world: int = 1
+    ) -> None:
+        require(
+            config.batch_size % world == 0,
+            f"batch_size (={config.batch_size}) must be divisible by world size (={world}); "
+            f"use {config.batch_size + world - config.batch_size % world}",
+        )
+        unknown = layout.size**2 - layout.known
+        most = layout.target if config.masks == "strict" else unknown
+        require(
+            config.max_queries <= most,
+            f"max_queries (={config.max_queries}) must be at most {most} with masks="
+            f"{config.masks!r}; use {most}"
+            + (" or --masks fresh" if config.masks == "strict" else ""),
+        )
+        self.reader, self.layout, self.config = reader, layout, config
+        self.rank, self.world = rank, world
+        self.order = RowOrder(len(reader), config.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every row once, the last one partly into the next epoch."""
+        return -(-len(self.reader) // self.config.batch_size)
+
+    def __getitem__(self, step: int) -> PixelBatch:
+        share = self.config.batch_size // self.world
+        first = step * self.config.batch_size + self.rank * share
+        number = torch.arange(first, first + share)
+        rows = self.reader.rows(self.order.row(number).numpy())
+        index, colours = self._pixels(rows, number, self.queries(step))
+        return self.layout.batch(index, colours, number)
+
+    def queries(self, step: int) -> int:
+        """How many pixels are asked in this step."""
+        config = self.config
+        most = config.max_queries or self.layout.target
+        least = config.min_queries or most
+        draw = uniform(config.seed, "queries", 0, torch.tensor([step]), 1).item()
+        return least + int(draw * (most - least + 1))
+
+    def _pixels(
+        self, rows: ShardRows, number: Int[Tensor, " b"], n: int
+    ) -> tuple[Int[Tensor, "b m"], UInt8[Tensor, "b m 3"]]:
+        if self.config.masks == "strict":
+            index = torch.from_numpy(rows.index.astype(np.int64))
+            colours = torch.from_numpy(rows.rgb).view(*index.shape, 3)
+            m = self.layout.known + n
+            return index[:, :m], colours[:, :m]
+        if rows.images is None:
+            raise ValueError(
+                "masks (='fresh') needs whole training images, and these shards hold only the "
+                "staged pixels; stage again with --full-images, or use --masks strict"
+            )
+        index = self._fresh(torch.from_numpy(rows.ids), self.order.epoch(number), n)
+        images = torch.from_numpy(rows.images).view(len(index), -1, 3)
+        return index, images.gather(1, index[..., None].expand(-1, -1, 3))
+
+    def _fresh(self, ids: Tensor, epoch: Tensor, n: int) -> Int[Tensor, "b m"]:
+        """Masks of this epoch, of the run's own seed: the staged ones are another stream."""
+        index = torch.empty((len(ids), self.layout.known + n), dtype=torch.int64)
+        for draw in epoch.unique().tolist():  # a batch across two epochs has two
+            here = epoch == draw
+            index[here] = choose(
+                self.config.seed, "train", ids[here], self.layout.size, self.layout.known, n,
+                draw=draw + 1,
+            )  # fmt: skip
+        return index

@@ -1,0 +1,325 @@
+"""What a run is: frozen, validated dataclasses, the two architectures, and recipes as functions."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def lookup(registry: Mapping[str, T], name: str, what: str) -> T:
+    """The entry called `name`; an unknown name is refused with the list of valid ones."""
+    require(name in registry, f"unknown {what} {name!r}; valid: {', '.join(registry)}")
+    return registry[name]
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
+
+
+def _share(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{name} (={value}) must be in [0, 1]; use a share such as 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. Every idea beyond the plain baseline is one field, so that it can be ablated."""
+
+    d_model: int = 256
+    """Width of a token."""
+    num_layers: int = 8
+    """Mamba layers in all; a bidirectional encoder splits them into two halves."""
+    bidirectional: bool = True
+    """Half of the layers read forward, half backward, outputs concatenated and projected."""
+    scan: Literal["known", "append", "joint"] = "known"
+    """Who passes through the scan: the known pixels alone, the queries after them, or all in
+    one order along the curve."""
+    curve: Literal["raster", "hilbert"] = "hilbert"
+    """Order of the tokens in the scan, for any coordinates at any resolution."""
+    d_state: int = 16
+    """Numbers of state per channel of the scan."""
+    d_conv: int = 4
+    """Taps of the causal convolution before the scan."""
+    expand: int = 2
+    """Channels of the scan per channel of the token."""
+    readout: Literal["cross_attention", "perceiver"] = "perceiver"
+    """How queries read the known pixels: one cross-attention, or iterations of cross-attention,
+    query self-attention and MLP."""
+    perceiver_iterations: int = 2
+    """Iterations of the perceiver."""
+    num_heads: int = 8
+    """Heads of every attention."""
+    mlp_ratio: int = 4
+    """Width of the MLP over d_model."""
+    frequencies: int = 64
+    """Fourier features of a coordinate pair."""
+    max_frequency: float = 16.0
+    """Highest spatial frequency in cycles per image; 16 is Nyquist's at 32 pixels."""
+    time_scale: float = 1000.0
+    """t in [0, 1] is multiplied by this before its sinusoids."""
+    modulation: Literal["add", "adaln"] = "adaln"
+    """How time enters: added to the query tokens, or scale, shift and gate of every sublayer."""
+    residual: bool = True
+    """The noisy query reaches the output past the attention, not only through it."""
+    windows: bool = True
+    """Gaussian windows of learned width in attention, and known colours among its values."""
+    start: Literal["plain", "gaussian"] = "gaussian"
+    """The network predicts the velocity, or a correction to the exact answer for independent
+    Gaussians around a smooth fill of the known pixels."""
+    coordinates: Literal["centre", "corner"] = "centre"
+    """Where a pixel is: (i + 1/2) / size, or i / (size - 1)."""
+    rgb_low: float = -1.0
+    """Colours are in [rgb_low, 1]: -1 centres them on the noise, 0 does not."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "d_model", "num_layers", "d_state", "d_conv", "expand", "num_heads")
+        _positive(self, "perceiver_iterations", "mlp_ratio", "frequencies", "max_frequency")
+        heads, width = self.num_heads, self.d_model
+        require(
+            width % heads == 0,
+            f"d_model (={width}) must be divisible by num_heads (={heads}); "
+            f"use {width - width % heads or heads} or {width + heads - width % heads}",
+        )
+        require(
+            not (self.bidirectional and self.num_layers % 2),
+            f"num_layers (={self.num_layers}) must be even when bidirectional, half forward and "
+            f"half backward; use {self.num_layers + 1}",
+        )
+        require(
+            self.rgb_low < 1, f"rgb_low (={self.rgb_low}) must be below 1, the top; use -1 or 0"
+        )
+        require(
+            self.start == "plain" or self.scan == "known",
+            f"start (={self.start!r}) needs a fill of the known pixels alone, and scan "
+            f"(={self.scan!r}) mixes the queries in; use start='plain' or scan='known'",
+        )
+
+
+ARCHITECTURES: dict[str, ModelConfig] = {
+    "v1": ModelConfig(
+        d_model=512,
+        num_layers=6,
+        bidirectional=False,
+        scan="append",
+        curve="raster",
+        readout="cross_attention",
+        modulation="add",
+        windows=False,
+        start="plain",
+    ),
+    "v2": ModelConfig(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the network is trained and watched."""
+
+    epochs: int = 1000
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images in a step, over all workers together."""
+    lr: float = 1e-4
+    """Peak learning rate: linear warm-up, then a cosine to zero."""
+    warmup_steps: int = 200
+    """Steps of the warm-up; a fiftieth of the run at most."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are the ones evaluated; ramped up from 0."""
+    share_at_zero: float = 0.1
+    """Share of each batch at t = 0, where the posterior mean is trained."""
+    time_law: Literal["uniform", "logit_normal"] = "uniform"
+    """Law of the other times."""
+    weighting: Literal["velocity", "data"] = "data"
+    """Loss on the velocity, or on the data implied by it, weighted by 1 / max(1 - t, 0.1)."""
+    masks: Literal["strict", "fresh"] = "strict"
+    """strict: the staged pixels only, 60 % of each image is never seen; fresh: new masks every
+    epoch, from shards staged with --full-images."""
+    min_queries: int = 0
+    """Fewest queries asked in a step, drawn per step; 0: always max_queries."""
+    max_queries: int = 0
+    """Most queries asked in a step; 0: as many as the shards hold targets."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the matrix products; weights, optimiser and scan stay in fp32."""
+    seed: int = 0
+    """Seed of the weights, the order of the images, the times and the noise."""
+    log_every: int = 20
+    """Steps between points of the training curves."""
+    eval_every: int = 1000
+    """Steps between validations; each also saves a checkpoint."""
+    eval_images: int = 256
+    """Validation images scored each time."""
+    test_images: int = 512
+    """Test images scored once, at the end."""
+    sample_steps: int = 16
+    """Heun steps of the samples in pictures and in the final table."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "lr", "grad_clip", "log_every", "eval_every")
+        _positive(self, "eval_images", "test_images", "sample_steps")
+        _share(self, "ema_decay", "share_at_zero")
+        for name in ("warmup_steps", "weight_decay", "min_queries", "max_queries"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} (={value}) must not be negative; use 0 or more")
+        require(0 <= self.seed < 2**32, f"seed (={self.seed}) must be in [0, 2^32); use 0")
+        require(
+            self.min_queries <= self.max_queries,
+            f"min_queries (={self.min_queries}) must be at most max_queries "
+            f"(={self.max_queries}); give both, such as 100 and 820",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """Where the work runs."""
+
+    num_workers: int = 1
+    """Workers, one for each GPU or each share of the cores."""
+    min_workers: int = 0
+    """Go on with as few as this while nodes are missing; 0: never fewer than num_workers."""
+    use_gpu: bool = False
+    """One GPU for each worker (NCCL); without: CPU (Gloo)."""
+    ray: bool = True
+    """Train through Ray Train; --no-ray: in this process, or in those that torchrun started."""
+    max_failures: int = 3
+    """Times that lost workers are replaced before the run fails."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_workers")
+        require(
+            0 <= self.min_workers <= self.num_workers,
+            f"min_workers (={self.min_workers}) must be in [0, num_workers (={self.num_workers})]",
+        )
+        require(
+            self.max_failures >= 0,
+            f"max_failures (={self.max_failures}) must not be negative; use 0 to fail at once",
+        )
+
+    @property
+    def world_sizes(self) -> range:
+        """Every number of workers that the run may have."""
+        return range(self.min_workers or self.num_workers, self.num_workers + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, written beside it as config.json."""
+
+    arch: str = "v2"
+    """Architecture whose defaults the model fields start from: v1 or v2."""
+    recipe: str = "mission"
+    """Where the other defaults come from: mission (1000 epochs at full size) or first-run (a small
+    model, minutes on two cores)."""
+    run_name: str = ""
+    """Folder of the run under --storage; empty: the architecture and the time."""
+    storage: str = "runs"
+    """Where runs are kept: a folder or s3://bucket/prefix."""
+    data: str = "sample"
+    """Staged shards (a folder or s3://…), or the name of a data set to stage first: sample,
+    cifar10."""
+    resume: bool = False
+    """Go on from the newest checkpoint of this run name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+
+    def __post_init__(self) -> None:
+        lookup(ARCHITECTURES, self.arch, "arch")
+        lookup(RECIPES, self.recipe, "recipe")
+        bad = sorted(set(self.run_name) & set("/\\ \t\n:*?\"'"))
+        require(
+            not bad and self.run_name not in (".", ".."),
+            f"run_name (={self.run_name!r}) must be a plain folder name, without {bad}; "
+            "use letters, digits, '-' and '_'",
+        )
+        for world in self.scale.world_sizes:
+            _divides(self.train.batch_size, world)
+
+
+def _divides(batch_size: int, world: int) -> None:
+    down, up = batch_size - batch_size % world, batch_size + world - batch_size % world
+    cure = f"use {down} or {up}" if down else f"use {up}"
+    require(
+        batch_size % world == 0,
+        f"batch_size (={batch_size}) must be divisible by world size (={world}); {cure}",
+    )
+
+
+def mission(arch: str) -> RunConfig:
+    """The run that the architecture was described with: 1000 epochs, batch 64, lr 1e-4."""
+    model = lookup(ARCHITECTURES, arch, "arch")
+    plain = model.start == "plain"
+    return RunConfig(
+        arch=arch, model=model, train=TrainConfig(weighting="velocity" if plain else "data")
+    )
+
+
+def first_run(arch: str) -> RunConfig:
+    """A small model on the embedded sample: minutes on two cores, better than a linear fill."""
+    run = mission(arch)
+    model = replace(run.model, d_model=128, num_layers=4)
+    train = replace(
+        run.train, epochs=24, lr=1e-3, warmup_steps=30, ema_decay=0.995, share_at_zero=0.25,
+        masks="fresh", min_queries=100, max_queries=300, eval_every=400, eval_images=128,
+        test_images=256,
+    )  # fmt: skip
+    return replace(run, recipe="first-run", model=model, train=train)
+
+
+RECIPES: dict[str, Callable[[str], RunConfig]] = {"mission": mission, "first-run": first_run}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig of `to_dict`; unknown or missing fields are refused by name."""
+    values = dict(values)
+    parts = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
+    for key, kind in parts.items():
+        names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        given = dict(values.get(key) or {})
+        unknown = sorted(given.keys() - names)
+        require(not unknown, f"unknown field(s) {unknown} in {key}; valid: {sorted(names)}")
+        values[key] = kind(**given)
+    known = {f.name for f in dataclasses.fields(RunConfig)}
+    unknown = sorted(values.keys() - known)
+    require(not unknown, f"unknown field(s) {unknown} in a run; valid: {sorted(known)}")
+    return RunConfig(**values)
+
+
+def to_json(config: RunConfig) -> str:
+    """The configuration as it is written beside a run."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str | bytes) -> RunConfig:
+    """The configuration that `to_json` wrote."""
+    return from_dict(json.loads(text))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    """Each field in which two configurations differ, as 'model.d_model: 256 -> 128'."""
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            yield from differences(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            yield f"{prefix}{f.name}: {a} -> {b}"

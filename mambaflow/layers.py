@@ -1,0 +1,223 @@
+"""The parts of the network that are not the scan: features, time, attention, its blocks."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines of coordinates, none faster than `max_frequency` cycles per image.
+
+    Tancik et al. 2020, with fixed frequencies instead of random ones: magnitudes in geometric
+    progression from 1/2, directions a golden angle apart. Band-limited, since a wave beyond
+    the training grid's Nyquist frequency is free to do anything between its points.
+    """
+
+    def __init__(self, frequencies: int, max_frequency: float) -> None:
+        super().__init__()
+        i = torch.arange(frequencies, dtype=torch.float64)
+        share = i / max(frequencies - 1, 1)
+        magnitude = 0.5 * (2 * max_frequency) ** share
+        direction = torch.stack((torch.cos(i * GOLDEN_ANGLE), torch.sin(i * GOLDEN_ANGLE)))
+        waves = (2 * math.pi * magnitude * direction).float()
+        self.register_buffer("waves", waves, persistent=False)
+        self.width = 2 * frequencies + 2
+
+    def forward(self, xy: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n width"]:
+        centred = xy - 0.5
+        with torch.autocast(xy.device.type, enabled=False):  # 16 cycles would drown in bf16
+            phase = centred @ self.waves
+        return torch.cat((centred, phase.sin(), phase.cos()), -1)
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1] to a vector: sinusoids of t x scale (Vaswani et al. 2017), then an MLP."""
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        half = width // 2
+        rates = scale * torch.exp(-math.log(10_000) * torch.arange(half) / max(half - 1, 1))
+        self.register_buffer("rates", rates, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        phase = t[:, None] * self.rates
+        return self.mlp(torch.cat((phase.sin(), phase.cos()), -1))
+
+
+class Keys(NamedTuple):
+    """What attention reads, computed once and asked by any number of queries."""
+
+    key: Float[Tensor, "b h k e"]
+    value: Float[Tensor, "b h k e"]
+
+
+class Attention(nn.Module):
+    """Multi-head attention, with Gaussian windows in the plane if asked.
+
+    softmax over y of -|x - y|^2 / 2 s^2 is that of (x.y - |y|^2 / 2) / s^2, as |x|^2 cancels:
+    three more dimensions of query (x, 1) and key (y, -|y|^2 / 2) give each head a window of
+    learned width s, without a mask and on any grid. Three more of the value carry colours,
+    so that every head also smooths the image with its own kernel.
+    """
+
+    def __init__(self, width: int, heads: int, windows: bool) -> None:
+        super().__init__()
+        self.heads, self.windows = heads, windows
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        if windows:
+            self.log_width = nn.Parameter(torch.linspace(math.log(0.02), math.log(0.3), heads))
+            self.colours = nn.Linear(3 * heads, width, bias=False)
+
+    def keys(
+        self,
+        tokens: Float[Tensor, "b k d"],
+        xy: Float[Tensor, "b k 2"],
+        rgb: Float[Tensor, "b k 3"],
+    ) -> Keys:
+        """The keys and values of `tokens`, which stand at `xy` and have colours `rgb`."""
+        key, value = self.key_value(tokens).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        if not self.windows:
+            return Keys(key, value)
+        centred = xy - 0.5
+        place = torch.cat((centred, -0.5 * centred.square().sum(-1, keepdim=True)), -1)
+        return Keys(self._widen(key, place), self._widen(value, rgb))
+
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], keys: Keys
+    ) -> Float[Tensor, "b n d"]:
+        """What the tokens read."""
+        out, colours = self.read(tokens, xy, keys)
+        return self.out(out) if colours is None else self.out(out) + self.colours(colours)
+
+    def read(
+        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], keys: Keys
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n c"] | None]:
+        """The heads' outputs before their projection, and the colours that each head read."""
+        query = self.query(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        size = query.shape[-1]
+        query = query * size**-0.5
+        if self.windows:
+            query = self._aim(query, xy - 0.5)
+            # Coordinates over s^2 reach the hundreds: bf16 would move the windows.
+            with torch.autocast(query.device.type, enabled=False):
+                found = F.scaled_dot_product_attention(query, *keys, scale=1.0)
+            colours = found[..., size : size + 3].transpose(1, 2).flatten(2)
+            return found[..., :size].transpose(1, 2).flatten(2), colours
+        found = F.scaled_dot_product_attention(query, *keys, scale=1.0)
+        return found.transpose(1, 2).flatten(2), None
+
+    def _aim(
+        self, query: Float[Tensor, "b h n e"], centred: Float[Tensor, "b n 2"]
+    ) -> Float[Tensor, "b h n f"]:
+        place = F.pad(centred, (0, 1), value=1.0)
+        precision = torch.exp(-2 * self.log_width)[:, None, None]
+        aim = precision * place[:, None]
+        return self._pad(torch.cat((query.float(), aim), -1))
+
+    def _widen(
+        self, heads: Float[Tensor, "b h k e"], extra: Float[Tensor, "b k 3"]
+    ) -> Float[Tensor, "b h k f"]:
+        shared = extra[:, None].expand(-1, self.heads, -1, -1)
+        return self._pad(torch.cat((heads.float(), shared), -1))
+
+    @staticmethod
+    def _pad(heads: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h n f"]:
+        """To a multiple of 8, which the fused kernels on GPUs ask for."""
+        return F.pad(heads, (0, -heads.shape[-1] % 8)) if heads.is_cuda else heads
+
+
+class Smoother(nn.Module):
+    """A fill of the known pixels that knows neither noise nor time: colours under each head's
+    window, mixed by a gate per query; and the features that it read on the way."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, windows=True)
+        self.gate = nn.Linear(width, heads)
+        self.correction = nn.Linear(width, 3)
+        nn.init.zeros_(self.correction.weight)
+        nn.init.zeros_(self.correction.bias)
+
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], keys: Keys
+    ) -> tuple[Float[Tensor, "b n 3"], Float[Tensor, "b n d"]]:
+        """The fill and the features."""
+        found, colours = self.attention.read(tokens, xy, keys)
+        assert colours is not None
+        features = tokens + self.attention.out(found) + self.attention.colours(colours)
+        share = self.gate(features).float().softmax(-1)
+        fill = torch.einsum("bnh,bnhc->bnc", share, colours.unflatten(-1, (-1, 3)))
+        return fill + self.correction(F.silu(features)).float(), features
+
+
+class Modulation(nn.Module):
+    """Scale, shift and gate of `sublayers` sublayers from the time (adaLN: Peebles & Xie 2023;
+    one map shared by the blocks and a table for each: Chen et al. 2023)."""
+
+    def __init__(self, width: int, sublayers: int, blocks: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, 3 * sublayers * width)
+        self.table = nn.Parameter(torch.zeros(blocks, sublayers, 3, width))
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+        with torch.no_grad():
+            self.table[:, :, 2] = 1.0  # gates open: a short run has no time to open them
+
+    def forward(self, time: Float[Tensor, "b d"]) -> Float[Tensor, "blocks sublayers 3 b 1 d"]:
+        shared = self.map(F.silu(time)).unflatten(-1, self.table.shape[1:])
+        return (shared.float() + self.table[:, None])[..., None, :].permute(0, 2, 3, 1, 4, 5)
+
+
+class PerceiverBlock(nn.Module):
+    """One iteration: queries read the known pixels, then each other, then think."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: int, windows: bool, residual: bool
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.cross = Attention(width, heads, windows)
+        self.among = Attention(width, heads, windows)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_ratio * width), nn.GELU("tanh"), nn.Linear(mlp_ratio * width, width)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b n d"],
+        xy: Float[Tensor, "b n 2"],
+        rgb: Float[Tensor, "b n 3"],
+        keys: Keys,
+        modulation: Float[Tensor, "3 3 b 1 d"] | None,
+        awake: Float[Tensor, "b 1 1"],
+    ) -> Float[Tensor, "b n d"]:
+        """`rgb`: the noisy colours shown; `awake`: 0 where they say nothing, at t = 0, so that
+        what is asked beside a pixel cannot change its posterior mean."""
+        asked, gate = self._enter(tokens, 0, modulation)
+        read = gate * self.cross(asked, xy, keys)
+        tokens = tokens + read if self.residual else read
+        asked, gate = self._enter(tokens, 1, modulation)
+        heard = self.among(asked, xy, self.among.keys(asked, xy, rgb))
+        tokens = tokens + awake * gate * heard
+        asked, gate = self._enter(tokens, 2, modulation)
+        return tokens + gate * self.mlp(asked)
+
+    def _enter(
+        self, tokens: Float[Tensor, "b n d"], i: int, modulation: Tensor | None
+    ) -> tuple[Float[Tensor, "b n d"], Tensor | float]:
+        normed = self.norms[i](tokens)
+        if modulation is None:
+            return normed, 1.0
+        scale, shift, gate = modulation[i]
+        return torch.addcmul(shift, normed, 1 + scale), gate

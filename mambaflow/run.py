@@ -1,0 +1,338 @@
+"""One run from its configuration to its report, on one worker of however many.
+
+    <storage>/<run_name>/
+      config.json            what was asked for
+      metrics.jsonl          the training and validation curves; events.out.tfevents.* the same
+      step_0000400/          checkpoints: the newest and the best on validation
+      report/                results.json, table.md and picture.png on the test split, at the end
+      STOP                   put there by anyone: checkpoint and stop
+
+Nothing here knows what started the workers: a World says who else there is.
+"""
+
+import logging
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mambaflow import checkpoint
+from mambaflow.batches import Batches, Layout
+from mambaflow.checkpoint import Index
+from mambaflow.config import RunConfig, require, to_dict, to_json
+from mambaflow.evaluation import Holdout, final_report, validate
+from mambaflow.report import RunLog
+from mambaflow.shards import ShardSet
+from mambaflow.storage import Storage, at
+from mambaflow.training import Forward, Progress, TrainState, fit
+
+BEST = "val/psnr"
+CONFIG, STOP, RESULTS = "config.json", "STOP", "report/results.json"
+STOP_POLL_S = 1.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run is: what a progress bar shows."""
+
+    step: int
+    steps: int
+    loss: float
+    samples_per_second: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "finished" or "stopped", and after which step."""
+
+    status: str
+    step: int
+
+
+class World:
+    """Who trains together. This one is a process alone, or one of those that torchrun started."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+
+    def wrap(self, model: nn.Module) -> Forward:
+        """The model with its gradients averaged over the workers."""
+        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+
+    def reported(self, scores: dict[str, float], uri: str) -> None:
+        """Called by every worker after a checkpoint is in place."""
+
+    def pin(self, point: Point) -> None:
+        """Called by the first worker with news."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the workers."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+class Stopwatch:
+    """Whether somebody asked to stop; every worker gets the same answer at the same step.
+
+    The first worker looks for SIGTERM and for the file STOP. Its answer travels while the next
+    step runs, so that no step waits for it.
+    """
+
+    def __init__(self, world: World, run: Storage) -> None:
+        self.world, self.run = world, run
+        self.asked = False
+        self._looked = time.monotonic()
+        self._travelling: tuple[Tensor, dist.Work | None] | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM as a request; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def stop(self) -> bool:
+        """Whether to stop after this step."""
+        self._look()
+        if self.world.size == 1:
+            return self.asked
+        answer = self._arrived()
+        flag = torch.tensor(float(self.asked), device=self.world.device)
+        self._travelling = (flag, dist.all_reduce(flag, async_op=True))
+        return answer
+
+    def _arrived(self) -> bool:
+        if self._travelling is None:
+            return False
+        flag, work = self._travelling
+        if work is not None:
+            work.wait()
+        return bool(flag.item())
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self.world.rank == 0 and now - self._looked > STOP_POLL_S:
+            self._looked = now
+            self.asked = self.asked or self.run.exists(STOP)
+
+
+class Logbook:
+    """The first worker's curves and pictures: a RunLog in the run's folder, or, when the run is
+    in S3, in a scratch folder that `push` copies there."""
+
+    def __init__(self, run: Storage, step: int) -> None:
+        self.run = run
+        self._scratch: tempfile.TemporaryDirectory | None = None
+        if run.is_local:
+            folder = Path(run.path)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="mambaflow-")
+            folder = Path(self._scratch.name)
+            if run.exists("metrics.jsonl"):
+                run.download("metrics.jsonl", folder / "metrics.jsonl")
+        self.folder = folder
+        self.log = RunLog(folder, step)
+
+    def push(self) -> None:
+        """Make everything logged so far last."""
+        self.log.flush()
+        if self._scratch is None:
+            return
+        for file in sorted(self.folder.rglob("*")):
+            if file.is_file():
+                self.run.upload(file, file.relative_to(self.folder).as_posix())
+
+    def close(self) -> None:
+        """Push, and give the scratch folder back."""
+        self.push()
+        self.log.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+def open_run(config: RunConfig) -> Storage:
+    """The run's storage after the rules of names: a new name, or --resume of the same run.
+
+    Raises:
+        ValueError: the name is taken and resume is off; or resume is on and the run is missing,
+            or was another model or other training.
+    """
+    run = at(config.storage).child(config.run_name)
+    if not run.exists(CONFIG):
+        require(
+            not config.resume,
+            f"run_name (={config.run_name!r}) has nothing to resume in {config.storage}; "
+            "leave --resume out, or name a run that is there",
+        )
+        run.write(CONFIG, to_json(config).encode())
+        return run
+    state = "finished" if run.exists(RESULTS) else "begun"
+    require(
+        config.resume,
+        f"run_name (={config.run_name!r}) is taken by a {state} run in {config.storage}; "
+        "use --resume to go on, or another --run-name",
+    )
+    _same_run(config, run)
+    run.delete(STOP)
+    run.write(CONFIG, to_json(config).encode())
+    return run
+
+
+# What may change when a run goes on: how long, how often it is looked at, not what it learns.
+ELASTIC = ("epochs", "log_every", "eval_every", "eval_images", "test_images", "sample_steps")
+
+
+def _same_run(config: RunConfig, run: Storage) -> None:
+    from mambaflow.config import differences, from_json
+
+    before = from_json(run.read(CONFIG))
+    changed = [*differences(before.model, config.model, "model.")]
+    changed += [
+        line
+        for line in differences(before.train, config.train, "train.")
+        if line.split(":")[0].removeprefix("train.") not in ELASTIC
+    ]
+    if before.data != config.data:
+        changed.append(f"data: {before.data} -> {config.data}")
+    require(
+        not changed,
+        f"run_name (={config.run_name!r}) cannot resume with another configuration "
+        f"({'; '.join(changed)}); give the same flags, or another --run-name",
+    )
+
+
+def train(config: RunConfig, world: World) -> Outcome:
+    """Train as this worker of `world`, from the newest checkpoint if there is one."""
+    run = at(config.storage).child(config.run_name)
+    shards = ShardSet(config.data, "train")
+    layout = Layout.of(shards.recipe, config.model)
+    batches = Batches(shards, layout, config.train, world.rank, world.size)
+    steps = config.train.epochs * len(shards) // config.train.batch_size or 1
+    state = TrainState(config.model, config.train, world.device)
+    index = checkpoint.restore_newest(state, run)
+    if index is not None:
+        log.info("resumed %s after step %d", config.run_name, index.step)
+    worker = Worker(config, world, run, state, layout, steps)
+    try:
+        outcome = worker.train(batches)
+        if outcome.status == "finished":
+            worker.report()
+    finally:
+        worker.close()
+    return outcome
+
+
+class Worker:
+    """One worker's part in a run: every one trains; the first also logs, validates and saves."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        run: Storage,
+        state: TrainState,
+        layout: Layout,
+        steps: int,
+    ) -> None:
+        self.config, self.world, self.run = config, world, run
+        self.state, self.layout, self.steps = state, layout, steps
+        self.first = world.rank == 0
+        self.stopwatch = Stopwatch(world, run)
+        self.book: Logbook | None = None
+        if self.first:
+            self.book = Logbook(run, state.step)
+            held_out = ShardSet(config.data, "validation")
+            self.held_out = Holdout.read(held_out, layout, config.train.eval_images)
+        self._clock, self._clock_step = time.perf_counter(), state.step
+
+    def train(self, batches: Batches) -> Outcome:
+        """Train to the end, or until somebody asks to stop."""
+        forward = self.world.wrap(self.state.model)
+        stopped = False
+        with self.stopwatch.listening():
+            for progress in fit(self.state, batches, self.config.train, self.steps, forward):
+                stopped = self.stopwatch.stop() and progress.step < self.steps
+                self._watch(progress, stopped)
+                if stopped:
+                    break
+        return Outcome("stopped" if stopped else "finished", self.state.step)
+
+    def _watch(self, progress: Progress, stopped: bool) -> None:
+        config, last = self.config.train, progress.step == self.steps
+        if progress.step % config.log_every == 0 or last:
+            self._log(progress)
+        if progress.step % config.eval_every == 0 or last or stopped:
+            self._save(progress.step, validating=not stopped)
+            self._clock, self._clock_step = time.perf_counter(), progress.step
+
+    def _log(self, progress: Progress) -> None:
+        loss = self.world.total(progress.loss.clone()).item() / self.world.size
+        if self.book is None:
+            return
+        now = time.perf_counter()
+        done = (progress.step - self._clock_step) * self.config.train.batch_size
+        rate = done / (now - self._clock)
+        self._clock, self._clock_step = now, progress.step
+        self.book.log.scalars(
+            progress.step,
+            {
+                "train/loss": loss,
+                "train/lr": progress.lr,
+                "train/grad_norm": progress.grad_norm.item(),
+                "train/samples_per_second": rate,
+            },
+        )
+        self.world.pin(Point(progress.step, self.steps, loss, rate))
+
+    def _save(self, step: int, validating: bool) -> None:
+        """Validate, then save; a run that was asked to stop has no time to validate."""
+        scores: dict[str, float] = {}
+        if self.book is not None:
+            if validating:
+                scores, picture = validate(self.state.averaged, self.held_out, self.config.train)
+                self.book.log.scalars(step, scores)
+                self.book.log.image(step, "validation", picture)
+            self.book.push()
+            index = Index(
+                step=step, config=self.config, scores=scores, finished=step == self.steps
+            )
+            checkpoint.save(self.state, index, self.run)
+            checkpoint.prune(self.run, checkpoint.best_step(self.run, BEST))
+        self.world.reported({**scores, "step": step}, f"{self.run.uri}/{checkpoint.name(step)}")
+
+    def report(self) -> None:
+        """Score the best checkpoint on the test split: the first worker's last task."""
+        if self.book is None or self.run.exists(RESULTS):
+            return
+        model, index = checkpoint.load_model(self.run.uri, score=BEST, device=str(self.world.device))
+        test = Holdout.read(
+            ShardSet(self.config.data, "test"), self.layout, self.config.train.test_images
+        )
+        files, metrics = final_report(model, test, self.config, index.step)
+        self.book.log.hparams(to_dict(self.config), metrics)
+        self.book.push()
+        for key, data in files.items():
+            self.run.write(f"report/{key}", data)
+
+    def close(self) -> None:
+        """End the logs."""
+        if self.book is not None:
+            self.book.close()

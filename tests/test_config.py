@@ -1,0 +1,80 @@
+"""Configurations refuse what cannot run, and survive being written down."""
+
+from dataclasses import replace
+
+import pytest
+
+from mambaflow.config import (
+    ARCHITECTURES,
+    RECIPES,
+    ModelConfig,
+    RunConfig,
+    ScaleConfig,
+    TrainConfig,
+    differences,
+    from_dict,
+    from_json,
+    lookup,
+    to_dict,
+    to_json,
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_recipe_survives_json(arch, recipe):
+    config = RECIPES[recipe](arch)
+    assert from_json(to_json(config)) == config
+
+
+BAD = [
+    (ModelConfig, {"d_model": 65}, r"d_model \(=65\) must be divisible by num_heads \(=8\); use 64 or 72"),
+    (ModelConfig, {"num_layers": 7}, r"num_layers \(=7\) must be even .* use 8"),
+    (ModelConfig, {"d_state": 0}, r"d_state \(=0\) must be positive"),
+    (ModelConfig, {"scan": "joint"}, r"start \(='gaussian'\) needs .* use start='plain'"),
+    (ModelConfig, {"rgb_low": 1.0}, r"rgb_low \(=1.0\) must be below 1"),
+    (TrainConfig, {"epochs": 0}, r"epochs \(=0\) must be positive"),
+    (TrainConfig, {"lr": -1.0}, r"lr \(=-1.0\) must be positive"),
+    (TrainConfig, {"share_at_zero": 1.5}, r"share_at_zero \(=1.5\) must be in \[0, 1\]"),
+    (TrainConfig, {"warmup_steps": -1}, r"warmup_steps \(=-1\) must not be negative"),
+    (TrainConfig, {"seed": 2**32}, r"seed \(=4294967296\) must be in \[0, 2\^32\)"),
+    (TrainConfig, {"min_queries": 9}, r"min_queries \(=9\) must be at most max_queries \(=0\)"),
+    (ScaleConfig, {"num_workers": 0}, r"num_workers \(=0\) must be positive"),
+    (ScaleConfig, {"min_workers": 2}, r"min_workers \(=2\) must be in \[0, num_workers \(=1\)\]"),
+    (ScaleConfig, {"max_failures": -1}, r"max_failures \(=-1\) must not be negative"),
+    (RunConfig, {"arch": "v9"}, r"unknown arch 'v9'; valid: v1, v2"),
+    (RunConfig, {"run_name": "a/b"}, r"run_name \(='a/b'\) must be a plain folder name"),
+    (RunConfig, {"run_name": ".."}, r"run_name \(='..'\) must be a plain folder name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), BAD)
+def test_bad_values_are_refused_with_name_rule_and_cure(kind, values, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+
+
+def test_a_batch_must_divide_among_every_number_of_workers_that_may_be():
+    run = RunConfig(train=TrainConfig(batch_size=10))
+    with pytest.raises(ValueError, match=r"batch_size \(=10\) .* world size \(=4\); use 8 or 12"):
+        replace(run, scale=ScaleConfig(num_workers=4))
+    with pytest.raises(ValueError, match=r"world size \(=3\)"):
+        replace(run, scale=ScaleConfig(num_workers=5, min_workers=1))
+    replace(run, scale=ScaleConfig(num_workers=2, min_workers=1))
+
+
+def test_unknown_fields_and_names_are_refused_with_the_valid_ones():
+    values = to_dict(RunConfig())
+    values["model"]["d_modle"] = 3
+    with pytest.raises(ValueError, match=r"unknown field\(s\) \['d_modle'\] in model; valid: .*d_model"):
+        from_dict(values)
+    with pytest.raises(ValueError, match=r"unknown field\(s\) \['x'\] in a run"):
+        from_dict({**to_dict(RunConfig()), "x": 1})
+    with pytest.raises(ValueError, match="unknown recipe 'x'; valid: mission, first-run"):
+        lookup(RECIPES, "x", "recipe")
+
+
+def test_differences_name_the_field_and_both_values():
+    old = RunConfig()
+    new = replace(old, model=replace(old.model, d_model=128))
+    assert list(differences(old, new)) == ["model.d_model: 256 -> 128"]
