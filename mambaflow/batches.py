@@ -7,7 +7,7 @@ to save, and no row that it reads is another's.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class PixelBatch:
     number: Int[Tensor, " b"]
     """Place of each sample in the stream: what its noise and time are functions of."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "PixelBatch":
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         return replace(self, **moved)
@@ -102,6 +102,7 @@ class RowOrder:
         return (left << half) | right
 
 
+@runtime_checkable
 class RowReader(Protocol):
     """Shards, as far as batches need them."""
 
@@ -110,6 +111,7 @@ class RowReader(Protocol):
     def rows(self, row_numbers: np.ndarray) -> "ShardRows": ...
 
 
+@runtime_checkable
 class ShardRows(Protocol):
     ids: np.ndarray
     index: np.ndarray
@@ -128,7 +130,7 @@ class Layout:
     rgb_low: float = -1.0
 
     @classmethod
-    def of(cls, recipe: "LayoutSource", model: ModelConfig) -> Self:
+    def of(cls, recipe: "LayoutSource", model: ModelConfig) -> "Layout":
         """The layout of shards for a model."""
         return cls(
             recipe.size, recipe.known, recipe.target, model.coordinates, model.rgb_low
@@ -160,6 +162,7 @@ class Layout:
         return PixelBatch(xy[:, :k], rgb[:, :k], xy[:, k:], rgb[:, k:], number)
 
 
+@runtime_checkable
 class LayoutSource(Protocol):
     size: int
     known: int

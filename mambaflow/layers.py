@@ -178,6 +178,13 @@ class Modulation(nn.Module):
         return (shared.float() + self.table[:, None])[..., None, :].permute(0, 2, 3, 1, 4, 5)
 
 
+def mlp(width: int, ratio: int) -> nn.Sequential:
+    """Two layers, `ratio` times as wide between them."""
+    return nn.Sequential(
+        nn.Linear(width, ratio * width), nn.GELU("tanh"), nn.Linear(ratio * width, width)
+    )
+
+
 class PerceiverBlock(nn.Module):
     """One iteration: queries read the known pixels, then each other, then think."""
 
@@ -188,9 +195,7 @@ class PerceiverBlock(nn.Module):
         self.residual = residual
         self.cross = Attention(width, heads, windows)
         self.among = Attention(width, heads, windows)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, mlp_ratio * width), nn.GELU("tanh"), nn.Linear(mlp_ratio * width, width)
-        )
+        self.mlp = mlp(width, mlp_ratio)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(

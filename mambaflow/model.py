@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from mambaflow.layers import (
     PerceiverBlock,
     Smoother,
     TimeEmbedding,
+    mlp,
 )
 from mambaflow.pixels import curve_key
 from mambaflow.ssm import Mamba
@@ -27,6 +28,7 @@ Velocity = Callable[[Float[Tensor, "b n 3"], Float[Tensor, " b"]], Float[Tensor,
 INITIAL_ERROR_VARIANCE = 0.03
 
 
+@runtime_checkable
 class Given(Protocol):
     """What is known and what is asked: a PixelBatch, or anything with these three fields."""
 
@@ -79,11 +81,10 @@ class CrossReadout(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.d_model
         self.residual = config.residual
-        self.cross = Attention(width, config.num_heads, config.windows)
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.cross = Attention(config.d_model, config.num_heads, config.windows)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.mlp = mlp(config.d_model, config.mlp_ratio)
 
     def keys(self, memory: Tensor, xy: Tensor, rgb: Tensor) -> list[Keys]:
         return [self.cross.keys(memory, xy, rgb)]
@@ -207,7 +208,7 @@ class VelocityField(nn.Module):
     def _in_order(
         self, xy: Float[Tensor, "b k 2"], rgb: Float[Tensor, "b k 3"]
     ) -> tuple[Float[Tensor, "b k 2"], Float[Tensor, "b k 3"]]:
-        order = curve_key(xy, self.config.curve).argsort(-1, stable=True)
+        order = curve_key(xy, self.config.curve).argsort(dim=-1, stable=True)
         return take(xy, order), take(rgb, order)
 
     def _reading(
@@ -263,7 +264,7 @@ class VelocityField(nn.Module):
         keys = [curve_key(xy, self.config.curve) for xy in (known_xy, query_xy)]
         if self.config.scan == "append":
             keys[1] = keys[1] + keys[0].max() + 1
-        order = torch.cat(keys, 1).argsort(-1, stable=True)
+        order = torch.cat(keys, 1).argsort(dim=-1, stable=True)
         return order, order.argsort(-1)
 
     def _read(

@@ -1,10 +1,11 @@
 """The training loop as a generator: it yields after every step, and the caller decides what to
 log, save or stop. It knows nothing of Ray, of files, or of who else is training."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -46,8 +47,7 @@ class TrainState:
             torch.manual_seed(train.seed)
             self.model = VelocityField(model)
         self.model.to(device)
-        self.averaged = VelocityField(model).to(device).requires_grad_(False).eval()
-        self.averaged.load_state_dict(self.model.state_dict())
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, train.weight_decay), lr=train.lr, fused=True
         )
@@ -85,6 +85,7 @@ class Progress:
     lr: float
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Batches by step."""
 

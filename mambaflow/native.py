@@ -1,0 +1,116 @@
+"""The compiled kernels: built on first use, kept in the user's cache, and shared by processes.
+
+The source needs a C++17 compiler and nothing else: no headers of Python or torch, so that one
+build serves every version of both. The name of the built file holds the hash of everything that
+it depends on. Set MAMBAFLOW_NATIVE=0 to do without, CXX for another compiler, and
+MAMBAFLOW_CACHE for another place.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+SOURCE = Path(__file__).parent / "csrc" / "scan.cpp"
+FLAGS = (
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
+    "-std=c++17", "-shared", "-fPIC",
+)  # fmt: skip
+BUILD_TIMEOUT_S = 300
+LANES = 16
+SEAL = ".sha256"
+log = logging.getLogger(__name__)
+
+
+class NativeError(RuntimeError):
+    """Why there are no compiled kernels here."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None, after one warning, where they cannot be had."""
+    if os.environ.get("MAMBAFLOW_NATIVE") == "0":
+        return None
+    try:
+        return _load(_built())
+    except (NativeError, OSError) as error:
+        log.warning("no native CPU kernels, the scan falls back to slower torch code: %s", error)
+        return None
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MAMBAFLOW_CACHE") or Path(base) / "mambaflow")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise NativeError("no C++ compiler (CXX, g++, c++, clang++); install g++, or set CXX")
+
+
+def _processor() -> str:
+    """What -march=native depends on: the features of this processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join(sorted(set(named))) or platform.processor()
+
+
+def _built() -> Path:
+    """The shared library, built if it is not there; one process builds, others wait."""
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    parts = (SOURCE.read_text(), version.stdout, " ".join(FLAGS), _processor(), platform.machine())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = cache_folder() / f"scan-{key}.so"
+    if _whole(path):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=2 * BUILD_TIMEOUT_S):
+        if not _whole(path):  # another process may have built it meanwhile
+            _build(compiler, path)
+    return path
+
+
+def _build(compiler: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "scan.so"
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise NativeError(f"{compiler} took over {BUILD_TIMEOUT_S} s") from error
+        if done.returncode or not made.exists():
+            raise NativeError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-500:]}")
+        seal = made.with_suffix(SEAL)
+        seal.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        os.replace(made, path)
+        os.replace(seal, path.with_suffix(SEAL))
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is as it was built: loading a truncated library kills the process."""
+    seal = path.with_suffix(SEAL)
+    if not (path.exists() and seal.exists()):
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() == seal.read_text()
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    if loaded.mambaflow_lanes() != LANES:
+        raise NativeError(f"{path} is not ours: it has other vectors; remove it")
+    return loaded

@@ -1,0 +1,125 @@
+"""The compiled scan and convolution as functions that torch can differentiate."""
+
+import ctypes
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mambaflow.native import LANES, NativeError, library
+
+GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
+
+
+def serves(x: Tensor) -> bool:
+    """Whether there are compiled kernels for tensors like this one: on CPU, not double."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    return x.device.type == "cpu" and x.dtype in kinds and library() is not None
+
+
+def scan(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """The gated selective scan in float32, whatever comes in; see `ssm.selective_scan`."""
+    dtype = u.dtype
+    given = [None if x is None else _dense(x) for x in (u, dt, A, B, C, D, z)]
+    return _Scan.apply(*given).to(dtype)
+
+
+def conv(
+    x: Float[Tensor, "b n d"], weight: Float[Tensor, "d 1 w"], bias: Float[Tensor, " d"]
+) -> Float[Tensor, "b n d"]:
+    """silu of the causal convolution, in float32, whatever comes in; see `ssm.causal_conv`."""
+    taps = weight.squeeze(1).t().float().contiguous()
+    return _Conv.apply(_dense(x), taps, bias.float()).to(x.dtype)
+
+
+def _kernels() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise NativeError("backend 'native' is not built here; use backend='auto'")
+    return loaded
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Float32, last dimension dense; rows may be part of wider ones."""
+    x = x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if x is None else x.data_ptr())
+
+
+def _strides(*rows: Tensor | None) -> list[int]:
+    return [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
+
+
+def _shape(numbers: list[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, D, z):
+        kernels = _kernels()
+        (b, n, d), s = u.shape, A.shape[1]
+        A, D = A.contiguous(), D.contiguous()
+        y = u.new_empty(b, n, d)
+        kept = None
+        if any(ctx.needs_input_grad):
+            chunk = kernels.mambaflow_chunk()
+            kept = u.new_empty(b, -(-n // chunk), -(-d // LANES), s, LANES)
+        shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
+        given = [_pointer(x) for x in (u, dt, A, B, C, D, z, y, kept)]
+        kernels.mambaflow_scan_forward(shape, *given, torch.get_num_threads())
+        ctx.save_for_backward(u, dt, A, B, C, D, z, kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, dt, A, B, C, D, z, kept = ctx.saved_tensors
+        (b, n, d), s = u.shape, A.shape[1]
+        dy = dy.contiguous()
+        groups = max(1, min(GROUPS // b, -(-d // LANES)))
+        du, ddt, dz = (u.new_empty(b, n, d) for _ in range(3))
+        dA, dD = u.new_empty(b, d, s), u.new_empty(b, d)
+        dB, dC = u.new_empty(groups, b, n, s), u.new_empty(groups, b, n, s)
+        shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
+        given = [_pointer(x) for x in (u, dt, A, B, C, D, z, dy, kept, du, ddt, dz, dA, dD, dB, dC)]
+        _kernels().mambaflow_scan_backward(
+            shape, *given, ctypes.c_int64(groups), torch.get_num_threads()
+        )
+        return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), None if z is None else dz
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        (b, n, d), taps = x.shape, weight.shape[0]
+        y = x.new_empty(b, n, d)
+        shape = _shape([b, n, d, taps, *_strides(x)])
+        given = [_pointer(v) for v in (x, weight, bias, y)]
+        _kernels().mambaflow_conv_forward(shape, *given, torch.get_num_threads())
+        ctx.save_for_backward(x, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        (b, n, d), taps = x.shape, weight.shape[0]
+        dy = dy.contiguous()
+        dx, dweight, dbias = x.new_empty(b, n, d), x.new_empty(b, taps, d), x.new_empty(b, d)
+        shape = _shape([b, n, d, taps, *_strides(x)])
+        given = [_pointer(v) for v in (x, weight, bias, dy, dx, dweight, dbias)]
+        _kernels().mambaflow_conv_backward(shape, *given, torch.get_num_threads())
+        return dx, dweight.sum(0), dbias.sum(0)

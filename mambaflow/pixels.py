@@ -1,0 +1,105 @@
+"""An image and its sparse pixels: which are known, where they are, in which order they are read."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mambaflow.randomness import words
+
+KEY_BITS = 10
+
+
+def choose(
+    seed: int,
+    split: str,
+    ids: Int[Tensor, " m"],
+    size: int,
+    known: int,
+    target: int,
+    *,
+    draw: int = 0,
+) -> Int[Tensor, "m count"]:
+    """Indices (row x size + column) of `known` known and then `target` asked pixels, disjoint.
+
+    They depend on (seed, split, image id, draw) and nothing else: the pixels of an image are
+    ranked by random words of their own.
+
+    Args:
+        draw: 0 for the mask of the data set, epoch + 1 for the fresh mask of an epoch.
+    """
+    pixels = size * size
+    if not (known > 0 and target >= 0 and known + target <= pixels):
+        raise ValueError(
+            f"known (={known}) + target (={target}) must be in [1, {pixels}], the pixels of an "
+            f"image of size {size}; use ratios that add up to at most 1"
+        )
+    ranks = words(seed, f"mask/{split}", draw, ids, pixels)
+    return ranks.argsort(dim=-1, stable=True)[:, : known + target]
+
+
+def coordinates(index: Int[Tensor, "*m"], size: int) -> Float[Tensor, "*m 2"]:
+    """Pixel centres (x, y) in (0, 1)."""
+    return (torch.stack((index % size, index // size), -1) + 0.5) / size
+
+
+def grid(size: int) -> Float[Tensor, "pixels 2"]:
+    """The pixel centres of an image, row by row."""
+    return coordinates(torch.arange(size * size), size)
+
+
+def to_rgb(colours: UInt8[Tensor, "*m"]) -> Float[Tensor, "*m"]:
+    """Bytes to [-1, 1]."""
+    return colours.float() / 127.5 - 1
+
+
+def to_uint8(rgb: Float[Tensor, "*m"]) -> UInt8[Tensor, "*m"]:
+    """[-1, 1] to bytes, rounded and clipped."""
+    return ((rgb + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def copy_known(
+    rgb: Float[Tensor, "b n 3"], index: Int[Tensor, "b k"], known: Float[Tensor, "b k 3"]
+) -> Float[Tensor, "b n 3"]:
+    """A full image in which the known pixels have their own colours exactly."""
+    return rgb.scatter(1, index[..., None].expand(-1, -1, 3), known)
+
+
+def unknown(known: Int[Tensor, "m k"], size: int) -> Int[Tensor, "m n"]:
+    """The pixels that are not known, in raster order."""
+    mask = torch.ones((len(known), size * size), dtype=torch.bool)
+    mask.scatter_(1, known, False)
+    return mask.nonzero()[:, 1].view(len(known), -1)
+
+
+def _raster(x: Int[Tensor, "b n"], y: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    return (y << KEY_BITS) | x
+
+
+def _hilbert(x: Int[Tensor, "b n"], y: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Distance along Hilbert's curve (1891), by the turns of its quadrants from the largest."""
+    key = torch.zeros_like(x)
+    for bit in reversed(range(KEY_BITS)):
+        right, up = (x >> bit) & 1, (y >> bit) & 1
+        key = (key << 2) | ((3 * right) ^ up)
+        flip = (up == 0) & (right == 1)
+        last = (1 << KEY_BITS) - 1
+        x, y = torch.where(flip, last - x, x), torch.where(flip, last - y, y)
+        x, y = torch.where(up == 0, y, x), torch.where(up == 0, x, y)
+    return key
+
+
+CURVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"raster": _raster, "hilbert": _hilbert}
+
+
+def curve_key(xy: Float[Tensor, "b n 2"], curve: str) -> Int[Tensor, "b n"]:
+    """Place of any coordinates along a space-filling curve of the unit square.
+
+    The curve is the same at every resolution up to 1024 pixels a side, so that any subset of
+    any grid, and grids of different resolutions together, can be put in order.
+    """
+    if curve not in CURVES:
+        raise ValueError(f"unknown curve {curve!r}; valid: {', '.join(CURVES)}")
+    cells = (xy * (1 << KEY_BITS)).long().clamp(0, (1 << KEY_BITS) - 1)
+    return CURVES[curve](*cells.unbind(-1))

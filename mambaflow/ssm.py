@@ -1,0 +1,218 @@
+"""The selective state-space model of Gu & Dao 2023: its scan, and the Mamba block around it.
+
+The scan, for each channel with s numbers of state (Algorithm 2; zero-order hold for A, Euler
+for B, as in the authors' code), with dt = softplus(raw dt) and a gate z:
+
+    h_i = exp(dt_i A) h_{i-1} + dt_i B_i u_i      y_i = (C_i . h_i + D u_i) silu(z_i)
+
+One function, `selective_scan`, and several ways to compute it. Tokens come before channels,
+(b, n, d): channels are contiguous, and no way but mamba-ssm's needs a transpose.
+"""
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mambaflow import native_scan
+
+CHUNK = 64
+log = logging.getLogger(__name__)
+
+Scan = Callable[..., Tensor]
+
+
+def scan_reference(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """The recurrence as it is written, step by step, in the dtype given; autograd keeps it all."""
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    y, _ = _recur(h, u, F.softplus(dt), A, B, C)
+    return _finish(y, u, D, z)
+
+
+def _recur(
+    h: Float[Tensor, "b d s"], u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b d s"]]:
+    decay = torch.exp(dt[..., None] * A)
+    drive = (dt * u)[..., None] * B[:, :, None]
+    states = []
+    for a, x in zip(decay.unbind(1), drive.unbind(1), strict=True):
+        h = torch.addcmul(x, a, h)
+        states.append(h)
+    return torch.einsum("bnds,bns->bnd", torch.stack(states, 1), C), h
+
+
+def _finish(y: Tensor, u: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
+    y = y + D * u
+    return y if z is None else y * F.silu(z)
+
+
+def scan_chunked(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """The same in chunks, each computed again in the backward pass.
+
+    What is kept is the state between chunks, n s / 64 numbers per channel: memory is O(n), and
+    (b, n, d, s) never exists.
+    """
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    outputs = []
+    for u_i, dt_i, B_i, C_i in zip(
+        *(x.split(CHUNK, 1) for x in (u, F.softplus(dt), B, C)), strict=True
+    ):
+        if torch.is_grad_enabled():
+            y, h = checkpoint(
+                _recur, h, u_i, dt_i, A, B_i, C_i, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, h = _recur(h, u_i, dt_i, A, B_i, C_i)
+        outputs.append(y)
+    return _finish(torch.cat(outputs, 1), u, D, z)
+
+
+def scan_cuda(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """mamba-ssm's kernel, which takes channels before tokens."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    turned = [None if x is None else x.transpose(1, 2) for x in (u, dt, B, C, z)]
+    u_t, dt_t, B_t, C_t, z_t = turned
+    y = selective_scan_fn(u_t, dt_t, A, B_t, C_t, D, z=z_t, delta_softplus=True)
+    return y.transpose(1, 2)
+
+
+BACKENDS: dict[str, Scan] = {
+    "reference": scan_reference,
+    "chunked": scan_chunked,
+    "native": native_scan.scan,
+    "cuda": scan_cuda,
+}
+
+
+def selective_scan(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "b n d"]:
+    """The gated selective scan.
+
+    Args:
+        u: what drives the state.
+        dt: raw step sizes; their softplus is taken here.
+        A: decay rates, negative.
+        z: gate, or none.
+        backend: "auto" takes the fastest there is for these tensors.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend == "auto":
+        backend = fastest(u)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    return BACKENDS[backend](u, dt, A, B, C, D, z)
+
+
+def fastest(u: Tensor) -> str:
+    """The backend that "auto" takes for a tensor like this one."""
+    if u.is_cuda:
+        return "cuda" if _has_mamba_ssm() else "chunked"
+    return "native" if native_scan.serves(u) else "chunked"
+
+
+@cache
+def _has_mamba_ssm() -> bool:
+    if importlib.util.find_spec("mamba_ssm") is not None:
+        return True
+    log.warning(
+        "mamba_ssm is not installed: the scan on this GPU falls back to slower torch code; where "
+        "nvcc is present, MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation 'mambaflow[cuda]'"
+    )
+    return False
+
+
+def causal_conv(
+    x: Float[Tensor, "b n d"], weight: Float[Tensor, "d 1 w"], bias: Float[Tensor, " d"]
+) -> Float[Tensor, "b n d"]:
+    """silu of each channel's convolution with its own past; weight as nn.Conv1d keeps it."""
+    if native_scan.serves(x):
+        return native_scan.conv(x, weight, bias)
+    taps, n = weight.shape[-1], x.shape[1]
+    y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps - 1, groups=x.shape[-1])
+    return F.silu(y[..., :n]).transpose(1, 2)
+
+
+class Mamba(nn.Module):
+    """The Mamba block, with the parameters of `mamba_ssm.Mamba`: names, shapes and first values.
+
+    Weights move between the two unchanged. (Gu & Dao 2023, figure 3; S4D-real A.)
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
+        super().__init__()
+        d_inner, self.d_state = expand * d_model, d_state
+        self.dt_rank = math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner)
+        rates = torch.arange(1, d_state + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(rates.log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
+        self._init_steps()
+
+    def _init_steps(self, least: float = 1e-3, most: float = 0.1) -> None:
+        """Step sizes log-uniform in [least, most] at the start, as mamba_ssm draws them."""
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        log_dt = torch.empty(self.D.shape).uniform_(math.log(least), math.log(most))
+        dt = log_dt.exp().clamp(min=1e-4)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus's inverse
+
+    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Each token after those before it."""
+        x, z = self.in_proj(tokens).chunk(2, -1)
+        x = causal_conv(x, self.conv1d.weight, self.conv1d.bias)
+        ranks = [self.dt_rank, self.d_state, self.d_state]
+        dt, B, C = self.x_proj(x).split(ranks, -1)
+        dt = self.dt_proj(dt)
+        with torch.autocast(x.device.type, enabled=False):  # states decay through fp32
+            A = -torch.exp(self.A_log)
+            y = selective_scan(x, dt, A, B, C, self.D, z)
+        return self.out_proj(y)
