@@ -62,7 +62,13 @@ def prepare(config: RunConfig) -> RunConfig:
     )
     name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     data = stage_once(config.data) if config.data in EMBEDDED else config.data
-    return replace(config, run_name=name, storage=at(config.storage).uri, data=at(data).uri)
+    return replace(
+        config,
+        run_name=name,
+        storage=at(config.storage).uri,
+        data=at(data).uri,
+        command=" ".join(["python", *sys.argv]),
+    )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 T = TypeVar("T")
 
@@ -234,6 +236,8 @@ class RunConfig:
     cifar10."""
     resume: bool = False
     """Go on from the newest checkpoint of this run name."""
+    command: Annotated[str, tyro.conf.Suppress] = ""
+    """The command line, for the captions of tables."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)

@@ -10,6 +10,8 @@
 Nothing here knows what started the workers: a World says who else there is.
 """
 
+import io
+import json
 import logging
 import signal
 import tempfile
@@ -20,14 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from mambaflow import checkpoint
 from mambaflow.batches import Batches, Layout
 from mambaflow.checkpoint import Index
-from mambaflow.config import RunConfig, require, to_dict, to_json
+from mambaflow.config import RunConfig, differences, from_json, require, to_dict, to_json
 from mambaflow.evaluation import Holdout, final_report, validate
 from mambaflow.report import RunLog
 from mambaflow.shards import ShardSet
@@ -168,6 +172,17 @@ class Logbook:
             self._scratch.cleanup()
 
 
+def reported_steps(run: Storage) -> int | None:
+    """After how many steps the run's report was written, if it was."""
+    return json.loads(run.read(RESULTS))["trained_steps"] if run.exists(RESULTS) else None
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def open_run(config: RunConfig) -> Storage:
     """The run's storage after the rules of names: a new name, or --resume of the same run.
 
@@ -201,8 +216,6 @@ ELASTIC = ("epochs", "log_every", "eval_every", "eval_images", "test_images", "s
 
 
 def _same_run(config: RunConfig, run: Storage) -> None:
-    from mambaflow.config import differences, from_json
-
     before = from_json(run.read(CONFIG))
     changed = [*differences(before.model, config.model, "model.")]
     changed += [
@@ -216,6 +229,26 @@ def _same_run(config: RunConfig, run: Storage) -> None:
         not changed,
         f"run_name (={config.run_name!r}) cannot resume with another configuration "
         f"({'; '.join(changed)}); give the same flags, or another --run-name",
+    )
+
+
+def check_data(config: RunConfig) -> None:
+    """Refuse data that the run could not use, before a worker starts.
+
+    Raises:
+        ValueError: a split is missing, or its shards do not fit the configuration.
+    """
+    splits = {split: ShardSet(config.data, split) for split in ("train", "validation", "test")}
+    layout = Layout.of(splits["train"].recipe, config.model)
+    batches = Batches(splits["train"], layout, config.train)
+    require(
+        config.train.masks == "strict" or splits["train"].recipe.full_images,
+        f"masks (={config.train.masks!r}) needs whole training images, and {config.data} holds "
+        "only the staged pixels; stage again with --full-images, or use --masks strict",
+    )
+    require(
+        batches.steps_per_epoch * config.train.epochs > 0 and len(splits["validation"]) > 0,
+        f"data (={config.data}) must hold training and validation images; stage more",
     )
 
 
@@ -320,17 +353,21 @@ class Worker:
 
     def report(self) -> None:
         """Score the best checkpoint on the test split: the first worker's last task."""
-        if self.book is None or self.run.exists(RESULTS):
+        if self.book is None or reported_steps(self.run) == self.steps:
             return
-        model, index = checkpoint.load_model(self.run.uri, score=BEST, device=str(self.world.device))
-        test = Holdout.read(
-            ShardSet(self.config.data, "test"), self.layout, self.config.train.test_images
+        model, index = checkpoint.load_model(
+            self.run.uri, score=BEST, device=str(self.world.device)
         )
-        files, metrics = final_report(model, test, self.config, index.step)
-        self.book.log.hparams(to_dict(self.config), metrics)
+        test = ShardSet(self.config.data, "test")
+        held_out = Holdout.read(test, self.layout, self.config.train.test_images)
+        report = final_report(model, held_out, self.config, index.step, self.steps)
+        final = {f"test/{key}": value for key, value in report.rows["posterior mean"].items()}
+        self.book.log.hparams(to_dict(self.config), final)
+        self.book.log.image(self.steps, "test", report.picture)
         self.book.push()
-        for key, data in files.items():
-            self.run.write(f"report/{key}", data)
+        self.run.write("report/picture.png", _png(report.picture))
+        self.run.write("report/table.md", report.table.encode())
+        self.run.write(RESULTS, report.json.encode())
 
     def close(self) -> None:
         """End the logs."""

@@ -1,0 +1,313 @@
+"""Measure the parts of mambaflow side by side, as ratios within one run.
+
+    python jobs/benchmark.py --what scan         the scan against its rivals and the block's GEMMs
+    python jobs/benchmark.py --what step         where a training step's time goes, and its floor
+    python jobs/benchmark.py --what sample       posterior mean and samples
+    python jobs/benchmark.py --what loader       making batches
+    python jobs/benchmark.py --what memory       peak memory of a 256 x 256 query
+
+Works on CPU and GPU; prints tables and writes JSON. Exit codes: 0 done, 2 bad input.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from mambaflow.batches import PixelBatch
+from mambaflow.config import ARCHITECTURES, TrainConfig, lookup, require
+from mambaflow.model import VelocityField, parameters
+from mambaflow.report import Table, provenance
+from mambaflow.samplers import heun, mean, uniform_times
+from mambaflow.ssm import BACKENDS, Mamba, fastest, selective_scan
+from mambaflow.training import TrainState, fit
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What to measure, and on what."""
+
+    what: Literal["scan", "step", "sample", "loader", "memory"] = "scan"
+    """The part to measure."""
+    arch: str = "v2"
+    """Architecture: v1 or v2."""
+    batch_size: int = 16
+    """Images in a batch."""
+    queries: int = 204
+    """Pixels asked for in training."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of the matrix products."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    repeats: int = 7
+    """Rounds; in each, every rival runs once, and medians are compared."""
+    threads: int = 0
+    """Threads of torch; 0: as many as it takes by itself."""
+    out: str = ""
+    """Write the numbers here as JSON too."""
+
+    def __post_init__(self) -> None:
+        lookup(ARCHITECTURES, self.arch, "arch")
+        for name in ("batch_size", "queries", "repeats"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
+        require(
+            self.device == "cpu" or torch.cuda.is_available(),
+            f"device (={self.device!r}) is not here: torch sees no GPU; use --device cpu",
+        )
+
+
+def race(rivals: dict[str, Work], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each rival; they take turns, so that drift of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for i in range(repeats + 1):
+        for name, work in rivals.items():
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def against(times: dict[str, float], base: str) -> list[list[str]]:
+    """Rows: rival, milliseconds, ratio to the base."""
+    return [[k, f"{1e3 * v:.2f}", f"{v / times[base]:.3f}"] for k, v in times.items()]
+
+
+def scan_inputs(config: BenchmarkConfig, n: int, d: int, s: int) -> list[Tensor]:
+    """Tensors of the scan at the block's shape, requiring gradients."""
+    torch.manual_seed(0)
+    b = config.batch_size
+    shapes = [(b, n, d), (b, n, d), (d, s), (b, n, s), (b, n, s), (d,), (b, n, d)]
+    tensors = [torch.randn(shape, device=config.device) for shape in shapes]
+    tensors[1] -= 3
+    tensors[2] = -tensors[2].exp()
+    return [x.requires_grad_() for x in tensors]
+
+
+def block_gemms(block: Mamba, tokens: Tensor) -> Tensor:
+    """The matrix products of a Mamba block and nothing else."""
+    inner = block.in_proj(tokens)[..., : block.D.numel()]
+    return block.out_proj(block.dt_proj(block.x_proj(inner)[..., : block.dt_rank]))
+
+
+def backward(work: Callable[[], Tensor], inputs: list[Tensor]) -> Work:
+    """Forward and backward of a work."""
+
+    def run() -> None:
+        y = work()
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    return run
+
+
+def pscan(inputs: list[Tensor]) -> Tensor:
+    """mambapy's parallel scan of the same recurrence."""
+    from mambapy.pscan import pscan as parallel
+
+    u, dt, A, B, C, D, z = inputs
+    dt = nn.functional.softplus(dt)
+    h = parallel(torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None])
+    return ((h @ C[..., None])[..., 0] + D * u) * nn.functional.silu(z)
+
+
+def measure_scan(config: BenchmarkConfig) -> list[Table]:
+    """The scan at the V2 block's shape, forward and with backward."""
+    model = ARCHITECTURES[config.arch]
+    width, n = model.d_model, 2 * config.queries
+    block = Mamba(width, model.d_state, model.d_conv, model.expand).to(config.device)
+    tokens = torch.randn(config.batch_size, n, width, device=config.device, requires_grad=True)
+    inputs = scan_inputs(config, n, width * model.expand, model.d_state)
+    best = fastest(inputs[0])
+    names = list(dict.fromkeys([best, "chunked", "reference"]))
+    gemms = lambda: block_gemms(block, tokens)  # noqa: E731
+    forward: dict[str, Work] = {"block's matrix products": gemms}
+    both: dict[str, Work] = {"block's matrix products": backward(gemms, [tokens])}
+    both["block's matrix products"] = backward(
+        gemms, [tokens, *(p for m in (block.in_proj, block.x_proj, block.out_proj) for p in m.parameters())]
+    )
+    for name in names:
+        work = lambda name=name: selective_scan(*inputs, backend=name)  # noqa: E731
+        forward[f"scan: {name}"], both[f"scan: {name}"] = work, backward(work, inputs)
+    forward["scan: mambapy pscan"] = lambda: pscan(inputs)
+    forward["whole block"] = lambda: block(tokens)
+    both["whole block"] = backward(lambda: block(tokens), [tokens, *block.parameters()])
+    with torch.no_grad():
+        first = race(forward, config.repeats, config.device)
+    second = race(both, config.repeats, config.device)
+    shape = f"b {config.batch_size}, n {n}, {width * model.expand} channels, {model.d_state} states"
+    heading = ["work", "ms", f"/ scan: {best}"]
+    return [
+        Table(heading, against(first, f"scan: {best}"), f"forward; {shape}"),
+        Table(heading, against(second, f"scan: {best}"), f"forward and backward; {shape}"),
+    ]
+
+
+def random_batch(config: BenchmarkConfig, queries: int, known: int = 204) -> PixelBatch:
+    """A batch of made-up pixels."""
+    torch.manual_seed(1)
+    b = config.batch_size
+    known_xy, xy = torch.rand(b, known, 2), torch.rand(b, queries, 2)
+    rgb = [torch.rand(b, m, 3) * 2 - 1 for m in (known, queries)]
+    return PixelBatch(known_xy, rgb[0], xy, rgb[1], torch.arange(b)).to(config.device)
+
+
+class Fixed:
+    """The same batch at every step."""
+
+    def __init__(self, batch: PixelBatch) -> None:
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> PixelBatch:
+        return self.batch
+
+
+def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig) -> int:
+    """FLOPs of the matrix products and attentions of a step, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        next(iter(fit(state, Fixed(batch), step_config(config), state.step + 1)))
+    return counter.get_total_flops()
+
+
+def step_config(config: BenchmarkConfig) -> TrainConfig:
+    """Training as the step benchmark does it."""
+    return TrainConfig(batch_size=config.batch_size, precision=config.precision)
+
+
+def measure_step(config: BenchmarkConfig) -> list[Table]:
+    """A training step, its parts by profiler, and its floor: FLOPs over the GEMM rate."""
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = random_batch(config, config.queries)
+    state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
+    flops = counted_flops(state, batch, config)
+    steps = fit(state, Fixed(batch), step_config(config), 10**9)
+    kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    a, b = (torch.randn(2048, 2048, device=config.device, dtype=kind) for _ in range(2))
+    times = race({"step": lambda: next(steps), "gemm": lambda: a @ b}, config.repeats, config.device)
+    rate = 2 * 2048**3 / times["gemm"]
+    floor = flops / rate
+    rows = [
+        ["samples/s", f"{config.batch_size / times['step']:.1f}"],
+        ["step, ms", f"{1e3 * times['step']:.1f}"],
+        ["FLOPs of a step, G", f"{flops / 1e9:.1f}"],
+        ["GEMM rate, GFLOP/s", f"{rate / 1e9:.0f}"],
+        ["floor, ms", f"{1e3 * floor:.1f}"],
+        ["step / floor", f"{times['step'] / floor:.2f}"],
+        ["parameters", f"{parameters(state.model):,}"],
+    ]
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (config.device == "cuda")
+    with profile(activities=kinds) as profiler:
+        for _ in range(3):
+            next(steps)
+    events = profiler.key_averages()
+    total = sum(e.self_cpu_time_total for e in events)
+    top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:14]
+    where = [[e.key, f"{e.self_cpu_time_total / 3e3:.1f}", f"{100 * e.self_cpu_time_total / total:.1f} %"] for e in top]
+    caption = f"{config.arch}, batch {config.batch_size}, {config.queries} queries, {config.precision}"
+    return [
+        Table(["training step", "value"], rows, caption),
+        Table(["operation", "ms a step", "share"], where, "CPU time of the process, by operation"),
+    ]
+
+
+def measure_sample(config: BenchmarkConfig) -> list[Table]:
+    """Completing whole images: 820 unknown pixels of 1,024."""
+    model = VelocityField(ARCHITECTURES[config.arch]).to(config.device).eval()
+    batch = random_batch(config, 820)
+    noise = torch.randn_like(batch.query_rgb)
+
+    def run(solve: Callable) -> Work:
+        def work() -> None:
+            with torch.no_grad():
+                solve(model.given(batch))
+
+        return work
+
+    rivals = {"posterior mean (1 call)": run(lambda v: mean(v, noise))}
+    for steps in (4, 16, 50):
+        grid = uniform_times(steps)
+        rivals[f"Heun, {steps} steps"] = run(lambda v, grid=grid: heun(v, noise, grid))
+    times = race(rivals, config.repeats, config.device)
+    rows = [[k, f"{v:.3f}", f"{config.batch_size / v:.1f}"] for k, v in times.items()]
+    return [Table(["solver", "s a batch", "images/s"], rows, f"{config.arch}, batch {config.batch_size}")]
+
+
+def measure_memory(config: BenchmarkConfig) -> list[Table]:
+    """Peak memory and time of one call on growing grids, in this process."""
+    model = VelocityField(ARCHITECTURES[config.arch]).to(config.device).eval()
+    rows = []
+    for size in (32, 64, 128, 256):
+        batch = random_batch(BenchmarkConfig(batch_size=1, device=config.device), size * size)
+        noise = torch.randn_like(batch.query_rgb)
+        start = time.perf_counter()
+        with torch.no_grad():
+            model.given(batch)(noise, torch.full((1,), 0.5, device=config.device))
+        if config.device == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows.append([f"{size} x {size}", f"{time.perf_counter() - start:.2f}", f"{peak:.2f}"])
+    return [Table(["query", "s a call", "peak GiB so far"], rows, f"{config.arch}, 204 known pixels")]
+
+
+def measure_loader(config: BenchmarkConfig) -> list[Table]:
+    """Making a batch's randomness: order, masks, noise and times."""
+    from mambaflow.batches import RowOrder
+    from mambaflow.pixels import choose
+
+    order, b = RowOrder(50_000, 0), config.batch_size
+    number, batch = torch.arange(b), random_batch(config, config.queries)
+    rivals: dict[str, Work] = {
+        "order": lambda: order.row(number),
+        "fresh masks": lambda: choose(0, "train", number, 32, 204, config.queries, draw=1),
+        "noise": lambda: batch.noise(0),
+        "torch.randn of the same size": lambda: torch.randn(b, config.queries, 3),
+    }
+    times = race(rivals, config.repeats, config.device)
+    rows = [[k, f"{1e3 * v:.3f}", f"{1e6 * v / b:.1f}"] for k, v in times.items()]
+    return [Table(["part", "ms a batch", "µs a sample"], rows, f"batch {b}")]
+
+
+PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
+    "scan": measure_scan,
+    "step": measure_step,
+    "sample": measure_sample,
+    "loader": measure_loader,
+    "memory": measure_memory,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, measure, print; returns the exit code."""
+    config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tables = PARTS[config.what](config)
+    for table in tables:
+        print(table)
+    print(provenance(" ".join(["python", *sys.argv]), "made up", 0, threads=torch.get_num_threads(), torch=torch.__version__))
+    if config.out:
+        found = [{"heading": list(t.heading), "rows": [list(r) for r in t.rows], "caption": t.caption} for t in tables]
+        Path(config.out).write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
