@@ -37,7 +37,9 @@ def sample_times(
     """
     if law not in LAWS:
         raise ValueError(f"unknown time law {law!r}; valid: {', '.join(LAWS)}")
-    if share_at_zero >= 1:
+    if not 0 <= share_at_zero <= 1:
+        raise ValueError(f"share_at_zero (={share_at_zero}) must be in [0, 1]; use 0.1")
+    if share_at_zero == 1:
         return torch.zeros_like(u)
     rest = (u - share_at_zero) / (1 - share_at_zero)
     return torch.where(rest < 0, 0.0, LAWS[law](rest.clamp(min=0)))

@@ -90,7 +90,7 @@ def provenance(command: str, data: str, seed: int, **more: object) -> str:
     return f"`{command}`; " + ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
-PAPER, INK, BLANK = (255, 255, 255), (64, 64, 64), 222
+PAPER, INK, FRAME, BLANK = (255, 255, 255), (64, 64, 64), (200, 200, 200), 222
 GAP = 10
 
 
@@ -113,9 +113,10 @@ def picture(
     if not columns or len(set(counts.values())) != 1:
         raise ValueError(f"columns (={counts}) must hold the same number of images, at least one")
     tile = _whole_multiple(columns.values(), tile)
-    font = ImageFont.load_default(size=max(12, tile // 7))
+    height = max(12, tile // 7)
+    font = ImageFont.load_default(size=height)
     titles = [_wrap(title, font, tile) for title in columns]
-    top = 2 * GAP + font.size * 5 // 4 * max(title.count("\n") + 1 for title in titles)
+    top = 2 * GAP + height * 5 // 4 * max(title.count("\n") + 1 for title in titles)
     step, rows = tile + GAP, next(iter(counts.values()))
     sheet = Image.new("RGB", (GAP + step * len(columns), top + step * rows), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -125,7 +126,9 @@ def picture(
         pen.multiline_text(place, titles[column], INK, font, anchor="md", align="center")
         for row, image in enumerate(images):
             square = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
-            sheet.paste(square, (left, top + row * step))
+            under = top + row * step
+            pen.rectangle((left - 1, under - 1, left + tile, under + tile), outline=FRAME)
+            sheet.paste(square, (left, under))
     return np.asarray(sheet)
 
 

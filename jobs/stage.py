@@ -1,0 +1,62 @@
+"""Stage images as sparse shards for training.
+
+    python jobs/stage.py --source sample --out data/sample
+    python jobs/stage.py --source train.parquet --out s3://bucket/cifar10
+
+One Ray task makes one shard. A staging that stopped goes on where it was: finished shards are
+kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import tyro
+from tqdm import tqdm
+
+from mambaflow.sources import Source, SourceError, open_source
+from mambaflow.staging import Done, StageConfig, Task, in_process, make, stage
+
+IN_FLIGHT = 64
+RETRIES = 3
+
+
+def on_ray(tasks: list[Task]) -> Iterator[Done]:
+    """Make shards on the cluster at RAY_ADDRESS or a private one, a bounded number at a time."""
+    from mambaflow.distributed import connect, ray
+
+    with connect():
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError])(make)
+        waiting, running = list(reversed(tasks)), []
+        while waiting or running:
+            while waiting and len(running) < IN_FLIGHT:
+                running.append(remote.remote(waiting.pop()))
+            done, running = ray.wait(running)
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+
+
+def shown(tasks: list[Task], config: StageConfig, source: Source) -> Iterator[Done]:
+    """The shards as they are made, with a progress bar."""
+    run = on_ray if config.ray else in_process(source)
+    return iter(tqdm(run(tasks), total=len(tasks), unit="shard", disable=None))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, stage, say what was done; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    config = tyro.cli(StageConfig, args=argv, description=__doc__)
+    try:
+        source = open_source(config.source)
+        done = stage(config, source, lambda tasks: shown(tasks, config, source))
+    except (SourceError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"staged {config.source} to {config.out}: {done}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

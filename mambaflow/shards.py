@@ -1,0 +1,336 @@
+"""The sparse shard: images of which only a staged choice of pixels is kept.
+
+    <root>/train/shard-00000.parquet     rows of the columns below, zstd
+    <root>/train/manifest.json           the recipe, and every shard's rows, bytes and sha256;
+                                         written last: without it there is no split
+
+A row: id int64, label int8, index uint16[k + n] and rgb uint8[3 (k + n)], the known pixels first,
+then the asked ones; and, in held-out splits or where staged so, image uint8[3 size size].
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from filelock import FileLock
+from jaxtyping import Int, UInt8, UInt16
+
+from mambaflow.pixels import choose
+from mambaflow.storage import Storage, at
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+RECIPE_KEY = b"mambaflow"
+MEMORY_BYTES = 2**31
+log = logging.getLogger(__name__)
+
+
+class ShardError(ValueError):
+    """A shard or manifest that cannot be trusted; the message names it and what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that the bytes of a split's shards depend on, beside the images."""
+
+    source: str
+    split: str
+    size: int
+    known: int
+    target: int
+    mask_seed: int
+    full_images: bool
+    rows_per_shard: int
+
+    @property
+    def hash(self) -> str:
+        """Equal recipes, equal hash."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a shard, a column each."""
+
+    ids: Int[np.ndarray, " m"]
+    labels: Int[np.ndarray, " m"]
+    index: UInt16[np.ndarray, "m p"]
+    rgb: UInt8[np.ndarray, "m values"]
+    images: UInt8[np.ndarray, "m pixels"] | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the rows take."""
+        columns = (self.ids, self.labels, self.index, self.rgb, self.images)
+        return sum(c.nbytes for c in columns if c is not None)
+
+    def take(self, rows: Int[np.ndarray, " m"]) -> "Rows":
+        """Some of the rows."""
+        images = None if self.images is None else self.images[rows]
+        return Rows(
+            self.ids[rows], self.labels[rows], self.index[rows], self.rgb[rows], images
+        )
+
+
+def encode(
+    images: UInt8[np.ndarray, "m h w 3"],
+    labels: Int[np.ndarray, " m"],
+    ids: Int[np.ndarray, " m"],
+    recipe: Recipe,
+) -> Rows:
+    """Keep the pixels that the recipe's masks choose."""
+    size = recipe.size
+    if images.shape[1:] != (size, size, 3):
+        raise ValueError(f"images {images.shape[1:]} must be ({size}, {size}, 3), as the recipe says")
+    chosen = choose(
+        recipe.mask_seed, recipe.split, torch.from_numpy(ids), size, recipe.known, recipe.target
+    ).numpy()
+    flat = images.reshape(len(images), size * size, 3)
+    rgb = np.take_along_axis(flat, chosen[..., None], 1).reshape(len(images), -1)
+    whole = images.reshape(len(images), -1) if recipe.full_images else None
+    return Rows(ids, labels, chosen.astype(np.uint16), rgb, whole)
+
+
+def to_bytes(rows: Rows, recipe: Recipe) -> bytes:
+    """A shard: the same rows and recipe give the same bytes."""
+    columns = {"id": pa.array(rows.ids, pa.int64()), "label": pa.array(rows.labels, pa.int8())}
+    lists = {"index": rows.index, "rgb": rows.rgb, "image": rows.images}
+    for name, values in lists.items():
+        if values is not None:
+            flat = pa.array(np.ascontiguousarray(values).ravel())
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    about = json.dumps({"format": FORMAT, "hash": recipe.hash, **asdict(recipe)}, sort_keys=True)
+    table = pa.table(columns).replace_schema_metadata({RECIPE_KEY: about.encode()})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def from_bytes(data: bytes, name: str) -> tuple[Rows, Recipe]:
+    """Read a shard, and check every rule of the format.
+
+    Raises:
+        ShardError: naming the shard and the rule.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"shard {name} is not whole Parquet ({len(data)} bytes): {error}") from error
+    recipe = _recipe(table.schema.metadata or {}, name)
+    wanted = ["id", "label", "index", "rgb"] + ["image"] * recipe.full_images
+    missing = [column for column in wanted if column not in table.column_names]
+    if missing:
+        raise ShardError(f"shard {name} lacks the column(s) {missing}; it has {table.column_names}")
+    pixels, size = recipe.known + recipe.target, recipe.size
+    rows = Rows(
+        table["id"].to_numpy(),
+        table["label"].to_numpy(),
+        _lists(table, "index", pixels, name),
+        _lists(table, "rgb", 3 * pixels, name),
+        _lists(table, "image", 3 * size * size, name) if recipe.full_images else None,
+    )
+    if rows.index.size and int(rows.index.max()) >= size * size:
+        raise ShardError(
+            f"shard {name} has a pixel index {rows.index.max()} beyond a {size} x {size} image"
+        )
+    return rows, recipe
+
+
+def _recipe(metadata: dict[bytes, bytes], name: str) -> Recipe:
+    if RECIPE_KEY not in metadata:
+        raise ShardError(f"shard {name} has no mambaflow metadata: it is another kind of Parquet")
+    about = json.loads(metadata[RECIPE_KEY])
+    if about.pop("format") != FORMAT:
+        raise ShardError(f"shard {name} has another format than {FORMAT}; stage the data again")
+    about.pop("hash")
+    return Recipe(**about)
+
+
+def _lists(table: pa.Table, column: str, width: int, name: str) -> np.ndarray:
+    kind = table.schema.field(column).type
+    if not pa.types.is_fixed_size_list(kind) or kind.list_size != width:
+        raise ShardError(f"shard {name}: column {column} is {kind}, not lists of {width} values")
+    whole = table[column].combine_chunks()
+    if whole.null_count:
+        raise ShardError(f"shard {name}: column {column} has {whole.null_count} empty rows")
+    return whole.flatten().to_numpy().reshape(-1, width)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest says of one shard."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A split: its recipe and its shards."""
+
+    recipe: Recipe
+    shards: list[ShardInfo]
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.parquet"
+
+
+def write_manifest(split: Storage, manifest: Manifest) -> None:
+    """Publish a split; its shards are all in place."""
+    about = {
+        "format": FORMAT,
+        "hash": manifest.recipe.hash,
+        "rows": manifest.rows,
+        "recipe": asdict(manifest.recipe),
+        "shards": [asdict(shard) for shard in manifest.shards],
+    }
+    split.write(MANIFEST, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def read_manifest(split: Storage) -> Manifest:
+    """The manifest of a split.
+
+    Raises:
+        ShardError: there is none, or it is damaged.
+    """
+    where = f"{split.uri}/{MANIFEST}"
+    try:
+        about = json.loads(split.read(MANIFEST))
+        if about["format"] != FORMAT:
+            raise ShardError(f"{where} has format {about['format']}, not {FORMAT}; stage again")
+        recipe = Recipe(**about["recipe"])
+        shards = [ShardInfo(**shard) for shard in about["shards"]]
+    except FileNotFoundError as error:
+        raise ShardError(
+            f"{where} is not there: no staged split, or one whose staging did not finish; "
+            "run jobs/stage.py --out with this address"
+        ) from error
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{where} is damaged: {error!r}; stage the data again") from error
+    if about["hash"] != recipe.hash or about["rows"] != sum(s.rows for s in shards):
+        raise ShardError(f"{where} contradicts itself; stage the data again")
+    return Manifest(recipe, shards)
+
+
+class ShardSet:
+    """A split's rows by number, opening only the shards that hold them.
+
+    Shards in S3 are fetched once per node into a cache that its processes share; the least
+    recently used decoded ones make room when they pass `memory` bytes.
+    """
+
+    def __init__(
+        self, uri: str, split: str, cache: Path | None = None, memory: int = MEMORY_BYTES
+    ) -> None:
+        self.storage = at(uri).child(split)
+        self.manifest = read_manifest(self.storage)
+        self.cache = cache or Path(tempfile.gettempdir()) / f"mambaflow-shards-{os.getuid()}"
+        self.memory = memory
+        self.ends = np.cumsum([shard.rows for shard in self.manifest.shards], dtype=np.int64)
+        self.decoded: OrderedDict[int, Rows] = OrderedDict()
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the split was staged."""
+        return self.manifest.recipe
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def rows(self, row_numbers: Int[np.ndarray, " m"]) -> Rows:
+        """Rows in the order asked for."""
+        if len(row_numbers) and not (0 <= row_numbers.min() and row_numbers.max() < len(self)):
+            raise ValueError(
+                f"row_numbers ({row_numbers.min()} to {row_numbers.max()}) must be in "
+                f"[0, {len(self)}), the rows of {self.storage.uri}"
+            )
+        shard = np.searchsorted(self.ends, row_numbers, side="right")
+        parts, places = [], []
+        for number in np.unique(shard).tolist():
+            here = np.flatnonzero(shard == number)
+            first = self.ends[number] - self.manifest.shards[number].rows
+            parts.append(self.shard(number).take(row_numbers[here] - first))
+            places.append(here)
+        return _joined(parts).take(np.argsort(np.concatenate(places)))
+
+    def shard(self, number: int) -> Rows:
+        """All rows of one shard, verified when it is first read."""
+        if number in self.decoded:
+            self.decoded.move_to_end(number)
+            return self.decoded[number]
+        info = self.manifest.shards[number]
+        rows = self._verified(info)
+        self.decoded[number] = rows
+        while len(self.decoded) > 1 and sum(r.nbytes for r in self.decoded.values()) > self.memory:
+            self.decoded.popitem(last=False)
+        return rows
+
+    def _verified(self, info: ShardInfo) -> Rows:
+        where = f"{self.storage.uri}/{info.name}"
+        try:
+            data = self._fetch(info)
+        except FileNotFoundError as error:
+            raise ShardError(f"shard {where} is listed and not there; stage again") from error
+        digest = hashlib.sha256(data).hexdigest()
+        if len(data) != info.bytes or digest != info.sha256:
+            raise ShardError(
+                f"shard {where} is damaged: {len(data)} bytes with sha256 {digest[:12]}…, the "
+                f"manifest says {info.bytes} with {info.sha256[:12]}…; stage the data again"
+            )
+        rows, recipe = from_bytes(data, where)
+        if len(rows) != info.rows or recipe != self.recipe:
+            raise ShardError(
+                f"shard {where} has {len(rows)} rows of recipe {recipe.hash}, the manifest says "
+                f"{info.rows} of {self.recipe.hash}; stage the data again"
+            )
+        return rows
+
+    def _fetch(self, info: ShardInfo) -> bytes:
+        if self.storage.is_local:
+            return self.storage.read(info.name)
+        path = self.cache / f"{info.sha256}.parquet"
+        self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not (path.exists() and path.stat().st_size == info.bytes):
+                self.storage.download(info.name, path)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != info.sha256:
+            path.unlink()  # so that a damaged copy is fetched anew next time
+        return data
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    whole = [p.images for p in parts if p.images is not None]
+    return Rows(
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+        np.concatenate([p.index for p in parts]),
+        np.concatenate([p.rgb for p in parts]),
+        np.concatenate(whole) if whole else None,
+    )
