@@ -7,7 +7,7 @@ sums are float64. Definitions: the evaluation protocol in README.md.
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,10 +19,13 @@ WINDOW = 7  # of SSIM
 FLAT, OUTLIER, CALM = 0.03, 0.08, 0.04  # of speckle
 
 
+S = TypeVar("S", bound="_Sums")
+
+
 class _Sums:
     """Fields that add up, one by one."""
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self: S, other: S) -> S:
         mine: Any = self
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(mine)))
 
@@ -123,7 +126,7 @@ class Quality(_Sums):
 
     def report(self) -> dict[str, float]:
         """Means with standard errors (`_se`), and the number of images."""
-        scores: dict[str, float] = {"images": self.psnr.count}
+        scores: dict[str, float] = {"images": float(self.psnr.count)}
         for f in fields(self):
             moments: Moments = getattr(self, f.name)
             scores |= {f.name: moments.mean, f"{f.name}_se": moments.standard_error}

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 log = logging.getLogger(__name__)
+Number = int | float
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ COLUMNS: dict[str, tuple[str, str, int]] = {
 }
 
 
-def results_table(rows: Mapping[str, Mapping[str, float]], caption: str = "") -> Table:
+def results_table(rows: Mapping[str, Mapping[str, Number]], caption: str = "") -> Table:
     """Methods by what is known of them; a column that no method has is left out.
 
     Args:
@@ -77,7 +78,7 @@ def results_table(rows: Mapping[str, Mapping[str, float]], caption: str = "") ->
     return Table(["method", *shown], body, caption)
 
 
-def _cell(row: Mapping[str, float], key: str, error: str, decimals: int) -> str:
+def _cell(row: Mapping[str, Number], key: str, error: str, decimals: int) -> str:
     if key not in row:
         return ""
     text = f"{row[key]:.{decimals}f}"
@@ -171,7 +172,7 @@ class RunLog:
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         self._step = step
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, Number]) -> None:
         """One line of metrics.jsonl with the step, the wall time and the values as they are."""
         line = {"step": step, "time": time.time(), **values}
         self._lines.write(json.dumps(line) + "\n")
@@ -184,7 +185,7 @@ class RunLog:
         """A picture in TensorBoard."""
         self._writer.add_image(tag, image, step, dataformats="HWC")
 
-    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, Number]) -> None:
         """The settings, dotted names for nested ones, beside the run's final numbers."""
         events: Any = self._writer.file_writer
         for summary in hparams(_flat(settings), dict(metrics)):

@@ -26,7 +26,7 @@ CENTRE, DEVIATION = 0.4, 0.3
 
 
 def exact(x, t, centre=CENTRE, deviation=DEVIATION):
-    """E[x_1 - x_0 | x_t] for x_1 ~ N(centre, deviation^2): its flow map is centre + deviation x_0."""
+    """The velocity for N(centre, deviation^2); its flow map is centre + deviation x_0."""
     t = t[:, None, None]
     variance = deviation**2 * t**2 + (1 - t) ** 2
     return centre + (deviation**2 * t - (1 - t)) / variance * (x - t * centre)

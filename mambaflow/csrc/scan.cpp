@@ -1,20 +1,35 @@
 // The selective scan and the causal convolution before it, on CPU, forward and backward.
 //
-// Sixteen channels are one vector; a block of sixteen keeps its s states in registers while it
-// walks along the tokens. Forward keeps the states at the start of every CHUNK tokens; backward
-// computes a chunk again from there, so that memory is O(n) and (b, n, d, s) never exists.
-// Work is cut by shape alone and sums are added in a fixed order: the result does not depend
-// on the number of threads.
+// A vector is a block of channels, as many as the processor takes at once (sixteen with AVX-512).
+// A block walks along the tokens in chunks, a group of its states at a time in registers. Forward
+// keeps the states at the start of every chunk; backward computes a chunk again from there, so
+// that memory is O(n) and (b, n, d, s) never exists. Work is cut by shape alone and sums are added
+// in a fixed order: the result does not depend on the number of threads.
 //
 // Plain C interface over raw pointers, float32; strides in floats; the last dimension is dense.
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
+
+#ifdef __AVX512DQ__
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
-constexpr int LANES = 16, CHUNK = 16, MAX_STATE = 64, MAX_TAPS = 8;
+#if defined(__AVX512DQ__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PADDED = 16;  // what is kept has room for d rounded up to this
+constexpr int CHUNK = 16, MAX_STATE = 64, MAX_TAPS = 8;
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 
@@ -42,47 +57,51 @@ inline void store(float* p, vec v, int m) {
     std::memcpy(p, &v, m * sizeof(float));
 }
 
-inline vec clamp(vec x, float low, float high) {
-  x = x < low ? vec{} + low : x;
-  return x > high ? vec{} + high : x;
+// 2^x: a polynomial in the fraction f, |f| <= 1/2, that is exact at 0, since decays near 1
+// multiply over thousands of tokens; relative error below 1.2e-7. Overflow gives infinity.
+inline vec exp2(vec x) {
+#ifdef __AVX512DQ__
+  const vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = x < -126.0f ? vec{} - 126.0f : x;
+  x = x > 128.0f ? vec{} + 128.0f : x;
+  const vec shifted = x + 12582912.0f, whole = shifted - 12582912.0f;  // 1.5 * 2^23 rounds
+#endif
+  const vec f = x - whole;
+  vec p = vec{} + 1.32647272e-3f;
+  p = p * f + 9.67151281e-3f;
+  p = p * f + 5.55073374e-2f;
+  p = p * f + 2.40222421e-1f;
+  p = p * f + 6.93146978e-1f;
+  p = p * f + 1.0f;
+#ifdef __AVX512DQ__
+  return _mm512_scalef_ps(p, whole);
+#else
+  const ivec power = (ivec)shifted - 0x4b400000, half = power >> 1;  // 2^128 is no float
+  return p * (vec)((half + 127) << 23) * (vec)((power - half + 127) << 23);
+#endif
 }
 
-// exp to 2 ulp: 2^n 2^f with |f| <= 1/2, and the Taylor polynomial of e^r, r = f ln 2.
-inline vec exp(vec x) {
-  x = clamp(x, -87.0f, 88.0f);
-  const vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // round to nearest
-  vec r = x - n * 0.693359375f;                                  // ln 2 in two parts
-  r = r + n * 2.12194440e-4f;
-  vec p = vec{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-  vec scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return p * scale;
-}
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+inline vec exp(vec x) { return exp2(x * LOG2_E); }
 
 // log(1 + e) for 0 <= e <= 1 as 2 artanh(e / (2 + e)): no digit is lost where e is small.
 inline vec log1p(vec e) {
   const vec q = e / (e + 2.0f), w = q * q;
-  vec p = vec{} + 0.0769230769f;
-  p = p * w + 0.0909090909f;
-  p = p * w + 0.1111111111f;
-  p = p * w + 0.1428571429f;
-  p = p * w + 0.2f;
-  p = p * w + 0.3333333333f;
-  p = p * w + 1.0f;
-  return 2.0f * q * p;
+  vec p = vec{} + 0.280121905f;
+  p = p * w + 0.280017674f;
+  p = p * w + 0.400215293f;
+  p = p * w + 0.666664163f;
+  p = p * w + 2.0f;
+  return p * q;
 }
 
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-inline vec softplus(vec x) {
+// softplus, and its derivative, sigmoid(x)
+inline vec softplus(vec x, vec* slope = nullptr) {
   const vec e = exp(x > 0.0f ? -x : x);
+  if (slope) *slope = (x > 0.0f ? vec{} + 1.0f : e) / (1.0f + e);
   return (x > 0.0f ? x : vec{}) + log1p(e);
 }
 
@@ -99,194 +118,249 @@ struct Scan {
   int s;
   int64_t chunks() const { return (n + CHUNK - 1) / CHUNK; }
   int64_t blocks() const { return (d + LANES - 1) / LANES; }
+  int64_t start(int64_t image, int64_t first, int64_t block) const {  // in what is kept
+    return ((image * chunks() + first / CHUNK) * blocks() + block) * s * LANES;
+  }
+  int steps(int64_t first) const { return n - first < CHUNK ? int(n - first) : CHUNK; }
   int lanes(int64_t block) const {
     const int64_t left = d - block * LANES;
     return left < LANES ? int(left) : LANES;
   }
 };
 
-// A of one block as [s][lane].
-template <int S>
-inline void turn(const Scan& k, int64_t block, vec* A) {
-  const int s = S ? S : k.s, m = k.lanes(block);
-  for (int j = 0; j < s; j++) {
+// A of one block as [s][lane], in units of ln 2: exponentials are taken in base 2.
+void turn(const Scan& k, int64_t block, vec* A) {
+  const int m = k.lanes(block);
+  for (int j = 0; j < k.s; j++) {
     A[j] = vec{};
-    for (int l = 0; l < m; l++) A[j][l] = k.A[(block * LANES + l) * s + j];
+    for (int l = 0; l < m; l++) A[j][l] = k.A[(block * LANES + l) * k.s + j];
+    A[j] *= LOG2_E;
   }
 }
 
-template <int S>
-void forward_block(const Scan& k, int64_t b, int64_t block, float* y, float* kept) {
-  const int s = S ? S : k.s, m = k.lanes(block);
-  const int64_t c = block * LANES;
-  vec A[S ? S : MAX_STATE], h[S ? S : MAX_STATE];
-  turn<S>(k, block, A);
-  for (int j = 0; j < s; j++) h[j] = vec{};
-  const vec D = load(k.D + c, m);
-  for (int64_t i = 0; i < k.n; i++) {
-    if (kept && i % CHUNK == 0)
-      std::memcpy(kept + ((b * k.chunks() + i / CHUNK) * k.blocks() + block) * s * LANES, h,
-                  s * sizeof(vec));
-    const vec u = load(k.u.at(b, i) + c, m);
-    const vec dt = softplus(load(k.dt.at(b, i) + c, m)), drive = dt * u;
-    const float *B = k.B.at(b, i), *C = k.C.at(b, i);
-    vec out = D * u, more = vec{};
-    for (int j = 0; j < s; j++) {
-      h[j] = exp(dt * A[j]) * h[j] + drive * B[j];
-      if (j & 1)
-        more += h[j] * C[j];
-      else
-        out += h[j] * C[j];
-    }
-    out += more;
-    if (k.z.data) {
-      const vec z = load(k.z.at(b, i) + c, m);
-      out *= z * sigmoid(z);
-    }
-    store(y + (b * k.n + i) * k.d + c, out, m);
-  }
+// The rows of a block lie pages apart, where the hardware foresees nothing: ask a chunk ahead.
+inline void prefetch(const Rows& rows, int64_t b, int64_t i, int64_t c) {
+  if (rows.data) __builtin_prefetch(rows.at(b, i) + c, 1);
 }
 
-struct Gradients {
-  const float* dy;                        // (b, n, d)
-  const float* kept;                      // (b, chunks, blocks, s, LANES)
-  Rows du, ddt, dz;                       // (b, n, d) each
-  float *dA, *dD;                         // (b, d, s), (b, d): summed over b by the caller
-  float *dB, *dC;                         // (groups, b, n, s): summed over groups by the caller
+// One chunk of one block: dt, what drives the state, and the output so far, one vector a token.
+struct Forward {
+  const Scan& k;
+  const Rows y;
+  float* kept;  // (b, chunks, blocks, s, LANES), or null
+  vec dt[CHUNK], drive[CHUNK], out[CHUNK];
+
+  Forward(const Scan& k, Rows y, float* kept) : k(k), y(y), kept(kept) {}
+
+  void read(int64_t b, int64_t c, int m, int64_t first, int steps) {
+    const vec D = load(k.D + c, m);
+    for (int i = 0; i < steps; i++) {
+      const int64_t at = first + i, next = at + CHUNK;
+      if (next < k.n)
+        for (const Rows& rows : {k.u, k.dt, k.z, y}) prefetch(rows, b, next, c);
+      const vec u = load(k.u.at(b, at) + c, m);
+      dt[i] = softplus(load(k.dt.at(b, at) + c, m));
+      drive[i] = dt[i] * u;
+      out[i] = D * u;
+    }
+  }
+
+  // GROUP states from number q on; h is before the chunk, then after it.
+  template <int GROUP>
+  void group(int64_t b, int64_t first, int steps, int q, const vec* A, vec* state) {
+    vec h[GROUP];
+    UNROLL for (int j = 0; j < GROUP; j++) h[j] = state[j];
+    for (int i = 0; i < steps; i++) {
+      const float *B = k.B.at(b, first + i) + q, *C = k.C.at(b, first + i) + q;
+      vec sum[4] = {out[i]};  // four, for the latency of an addition
+      UNROLL for (int j = 0; j < GROUP; j++) {
+        h[j] = exp2(dt[i] * A[j]) * h[j] + drive[i] * B[j];
+        sum[j % 4] += h[j] * C[j];
+      }
+      out[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+    UNROLL for (int j = 0; j < GROUP; j++) state[j] = h[j];
+  }
+
+  void write(int64_t b, int64_t c, int m, int64_t first, int steps) {
+    for (int i = 0; i < steps; i++) {
+      if (k.z.data) {
+        const vec z = load(k.z.at(b, first + i) + c, m);
+        out[i] *= z * sigmoid(z);
+      }
+      store(y.at(b, first + i) + c, out[i], m);
+    }
+  }
+
+  template <int GROUP>
+  void run(int64_t b, int64_t block) {
+    const int64_t c = block * LANES;
+    const int m = k.lanes(block);
+    vec A[MAX_STATE], h[MAX_STATE];
+    turn(k, block, A);
+    for (int j = 0; j < k.s; j++) h[j] = vec{};
+    for (int64_t first = 0; first < k.n; first += CHUNK) {
+      const int steps = k.steps(first);
+      if (kept) std::memcpy(kept + k.start(b, first, block), h, k.s * sizeof(vec));
+      read(b, c, m, first, steps);
+      for (int q = 0; q < k.s; q += GROUP) group<GROUP>(b, first, steps, q, A + q, h + q);
+      write(b, c, m, first, steps);
+    }
+  }
 };
 
-template <int S>
+struct Gradients {
+  Rows dy;                 // (b, n, d)
+  const float* kept;       // (b, chunks, blocks, s, LANES)
+  Rows du, ddt, dz;        // (b, n, d) each
+  float *dA, *dD;          // (b, d, s), (b, d): summed over b by the caller
+  float *dB, *dC;          // (groups, b, n, s): summed over groups by the caller
+};
+
 struct Backward {
-  static constexpr int SIZE = S ? S : MAX_STATE;
   const Scan& k;
   const Gradients& g;
-  const int s;
-  vec states[(CHUNK + 1) * SIZE], decay[CHUNK * SIZE];
-  vec sumB[CHUNK * SIZE], sumC[CHUNK * SIZE];
-  vec dt[CHUNK], u[CHUNK], raw[CHUNK], plain[CHUNK];
+  vec decay[CHUNK * 8], faded[CHUNK * 8];  // of one group of states: e and e h
+  vec sumB[CHUNK * MAX_STATE], sumC[CHUNK * MAX_STATE];
+  vec u[CHUNK], dt[CHUNK], slope[CHUNK], drive[CHUNK], dy[CHUNK], gate[CHUNK];
+  vec plain[CHUNK], ddrive[CHUNK], ddt[CHUNK];
 
-  Backward(const Scan& k, const Gradients& g) : k(k), g(g), s(S ? S : k.s) {}
+  Backward(const Scan& k, const Gradients& g) : k(k), g(g) {}
 
-  // States and decays of `steps` tokens from the kept state.
-  void recompute(int64_t b, int64_t block, int64_t first, int steps, const vec* A, vec D) {
-    const int m = k.lanes(block);
-    const int64_t c = block * LANES;
-    std::memcpy(states,
-                g.kept + ((b * k.chunks() + first / CHUNK) * k.blocks() + block) * s * LANES,
-                s * sizeof(vec));
+  // The inputs of a chunk; dy comes back through the gate, and what is left times y is dz.
+  void read(int64_t b, int64_t c, int m, int64_t first, int steps, vec* dD) {
+    const vec D = load(k.D + c, m);
     for (int i = 0; i < steps; i++) {
-      u[i] = load(k.u.at(b, first + i) + c, m);
-      raw[i] = load(k.dt.at(b, first + i) + c, m);
-      dt[i] = softplus(raw[i]);
-      const vec drive = dt[i] * u[i];
-      const float *B = k.B.at(b, first + i), *C = k.C.at(b, first + i);
-      const vec* h = states + i * s;
-      vec *next = states + (i + 1) * s, *e = decay + i * s, out = D * u[i];
-      for (int j = 0; j < s; j++) {
-        e[j] = exp(dt[i] * A[j]);
-        next[j] = e[j] * h[j] + drive * B[j];
-        out += next[j] * C[j];
+      const int64_t at = first + i;
+      if (at >= CHUNK)
+        for (const Rows& rows : {k.u, k.dt, k.z, g.dy, g.du, g.ddt, g.dz})
+          prefetch(rows, b, at - CHUNK, c);
+      u[i] = load(k.u.at(b, at) + c, m);
+      dt[i] = softplus(load(k.dt.at(b, at) + c, m), &slope[i]);
+      drive[i] = dt[i] * u[i];
+      dy[i] = load(g.dy.at(b, at) + c, m);
+      if (k.z.data) {
+        const vec z = load(k.z.at(b, at) + c, m), sig = sigmoid(z), open = z * sig;
+        gate[i] = dy[i] * (sig + open * (1.0f - sig));
+        dy[i] *= open;
       }
-      plain[i] = out;
+      *dD += dy[i] * u[i];
+      plain[i] = D * u[i];
+      ddrive[i] = ddt[i] = vec{};
     }
   }
 
-  // Back through `steps` tokens; `gh` is the gradient of the state after them, then before them.
-  void back(int64_t b, int64_t block, int64_t first, int steps, const vec* A, vec D, vec* gh,
-            vec* dA, vec* dD) {
-    const int m = k.lanes(block);
-    const int64_t c = block * LANES;
+  // GROUP states from number q on, h before the chunk: forth, keeping decays and faded states.
+  template <int GROUP>
+  void forth(int64_t b, int64_t first, int steps, int q, const vec* A, const float* state) {
+    vec h[GROUP];
+    UNROLL for (int j = 0; j < GROUP; j++) h[j] = load(state + j * LANES, LANES);
+    for (int i = 0; i < steps; i++) {
+      const float *B = k.B.at(b, first + i) + q, *C = k.C.at(b, first + i) + q;
+      vec *e = decay + i * GROUP, *old = faded + i * GROUP, *toC = sumC + i * k.s + q;
+      vec out = vec{};
+      UNROLL for (int j = 0; j < GROUP; j++) {
+        e[j] = exp2(dt[i] * A[j]);
+        old[j] = e[j] * h[j];
+        h[j] = old[j] + drive[i] * B[j];
+        out += h[j] * C[j];
+        toC[j] += dy[i] * h[j];
+      }
+      plain[i] += out;
+    }
+  }
+
+  // And back: gh is the gradient of the states after the chunk, then before it.
+  template <int GROUP>
+  void back(int64_t b, int64_t first, int steps, int q, const vec* A, vec* gh, vec* dA) {
+    vec next[GROUP], sum[GROUP];
+    UNROLL for (int j = 0; j < GROUP; j++) next[j] = gh[j], sum[j] = dA[j];
     for (int i = steps - 1; i >= 0; i--) {
+      const float *B = k.B.at(b, first + i) + q, *C = k.C.at(b, first + i) + q;
+      const vec *e = decay + i * GROUP, *old = faded + i * GROUP;
+      vec *toB = sumB + i * k.s + q, through = vec{}, rate = vec{};
+      UNROLL for (int j = 0; j < GROUP; j++) {
+        const vec full = next[j] + dy[i] * C[j], turned = full * old[j];
+        next[j] = full * e[j];
+        toB[j] += full * drive[i];
+        through += full * B[j];
+        rate += turned * A[j];
+        sum[j] += turned * dt[i];
+      }
+      ddrive[i] += through;
+      ddt[i] += rate;
+    }
+    UNROLL for (int j = 0; j < GROUP; j++) gh[j] = next[j], dA[j] = sum[j];
+  }
+
+  void write(int64_t b, int64_t c, int m, int64_t first, int steps) {
+    const vec D = load(k.D + c, m);
+    for (int i = 0; i < steps; i++) {
       const int64_t at = first + i;
-      vec dy = load(g.dy + (b * k.n + at) * k.d + c, m);
-      if (k.z.data) {
-        const vec z = load(k.z.at(b, at) + c, m), sig = sigmoid(z);
-        store(g.dz.at(b, at) + c, dy * plain[i] * (sig * (1.0f + z * (1.0f - sig))), m);
-        dy *= z * sig;
-      }
-      *dD += dy * u[i];
-      const float *B = k.B.at(b, at), *C = k.C.at(b, at);
-      const vec drive = dt[i] * u[i], *h = states + i * s, *next = h + s, *e = decay + i * s;
-      vec ddrive = vec{}, ddt = vec{};
-      for (int j = 0; j < s; j++) {
-        const vec full = gh[j] + dy * C[j];
-        sumC[i * s + j] += dy * next[j];
-        sumB[i * s + j] += full * drive;
-        ddrive += full * B[j];
-        gh[j] = full * e[j];
-        const vec q = gh[j] * h[j];
-        ddt += q * A[j];
-        dA[j] += q * dt[i];
-      }
-      store(g.du.at(b, at) + c, D * dy + ddrive * dt[i], m);
-      store(g.ddt.at(b, at) + c, (ddt + ddrive * u[i]) * sigmoid(raw[i]), m);
+      store(g.du.at(b, at) + c, D * dy[i] + ddrive[i] * dt[i], m);
+      store(g.ddt.at(b, at) + c, (ddt[i] * LN_2 + ddrive[i] * u[i]) * slope[i], m);
+      if (k.z.data) store(g.dz.at(b, at) + c, gate[i] * plain[i], m);
     }
   }
 
   // All tokens of one image and of the blocks [low, high), which are group number `group`.
+  template <int GROUP>
   void run(int64_t b, int64_t low, int64_t high, int64_t group) {
+    const int s = k.s;
     const int64_t blocks = high - low;
     std::vector<vec> A(blocks * s), gh(blocks * s, vec{}), dA(blocks * s, vec{});
     std::vector<vec> dD(blocks, vec{});
-    for (int64_t q = 0; q < blocks; q++) turn<S>(k, low + q, A.data() + q * s);
+    for (int64_t p = 0; p < blocks; p++) turn(k, low + p, &A[p * s]);
     for (int64_t chunk = k.chunks() - 1; chunk >= 0; chunk--) {
-      const int64_t first = chunk * CHUNK, left = k.n - first;
-      const int steps = left < CHUNK ? int(left) : CHUNK;
-      std::memset(static_cast<void*>(sumB), 0, steps * s * sizeof(vec));
-      std::memset(static_cast<void*>(sumC), 0, steps * s * sizeof(vec));
-      for (int64_t q = 0; q < blocks; q++) {
-        const vec D = load(k.D + (low + q) * LANES, k.lanes(low + q));
-        recompute(b, low + q, first, steps, A.data() + q * s, D);
-        back(b, low + q, first, steps, A.data() + q * s, D, gh.data() + q * s,
-             dA.data() + q * s, &dD[q]);
+      const int64_t first = chunk * CHUNK, to = ((group * k.b + b) * k.n + first) * s;
+      const int steps = k.steps(first);
+      for (int j = 0; j < steps * s; j++) sumB[j] = sumC[j] = vec{};
+      for (int64_t p = 0; p < blocks; p++) {
+        const int64_t c = (low + p) * LANES;
+        const int m = k.lanes(low + p);
+        const float* kept = g.kept + k.start(b, first, low + p);
+        read(b, c, m, first, steps, &dD[p]);
+        for (int q = 0; q < s; q += GROUP) {
+          forth<GROUP>(b, first, steps, q, &A[p * s + q], kept + q * LANES);
+          back<GROUP>(b, first, steps, q, &A[p * s + q], &gh[p * s + q], &dA[p * s + q]);
+        }
+        write(b, c, m, first, steps);
       }
-      const int64_t to = ((group * k.b + b) * k.n + first) * s;
       for (int j = 0; j < steps * s; j++) g.dB[to + j] = sum(sumB[j]), g.dC[to + j] = sum(sumC[j]);
     }
-    for (int64_t q = 0; q < blocks; q++) {
-      const int64_t c = b * k.d + (low + q) * LANES;
-      store(g.dD + c, dD[q], k.lanes(low + q));
-      for (int l = 0; l < k.lanes(low + q); l++)
-        for (int j = 0; j < s; j++) g.dA[(c + l) * s + j] = dA[q * s + j][l];
+    for (int64_t p = 0; p < blocks; p++) {
+      const int64_t c = b * k.d + (low + p) * LANES;
+      store(g.dD + c, dD[p], k.lanes(low + p));
+      for (int l = 0; l < k.lanes(low + p); l++)
+        for (int j = 0; j < s; j++) g.dA[(c + l) * s + j] = dA[p * s + j][l];
     }
   }
 };
 
-template <int S>
-void forward_all(const Scan& k, float* y, float* kept, int threads) {
+template <int GROUP>
+void forward_all(const Scan& k, Rows y, float* kept, int threads) {
   const int64_t blocks = k.blocks();
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t item = 0; item < k.b * blocks; item++)
-    forward_block<S>(k, item / blocks, item % blocks, y, kept);
+    Forward(k, y, kept).run<GROUP>(item / blocks, item % blocks);
 }
 
-template <int S>
+template <int GROUP>
 void backward_all(const Scan& k, const Gradients& g, int64_t groups, int threads) {
   const int64_t blocks = k.blocks();
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<char> room(sizeof(Backward<S>) + 64);
-    void* place = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(room.data()) + 63) & ~63ull);
-    Backward<S>* backward = new (place) Backward<S>(k, g);
+    const auto backward = std::make_unique<Backward>(k, g);  // large for a thread's stack
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < k.b * groups; item++) {
       const int64_t group = item % groups;
-      backward->run(item / groups, group * blocks / groups, (group + 1) * blocks / groups, group);
+      const int64_t low = group * blocks / groups, high = (group + 1) * blocks / groups;
+      backward->run<GROUP>(item / groups, low, high, group);
     }
   }
 }
 
 }  // namespace
-
-#define BY_STATE(call)          \
-  switch (k.s) {                \
-    case 4: call(4); break;     \
-    case 8: call(8); break;     \
-    case 16: call(16); break;   \
-    case 32: call(32); break;   \
-    case 64: call(64); break;   \
-    default: call(0);           \
-  }
 
 extern "C" {
 
@@ -299,14 +373,16 @@ static Scan scan_of(const int64_t* shape, float* u, float* dt, float* A, float* 
 }
 
 int mambaflow_chunk() { return CHUNK; }
-int mambaflow_lanes() { return LANES; }
+int mambaflow_lanes() { return PADDED; }
 
 void mambaflow_scan_forward(const int64_t* shape, float* u, float* dt, float* A, float* B,
                             float* C, float* D, float* z, float* y, float* kept, int threads) {
   const Scan k = scan_of(shape, u, dt, A, B, C, D, z);
-#define CALL(S) forward_all<S>(k, y, kept, threads)
-  BY_STATE(CALL)
-#undef CALL
+  const Rows to{y, k.n * k.d, k.d};
+  if (k.s % 16 == 0 && LANES == 16) return forward_all<16>(k, to, kept, threads);
+  if (k.s % 8 == 0) return forward_all<8>(k, to, kept, threads);
+  if (k.s % 4 == 0) return forward_all<4>(k, to, kept, threads);
+  forward_all<1>(k, to, kept, threads);
 }
 
 void mambaflow_scan_backward(const int64_t* shape, float* u, float* dt, float* A, float* B,
@@ -315,11 +391,11 @@ void mambaflow_scan_backward(const int64_t* shape, float* u, float* dt, float* A
                              int64_t groups, int threads) {
   const Scan k = scan_of(shape, u, dt, A, B, C, D, z);
   const int64_t row = k.d, batch = k.n * k.d;
-  const Gradients g{dy, kept, {du, batch, row}, {ddt, batch, row}, {dz, batch, row},
-                    dA, dD, dB, dC};
-#define CALL(S) backward_all<S>(k, g, groups, threads)
-  BY_STATE(CALL)
-#undef CALL
+  const Gradients g{{dy, batch, row}, kept, {du, batch, row}, {ddt, batch, row},
+                    {z ? dz : nullptr, batch, row}, dA, dD, dB, dC};
+  if (k.s % 8 == 0) return backward_all<8>(k, g, groups, threads);
+  if (k.s % 4 == 0) return backward_all<4>(k, g, groups, threads);
+  backward_all<1>(k, g, groups, threads);
 }
 
 // y_i = silu(bias + sum_j weight_j x_{i - taps + 1 + j}), each channel by itself; weight (taps, d).
@@ -363,6 +439,9 @@ void mambaflow_conv_backward(const int64_t* shape, float* x, float* weight, floa
     const vec offset = load(bias + c, m);
     vec db = vec{};
     for (int64_t i = 0; i < n + taps - 1; i++) {  // seen: inputs; owed: gradients of inputs
+      if (i + CHUNK < n)
+        for (const Rows& rows : {in, Rows{dy, n * d, d}, Rows{dx, n * d, d}})
+          prefetch(rows, image, i + CHUNK, c);
       for (int j = 0; j + 1 < taps; j++) seen[j] = seen[j + 1], owed[j] = owed[j + 1];
       owed[taps - 1] = vec{};
       seen[taps - 1] = i < n ? load(in.at(image, i) + c, m) : vec{};
