@@ -28,7 +28,7 @@ from mambaflow.config import ARCHITECTURES, TrainConfig, lookup, require
 from mambaflow.model import VelocityField, parameters
 from mambaflow.report import Table, provenance
 from mambaflow.samplers import heun, mean, uniform_times
-from mambaflow.ssm import BACKENDS, Mamba, fastest, selective_scan
+from mambaflow.ssm import Mamba, fastest, selective_scan
 from mambaflow.training import TrainState, fit
 
 Work = Callable[[], object]
@@ -137,7 +137,11 @@ def measure_scan(config: BenchmarkConfig) -> list[Table]:
     forward: dict[str, Work] = {"block's matrix products": gemms}
     both: dict[str, Work] = {"block's matrix products": backward(gemms, [tokens])}
     both["block's matrix products"] = backward(
-        gemms, [tokens, *(p for m in (block.in_proj, block.x_proj, block.out_proj) for p in m.parameters())]
+        gemms,
+        [
+            tokens,
+            *(p for m in (block.in_proj, block.x_proj, block.out_proj) for p in m.parameters()),
+        ],
     )
     for name in names:
         work = lambda name=name: selective_scan(*inputs, backend=name)  # noqa: E731
@@ -199,7 +203,9 @@ def measure_step(config: BenchmarkConfig) -> list[Table]:
     steps = fit(state, Fixed(batch), step_config(config), 10**9)
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
     a, b = (torch.randn(2048, 2048, device=config.device, dtype=kind) for _ in range(2))
-    times = race({"step": lambda: next(steps), "gemm": lambda: a @ b}, config.repeats, config.device)
+    times = race(
+        {"step": lambda: next(steps), "gemm": lambda: a @ b}, config.repeats, config.device
+    )
     rate = 2 * 2048**3 / times["gemm"]
     floor = flops / rate
     rows = [
@@ -218,8 +224,17 @@ def measure_step(config: BenchmarkConfig) -> list[Table]:
     events = profiler.key_averages()
     total = sum(e.self_cpu_time_total for e in events)
     top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:14]
-    where = [[e.key, f"{e.self_cpu_time_total / 3e3:.1f}", f"{100 * e.self_cpu_time_total / total:.1f} %"] for e in top]
-    caption = f"{config.arch}, batch {config.batch_size}, {config.queries} queries, {config.precision}"
+    where = [
+        [
+            e.key,
+            f"{e.self_cpu_time_total / 3e3:.1f}",
+            f"{100 * e.self_cpu_time_total / total:.1f} %",
+        ]
+        for e in top
+    ]
+    caption = (
+        f"{config.arch}, batch {config.batch_size}, {config.queries} queries, {config.precision}"
+    )
     return [
         Table(["training step", "value"], rows, caption),
         Table(["operation", "ms a step", "share"], where, "CPU time of the process, by operation"),
@@ -245,7 +260,11 @@ def measure_sample(config: BenchmarkConfig) -> list[Table]:
         rivals[f"Heun, {steps} steps"] = run(lambda v, grid=grid: heun(v, noise, grid))
     times = race(rivals, config.repeats, config.device)
     rows = [[k, f"{v:.3f}", f"{config.batch_size / v:.1f}"] for k, v in times.items()]
-    return [Table(["solver", "s a batch", "images/s"], rows, f"{config.arch}, batch {config.batch_size}")]
+    return [
+        Table(
+            ["solver", "s a batch", "images/s"], rows, f"{config.arch}, batch {config.batch_size}"
+        )
+    ]
 
 
 def measure_memory(config: BenchmarkConfig) -> list[Table]:
@@ -264,7 +283,9 @@ def measure_memory(config: BenchmarkConfig) -> list[Table]:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         rows.append([f"{size} x {size}", f"{time.perf_counter() - start:.2f}", f"{peak:.2f}"])
-    return [Table(["query", "s a call", "peak GiB so far"], rows, f"{config.arch}, 204 known pixels")]
+    return [
+        Table(["query", "s a call", "peak GiB so far"], rows, f"{config.arch}, 204 known pixels")
+    ]
 
 
 def measure_loader(config: BenchmarkConfig) -> list[Table]:
@@ -302,9 +323,20 @@ def main(argv: list[str] | None = None) -> int:
     tables = PARTS[config.what](config)
     for table in tables:
         print(table)
-    print(provenance(" ".join(["python", *sys.argv]), "made up", 0, threads=torch.get_num_threads(), torch=torch.__version__))
+    print(
+        provenance(
+            " ".join(["python", *sys.argv]),
+            "made up",
+            0,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+        )
+    )
     if config.out:
-        found = [{"heading": list(t.heading), "rows": [list(r) for r in t.rows], "caption": t.caption} for t in tables]
+        found = [
+            {"heading": list(t.heading), "rows": [list(r) for r in t.rows], "caption": t.caption}
+            for t in tables
+        ]
         Path(config.out).write_text(json.dumps(found, indent=2) + "\n")
     return 0
 

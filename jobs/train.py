@@ -10,7 +10,6 @@ named STOP in the run's folder) with a checkpoint saved, go on with --resume; 1 
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -25,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from mambaflow.config import RECIPES, RunConfig, lookup, require
-from mambaflow.run import RESULTS, STOP, Outcome, Point, World, check_data, open_run, train
+from mambaflow.run import STOP, Outcome, Point, World, check_data, open_run, train
 from mambaflow.sources import EMBEDDED
 from mambaflow.staging import stage_once
 from mambaflow.storage import Storage, at
@@ -150,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     outcome = on_ray(config, run) if config.scale.ray else without_ray(config)
     if outcome.status == "stopped":
-        print(f"stopped after step {outcome.step}; go on with --resume --run-name {config.run_name}")
+        print(
+            f"stopped after step {outcome.step}; go on with --resume --run-name {config.run_name}"
+        )
         return STOPPED
     if leader:
         show(config, run)

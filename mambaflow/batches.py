@@ -132,9 +132,7 @@ class Layout:
     @classmethod
     def of(cls, recipe: "LayoutSource", model: ModelConfig) -> "Layout":
         """The layout of shards for a model."""
-        return cls(
-            recipe.size, recipe.known, recipe.target, model.coordinates, model.rgb_low
-        )
+        return cls(recipe.size, recipe.known, recipe.target, model.coordinates, model.rgb_low)
 
     def xy(self, index: Int[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
         """Where pixels are."""

@@ -15,7 +15,6 @@ import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load as parse
@@ -200,5 +199,3 @@ def load_model(
     model = VelocityField(index.config.model)
     model.load_state_dict(_read_part(storage, index, "averaged"))
     return model.to(device).eval().requires_grad_(False), index
-
-

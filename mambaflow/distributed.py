@@ -65,7 +65,9 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         settings: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS", "local")}
         if settings["address"] == "local":
             # A short path: a Unix socket's name holds 107 bytes.
-            folder = tempfile.TemporaryDirectory(prefix="mf-", dir="/tmp", ignore_cleanup_errors=True)
+            folder = tempfile.TemporaryDirectory(
+                prefix="mf-", dir="/tmp", ignore_cleanup_errors=True
+            )
             settings |= {
                 "num_cpus": num_cpus,
                 "include_dashboard": False,

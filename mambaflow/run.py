@@ -344,9 +344,7 @@ class Worker:
                 self.book.log.scalars(step, scores)
                 self.book.log.image(step, "validation", picture)
             self.book.push()
-            index = Index(
-                step=step, config=self.config, scores=scores, finished=step == self.steps
-            )
+            index = Index(step=step, config=self.config, scores=scores, finished=step == self.steps)
             checkpoint.save(self.state, index, self.run)
             checkpoint.prune(self.run, checkpoint.best_step(self.run, BEST))
         self.world.reported({**scores, "step": step}, f"{self.run.uri}/{checkpoint.name(step)}")

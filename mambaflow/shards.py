@@ -82,9 +82,7 @@ class Rows:
     def take(self, rows: Int[np.ndarray, " m"]) -> "Rows":
         """Some of the rows."""
         images = None if self.images is None else self.images[rows]
-        return Rows(
-            self.ids[rows], self.labels[rows], self.index[rows], self.rgb[rows], images
-        )
+        return Rows(self.ids[rows], self.labels[rows], self.index[rows], self.rgb[rows], images)
 
 
 def encode(
@@ -96,7 +94,9 @@ def encode(
     """Keep the pixels that the recipe's masks choose."""
     size = recipe.size
     if images.shape[1:] != (size, size, 3):
-        raise ValueError(f"images {images.shape[1:]} must be ({size}, {size}, 3), as the recipe says")
+        raise ValueError(
+            f"images {images.shape[1:]} must be ({size}, {size}, 3), as the recipe says"
+        )
     chosen = choose(
         recipe.mask_seed, recipe.split, torch.from_numpy(ids), size, recipe.known, recipe.target
     ).numpy()
@@ -130,7 +130,9 @@ def from_bytes(data: bytes, name: str) -> tuple[Rows, Recipe]:
     try:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"shard {name} is not whole Parquet ({len(data)} bytes): {error}") from error
+        raise ShardError(
+            f"shard {name} is not whole Parquet ({len(data)} bytes): {error}"
+        ) from error
     recipe = _recipe(table.schema.metadata or {}, name)
     wanted = ["id", "label", "index", "rgb"] + ["image"] * recipe.full_images
     missing = [column for column in wanted if column not in table.column_names]

@@ -7,7 +7,6 @@ image is its place in its source, so that masks, which depend on it, never move.
 import io
 import logging
 from abc import ABC, abstractmethod
-
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -288,5 +287,3 @@ def _crop(image: Pixels, reduction: float, across: float, down: float) -> Pixels
         SAMPLE_SIZE, factor, SAMPLE_SIZE, factor, 3
     )
     return (blocks.mean((1, 3)) + 0.5).astype(np.uint8)
-
-

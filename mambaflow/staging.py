@@ -185,9 +185,7 @@ def _made(split: Storage, task: Task) -> Done | None:
     return Done(task.recipe.split, ShardInfo(**note["info"]), True, note["corrupt"])
 
 
-def _read(
-    source: Source, task: Task
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     kept, corrupt = [], []
     for place in task.places:
         item = source.item(task.stored_split, place)

@@ -52,9 +52,7 @@ class TrainState:
             _decay_groups(self.model, train.weight_decay), lr=train.lr, fused=True
         )
         self.step = 0
-        self._pairs = list(
-            zip(self.averaged.parameters(), self.model.parameters(), strict=True)
-        )
+        self._pairs = list(zip(self.averaged.parameters(), self.model.parameters(), strict=True))
 
     def average(self, decay: float) -> None:
         """Move the averaged weights; the decay is ramped up so that early ones are forgotten

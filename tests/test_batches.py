@@ -33,7 +33,9 @@ class Reader:
 
     def rows(self, numbers: np.ndarray) -> Rows:
         self.seen.extend(numbers.tolist())
-        images = np.stack([np.random.default_rng(n).integers(0, 256, (SIZE * SIZE, 3)) for n in numbers])
+        images = np.stack(
+            [np.random.default_rng(n).integers(0, 256, (SIZE * SIZE, 3)) for n in numbers]
+        )
         index = np.stack([np.random.default_rng(n).permutation(SIZE * SIZE) for n in numbers])
         index = index[:, : KNOWN + TARGET]
         rgb = np.take_along_axis(images, index[..., None], 1).reshape(len(numbers), -1)
@@ -128,14 +130,18 @@ def test_the_number_of_queries_is_drawn_within_its_bounds():
 
 def test_fresh_masks_without_whole_images_are_refused_with_the_cure():
     batches = Batches(
-        Reader(9, images=False), Layout(SIZE, KNOWN, TARGET), TrainConfig(batch_size=3, masks="fresh")
+        Reader(9, images=False),
+        Layout(SIZE, KNOWN, TARGET),
+        TrainConfig(batch_size=3, masks="fresh"),
     )
     with pytest.raises(ValueError, match="stage again with --full-images"):
         _ = batches[0]
 
 
 def test_more_queries_than_targets_are_refused():
-    with pytest.raises(ValueError, match=r"max_queries \(=13\) must be at most 12 .* --masks fresh"):
+    with pytest.raises(
+        ValueError, match=r"max_queries \(=13\) must be at most 12 .* --masks fresh"
+    ):
         stream(TrainConfig(batch_size=2, min_queries=1, max_queries=13))
 
 

@@ -66,7 +66,9 @@ def test_a_batch_must_divide_among_every_number_of_workers_that_may_be():
 def test_unknown_fields_and_names_are_refused_with_the_valid_ones():
     values = to_dict(RunConfig())
     values["model"]["d_modle"] = 3
-    with pytest.raises(ValueError, match=r"unknown field\(s\) \['d_modle'\] in model; valid: .*d_model"):
+    with pytest.raises(
+        ValueError, match=r"unknown field\(s\) \['d_modle'\] in model; valid: .*d_model"
+    ):
         from_dict(values)
     with pytest.raises(ValueError, match=r"unknown field\(s\) \['x'\] in a run"):
         from_dict({**to_dict(RunConfig()), "x": 1})

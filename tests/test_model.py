@@ -139,7 +139,9 @@ def test_no_activation_grows_with_the_square_of_the_queries():
     for n in (200, 800):
         given = asked(1, 20, n)
         sizes = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda z: sizes.append(z.numel()) or z, lambda z: z)  # noqa: B023
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda z: sizes.append(z.numel()) or z, lambda z: z
+        )  # noqa: B023
         with hooks:
             model(given, torch.randn(1, n, 3), torch.tensor([0.5]))
         largest[n] = max(sizes)
