@@ -116,7 +116,10 @@ class ProcessWorld(World):
         if size > 1:
             dist.init_process_group("nccl" if use_gpu else "gloo")
         super().__init__(rank, size, device or torch.device("cpu"))
-        self.pin = watch  # type: ignore[method-assign]
+        self.watch = watch
+
+    def pin(self, point: Point) -> None:
+        self.watch(point)
 
 
 def without_ray(config: RunConfig) -> Outcome:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mambaflow.config import ModelConfig, TrainConfig, require
 from mambaflow.pixels import choose, coordinates, to_rgb
 from mambaflow.randomness import normal, philox, uniform
+from mambaflow.shards import Recipe, Rows
 
 FEISTEL_ROUNDS = 6
 
@@ -108,15 +109,7 @@ class RowReader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, row_numbers: np.ndarray) -> "ShardRows": ...
-
-
-@runtime_checkable
-class ShardRows(Protocol):
-    ids: np.ndarray
-    index: np.ndarray
-    rgb: np.ndarray
-    images: np.ndarray | None
+    def rows(self, row_numbers: np.ndarray) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,7 @@ class Layout:
     rgb_low: float = -1.0
 
     @classmethod
-    def of(cls, recipe: "LayoutSource", model: ModelConfig) -> "Layout":
+    def of(cls, recipe: Recipe, model: ModelConfig) -> "Layout":
         """The layout of shards for a model."""
         return cls(recipe.size, recipe.known, recipe.target, model.coordinates, model.rgb_low)
 
@@ -158,13 +151,6 @@ class Layout:
         """The batch in which the first `known` pixels of each row are known."""
         xy, rgb, k = self.xy(index), self.rgb(colours), self.known
         return PixelBatch(xy[:, :k], rgb[:, :k], xy[:, k:], rgb[:, k:], number)
-
-
-@runtime_checkable
-class LayoutSource(Protocol):
-    size: int
-    known: int
-    target: int
 
 
 class Batches:
@@ -212,7 +198,7 @@ class Batches:
         return least + int(draw * (most - least + 1))
 
     def _pixels(
-        self, rows: ShardRows, number: Int[Tensor, " b"], n: int
+        self, rows: Rows, number: Int[Tensor, " b"], n: int
     ) -> tuple[Int[Tensor, "b m"], UInt8[Tensor, "b m 3"]]:
         if self.config.masks == "strict":
             index = torch.from_numpy(rows.index.astype(np.int64))

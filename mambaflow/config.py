@@ -298,7 +298,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     values = dict(values)
     parts = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
     for key, kind in parts.items():
-        names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        names = {f.name for f in dataclasses.fields(kind)}
         given = dict(values.get(key) or {})
         unknown = sorted(given.keys() - names)
         require(not unknown, f"unknown field(s) {unknown} in {key}; valid: {sorted(names)}")

@@ -26,6 +26,7 @@ class FourierFeatures(nn.Module):
         magnitude = 0.5 * (2 * max_frequency) ** share
         direction = torch.stack((torch.cos(i * GOLDEN_ANGLE), torch.sin(i * GOLDEN_ANGLE)))
         waves = (2 * math.pi * magnitude * direction).float()
+        self.waves: Tensor
         self.register_buffer("waves", waves, persistent=False)
         self.width = 2 * frequencies + 2
 
@@ -43,6 +44,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         half = width // 2
         rates = scale * torch.exp(-math.log(10_000) * torch.arange(half) / max(half - 1, 1))
+        self.rates: Tensor
         self.register_buffer("rates", rates, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
 

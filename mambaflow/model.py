@@ -32,9 +32,14 @@ INITIAL_ERROR_VARIANCE = 0.03
 class Given(Protocol):
     """What is known and what is asked: a PixelBatch, or anything with these three fields."""
 
-    known_xy: Float[Tensor, "b k 2"]
-    known_rgb: Float[Tensor, "b k 3"]
-    query_xy: Float[Tensor, "b n 2"]
+    @property
+    def known_xy(self) -> Float[Tensor, "b k 2"]: ...
+
+    @property
+    def known_rgb(self) -> Float[Tensor, "b k 3"]: ...
+
+    @property
+    def query_xy(self) -> Float[Tensor, "b n 2"]: ...
 
 
 class ScanStack(nn.Module):
@@ -122,7 +127,8 @@ class Perceiver(nn.Module):
         self.modulation = Modulation(width, 3, iterations) if config.modulation == "adaln" else None
 
     def keys(self, memory: Tensor, xy: Tensor, rgb: Tensor) -> list[Keys]:
-        return [block.cross.keys(memory, xy, rgb) for block in self.blocks]
+        crosses: list[Attention] = [block.cross for block in self.blocks]  # type: ignore[misc]
+        return [cross.keys(memory, xy, rgb) for cross in crosses]
 
     def forward(
         self,
@@ -140,7 +146,10 @@ class Perceiver(nn.Module):
         return tokens
 
 
-READOUTS = {"cross_attention": CrossReadout, "perceiver": Perceiver}
+READOUTS: dict[str, type[CrossReadout] | type[Perceiver]] = {
+    "cross_attention": CrossReadout,
+    "perceiver": Perceiver,
+}
 
 
 def gaussian_start(

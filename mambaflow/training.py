@@ -52,14 +52,14 @@ class TrainState:
             _decay_groups(self.model, train.weight_decay), lr=train.lr, fused=True
         )
         self.step = 0
-        self._pairs = list(zip(self.averaged.parameters(), self.model.parameters(), strict=True))
+        self._weights: list[Tensor] = [p.detach() for p in self.model.parameters()]
+        self._averaged: list[Tensor] = list(self.averaged.parameters())
 
     def average(self, decay: float) -> None:
         """Move the averaged weights; the decay is ramped up so that early ones are forgotten
         (Karras et al. 2024, without the power-law profile)."""
         ramped = min(decay, (1 + self.step) / (EMA_RAMP + self.step))
-        averaged, weights = [a for a, _ in self._pairs], [w.detach() for _, w in self._pairs]
-        torch._foreach_lerp_(averaged, weights, 1 - ramped)
+        torch._foreach_lerp_(self._averaged, self._weights, 1 - ramped)
 
 
 def _decay_groups(model: nn.Module, decay: float) -> list[dict]:

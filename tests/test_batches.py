@@ -1,7 +1,5 @@
 """The stream of batches is a function of (seed, step), the same for any number of workers."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -10,16 +8,9 @@ from hypothesis import strategies as st
 
 from mambaflow.batches import Batches, Layout, RowOrder
 from mambaflow.config import TrainConfig
+from mambaflow.shards import Rows
 
 SIZE, KNOWN, TARGET = 8, 12, 12
-
-
-@dataclass
-class Rows:
-    ids: np.ndarray
-    index: np.ndarray
-    rgb: np.ndarray
-    images: np.ndarray | None
 
 
 class Reader:
@@ -40,7 +31,7 @@ class Reader:
         index = index[:, : KNOWN + TARGET]
         rgb = np.take_along_axis(images, index[..., None], 1).reshape(len(numbers), -1)
         whole = images.reshape(len(numbers), -1).astype(np.uint8) if self.images else None
-        return Rows(numbers, index.astype(np.uint16), rgb.astype(np.uint8), whole)
+        return Rows(numbers, numbers, index.astype(np.uint16), rgb.astype(np.uint8), whole)
 
 
 def stream(config: TrainConfig, rank: int = 0, world: int = 1, count: int = 50) -> Batches:
