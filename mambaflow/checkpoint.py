@@ -4,24 +4,29 @@
       model.safetensors      weights
       averaged.safetensors   their exponential average, which is what is evaluated
       optimizer.safetensors  moments and step counts of the optimiser
-      checkpoint.json        format, step, configuration, scores; sha256 of the others; written last
+      checkpoint.json        format, step, configuration, scores; sha256 of the others and of
+                             itself; written last and removed first
 
-A directory without its checkpoint.json, or with a file that it does not describe, is refused.
+A directory without its checkpoint.json is no checkpoint; one with a file that it does not
+describe, or that differs from what it says, is refused.
 """
 
 import hashlib
 import json
 import logging
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
-from torch import Tensor
+from torch import Tensor, nn
 
-from mambaflow.config import RunConfig, from_dict, require, to_dict
+from mambaflow.config import RunConfig, differences, from_dict, to_dict
 from mambaflow.model import VelocityField
 from mambaflow.storage import Storage, at
 from mambaflow.training import TrainState
@@ -33,7 +38,11 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted; the message names it and what is wrong."""
+    """A checkpoint that cannot be used; the message names it and what is wrong."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Its bytes are not those that were written: an older checkpoint may still do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +65,35 @@ def name(step: int) -> str:
 def save(state: TrainState, index: Index, run: Storage) -> str:
     """Write a checkpoint into the run's storage, its index last; returns its folder name."""
     folder = name(index.step)
+    _remove(run, folder)  # what an interrupted save, or another past of this run, left there
     digests = {}
     for part, tensors in _parts(state).items():
         data = serialise({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
         run.write(f"{folder}/{part}.safetensors", data)
         digests[f"{part}.safetensors"] = hashlib.sha256(data).hexdigest()
-    text = json.dumps(
-        {
-            "format": FORMAT,
-            "step": index.step,
-            "scores": index.scores,
-            "finished": index.finished,
-            "torch": torch.__version__,
-            "config": to_dict(index.config),
-            "files": digests,
-        },
-        indent=2,
-    )
+    values = {
+        "format": FORMAT,
+        "step": index.step,
+        "scores": index.scores,
+        "finished": index.finished,
+        "torch": torch.__version__,
+        "config": to_dict(index.config),
+        "files": digests,
+    }
+    text = json.dumps(values | {"sha256": _digest(values)}, indent=2)
     run.write(f"{folder}/{INDEX}", text.encode())
     return folder
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """sha256 of JSON values, however they are laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(run: Storage, folder: str) -> None:
+    """The index goes first, so that a half-removed checkpoint is no checkpoint."""
+    run.delete(f"{folder}/{INDEX}")
+    run.delete_tree(f"{folder}/")
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
@@ -95,91 +114,170 @@ def saved_steps(run: Storage) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
+def _where(run: Storage, step: int) -> str:
+    return f"checkpoint {run.uri}/{name(step)}"
+
+
 def read_index(run: Storage, step: int) -> Index:
-    """What the checkpoint after `step` holds, its weights unread."""
-    where = f"checkpoint {run.uri}/{name(step)}"
+    """What the checkpoint after `step` holds, its weights unread.
+
+    Raises:
+        CheckpointError: another version of mambaflow wrote it, or it is damaged.
+    """
+    values = _read_values(run, step)
+    try:
+        config = from_dict(values["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{_where(run, step)} has a configuration that this mambaflow does not know: {error}; "
+            "use the version that wrote it"
+        ) from error
+    return Index(
+        step=step,
+        config=config,
+        scores=values["scores"],
+        files=values["files"],
+        finished=values["finished"],
+    )
+
+
+def _read_values(run: Storage, step: int) -> dict[str, Any]:
+    where = _where(run, step)
     try:
         values = json.loads(run.read(f"{name(step)}/{INDEX}"))
-        version = values["format"]
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{where} has format {version}, this mambaflow reads {FORMAT}; "
-                "use the version that wrote it"
-            )
-        return Index(
-            step=values["step"],
-            config=from_dict(values["config"]),
-            scores=values["scores"],
-            files=values["files"],
-            finished=values["finished"],
+        version, digest = values["format"], values.pop("sha256", None)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{where} is not there; there are steps {saved_steps(run)}"
+        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedCheckpointError(
+            f"{where} has an unreadable {INDEX}: {error!r}; remove the folder to go back"
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{where} has format {version}, this mambaflow reads {FORMAT}; "
+            "use the version that wrote it"
         )
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{where} has an unreadable {INDEX}: {error!r}") from error
+    if digest != _digest(values) or values["step"] != step:
+        raise DamagedCheckpointError(
+            f"{where} has an {INDEX} that was not written so; remove the folder to go back"
+        )
+    return values
 
 
 def restore(state: TrainState, run: Storage, step: int) -> Index:
     """Put the checkpoint after `step` into `state`, every file verified before any is used."""
     index = read_index(run, step)
-    parts = {part: _read_part(run, index, part) for part in PARTS}
-    where = f"checkpoint {run.uri}/{name(step)}"
-    try:
-        state.model.load_state_dict(parts["model"])
-        state.averaged.load_state_dict(parts["averaged"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{where} does not fit this model: {error}") from error
+    where = _where(run, step)
+    other = list(differences(index.config.model, state.model.config, "model."))
+    if other:
+        raise CheckpointError(
+            f"{where} is of another model ({'; '.join(other)}); build the model that it is of"
+        )
+    parts = _read_parts(run, index, PARTS)
+    for part, module in (("model", state.model), ("averaged", state.averaged)):
+        _require_fit(parts[part], module, f"{where}: {part}")
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in parts["optimizer"].items():
         number, moment = key.split(".", 1)
         moments.setdefault(int(number), {})[moment] = value
+    state.model.load_state_dict(parts["model"])
+    state.averaged.load_state_dict(parts["averaged"])
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.step = index.step
     return index
 
 
-def _read_part(run: Storage, index: Index, part: str) -> dict[str, Tensor]:
-    file = f"{part}.safetensors"
-    where = f"checkpoint {run.uri}/{name(index.step)}"
-    if file not in index.files:
-        raise CheckpointError(f"{where}: its {INDEX} does not list {file}")
+def _require_fit(saved: dict[str, Tensor], module: nn.Module, where: str) -> None:
+    """Refuse tensors of other names or shapes: the same configuration under changed code."""
+    have = {key: list(value.shape) for key, value in saved.items()}
+    want = {key: list(value.shape) for key, value in module.state_dict().items()}
+    odd = sorted(key for key in have.keys() | want.keys() if have.get(key) != want.get(key))
+    if odd:
+        key = odd[0]
+        raise CheckpointError(
+            f"{where} does not fit this model in {len(odd)} tensors, first {key}: "
+            f"{have.get(key)} saved, {want.get(key)} wanted; use the version that wrote it"
+        )
+
+
+def _read_parts(run: Storage, index: Index, parts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    folder = name(index.step)
+    there = {key.removeprefix(f"{folder}/") for key in run.list(f"{folder}/")}
+    strange = sorted(file for file in there - {INDEX, *index.files} if not file.startswith("."))
+    if strange:
+        raise CheckpointError(
+            f"{_where(run, index.step)} holds {strange}, which its {INDEX} does not describe; "
+            "move them elsewhere"
+        )
+    return {part: parse(_verified(run, index, f"{part}.safetensors")) for part in parts}
+
+
+def _verified(run: Storage, index: Index, file: str) -> bytes:
+    where = _where(run, index.step)
     try:
         data = run.read(f"{name(index.step)}/{file}")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{where} lacks {file}; remove the folder to go back") from error
+        raise DamagedCheckpointError(
+            f"{where} lacks {file}; remove the folder to go back"
+        ) from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != index.files[file]:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{where}: {file} ({len(data)} bytes) has sha256 {digest[:12]}…, {INDEX} says "
             f"{index.files[file][:12]}…; it is damaged, remove the folder to go back"
         )
-    return parse(data)
+    return data
 
 
 def restore_newest(state: TrainState, run: Storage) -> Index | None:
-    """Restore the newest sound checkpoint; a damaged one is logged and passed over."""
+    """Restore the newest sound checkpoint; a damaged one is logged and passed over.
+
+    Raises:
+        CheckpointError: one is of another model or version, or all are damaged.
+    """
     steps = saved_steps(run)
     for step in reversed(steps):
         try:
             return restore(state, run, step)
-        except CheckpointError as error:
+        except DamagedCheckpointError as error:
             log.warning("%s; trying the one before", error)
-    require(not steps, f"none of the {len(steps)} checkpoints in {run.uri} is sound; start anew")
+    if steps:
+        raise CheckpointError(
+            f"all {len(steps)} checkpoints in {run.uri} are damaged (steps {steps}); "
+            "start anew under another --run-name"
+        )
     return None
 
 
-def prune(run: Storage, best: int | None) -> None:
-    """Keep the newest checkpoint and the best one; the index of the others goes first, so that
-    a half-removed checkpoint is no checkpoint."""
-    for step in saved_steps(run)[:-1]:
-        if step != best:
-            run.delete(f"{name(step)}/{INDEX}")
-            run.delete_tree(f"{name(step)}/")
+def prune(run: Storage, newest: int, best: int | None) -> None:
+    """Keep the checkpoints after `newest` and `best`, and remove all else of their kind: older
+    ones, those past `newest`, which the run went back from, and what interrupted saves left."""
+    found = {match.group() for key in run.list("step_") if (match := re.match(r"step_\d+", key))}
+    for folder in sorted(found - {name(step) for step in (newest, best) if step is not None}):
+        _remove(run, folder)
 
 
-def best_step(run: Storage, score: str) -> int | None:
-    """Step of the complete checkpoint with the highest score, the earlier of equals."""
-    scored = [(read_index(run, s).scores.get(score, -torch.inf), -s) for s in saved_steps(run)]
-    return -max(scored)[1] if scored else None
+def best_step(run: Storage, score: str, until: int | None = None) -> int | None:
+    """Step of the checkpoint with the highest score, the earlier of equals; where none has the
+    score, the newest; None where there is no checkpoint.
+
+    Args:
+        until: look no further than this step.
+    """
+    steps = [step for step in saved_steps(run) if until is None or step <= until]
+    best, highest = (steps[-1] if steps else None), -math.inf
+    for step in steps:
+        try:
+            value = read_index(run, step).scores.get(score, math.nan)
+        except DamagedCheckpointError as error:
+            log.warning("%s; passed over", error)
+            continue
+        if value > highest:  # never of nan
+            best, highest = step, value
+    return best
 
 
 def load_model(
@@ -197,5 +295,7 @@ def load_model(
         raise CheckpointError(f"{storage.uri} holds no complete checkpoint; train a run first")
     index = read_index(storage, step)
     model = VelocityField(index.config.model)
-    model.load_state_dict(_read_part(storage, index, "averaged"))
+    parts = _read_parts(storage, index, ("averaged",))
+    _require_fit(parts["averaged"], model, f"{_where(storage, step)}: averaged")
+    model.load_state_dict(parts["averaged"])
     return model.to(device).eval().requires_grad_(False), index

@@ -346,7 +346,8 @@ class Worker:
             self.book.push()
             index = Index(step=step, config=self.config, scores=scores, finished=step == self.steps)
             checkpoint.save(self.state, index, self.run)
-            checkpoint.prune(self.run, checkpoint.best_step(self.run, BEST))
+            best = checkpoint.best_step(self.run, BEST, until=step)
+            checkpoint.prune(self.run, newest=step, best=best)
         self.world.reported({**scores, "step": step}, f"{self.run.uri}/{checkpoint.name(step)}")
 
     def report(self) -> None:

@@ -1,0 +1,67 @@
+"""A training run in a second: a model of a few thousand numbers, photographs of 12 x 12 pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mambaflow.config import ModelConfig, RunConfig, ScaleConfig, TrainConfig
+from mambaflow.sources import open_source, photograph
+from mambaflow.staging import StageConfig, in_process, stage
+
+SIZE, TRAIN, VALIDATION, TEST = 12, 40, 8, 16
+MODEL = ModelConfig(
+    d_model=16, num_layers=2, num_heads=2, frequencies=4, mlp_ratio=2, perceiver_iterations=1
+)
+FIT = TrainConfig(
+    epochs=4, batch_size=8, lr=2e-3, warmup_steps=2, ema_decay=0.9, share_at_zero=0.25,
+    weight_decay=0.01, log_every=4, eval_every=6, eval_images=4, test_images=4, sample_steps=1,
+)  # fmt: skip
+STEPS = FIT.epochs * TRAIN // FIT.batch_size
+"""20 steps, validated after 6, 12, 18 and 20."""
+
+FLAGS = [
+    "--no-ray", "--d-model=16", "--num-layers=2", "--num-heads=2", "--frequencies=4",
+    "--mlp-ratio=2", "--perceiver-iterations=1", "--epochs=4", "--batch-size=8", "--lr=2e-3",
+    "--warmup-steps=2", "--ema-decay=0.9", "--share-at-zero=0.25", "--weight-decay=0.01",
+    "--log-every=4", "--eval-every=6", "--eval-images=4", "--test-images=4", "--sample-steps=1",
+]  # fmt: skip
+"""The same run for the command line."""
+
+CPU = torch.device("cpu")
+
+
+def images(folder: Path) -> Path:
+    """A folder of pictures by class, cut from photographs; training and test from other ones."""
+    cuts = {"train": ("coffee.png", TRAIN + VALIDATION), "test": ("chelsea.png", TEST)}
+    for split, (name, count) in cuts.items():
+        picture = photograph(name)
+        for i in range(count):
+            top, left = 4 * SIZE * (i // 8), 4 * SIZE * (i % 8)
+            crop = picture[top : top + 4 * SIZE, left : left + 4 * SIZE]
+            small = crop.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3)).astype(np.uint8)
+            path = folder / split / "any" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(small).save(path)
+    return folder
+
+
+def staged(folder: Path, full_images: bool = True) -> Path:
+    """The pictures as shards of 16 rows."""
+    source = images(folder / "images")
+    config = StageConfig(
+        source=str(source), out=str(folder / "shards"), validation=VALIDATION,
+        full_images=full_images, rows_per_shard=16, ray=False,
+    )  # fmt: skip
+    stage(config, open_source(str(source)), in_process(open_source(str(source))))
+    return folder / "shards"
+
+
+def run_config(data: Path, storage: Path, name: str, **train: object) -> RunConfig:
+    """The run."""
+    fit = TrainConfig(**{**vars(FIT), **train})
+    return RunConfig(
+        run_name=name, storage=str(storage), data=str(data), model=MODEL, train=fit,
+        scale=ScaleConfig(ray=False),
+    )  # fmt: skip
