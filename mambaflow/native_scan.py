@@ -9,13 +9,15 @@ from torch.autograd.function import once_differentiable
 
 from mambaflow.native import LANES, NativeError, library
 
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_STATES, MAX_TAPS = 64, 8  # as in scan.cpp
 GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
 
 
-def serves(x: Tensor) -> bool:
-    """Whether there are compiled kernels for tensors like this one: on CPU, not double."""
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
-    return x.device.type == "cpu" and x.dtype in kinds and library() is not None
+def serves(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
+    """Whether there are compiled kernels for this: on CPU, not double, within their sizes."""
+    fits = states <= MAX_STATES and taps <= MAX_TAPS
+    return x.device.type == "cpu" and x.dtype in KINDS and fits and library() is not None
 
 
 def scan(
@@ -27,18 +29,53 @@ def scan(
     D: Float[Tensor, " d"],
     z: Float[Tensor, "b n d"] | None = None,
 ) -> Float[Tensor, "b n d"]:
-    """The gated selective scan in float32, whatever comes in; see `ssm.selective_scan`."""
-    dtype = u.dtype
+    """The gated selective scan in float32, from half precisions too; see `ssm.selective_scan`.
+
+    Raises:
+        ValueError: a tensor of another shape, on another device or in double precision, or more
+            than 64 states: the kernel reads raw memory.
+    """
+    (b, n, d), s = u.shape, A.shape[-1]
+    within("states of A", s, MAX_STATES)
+    check(u=(u, (b, n, d)), dt=(dt, (b, n, d)), A=(A, (d, s)), B=(B, (b, n, s)), C=(C, (b, n, s)))
+    check(D=(D, (d,)), z=(z, (b, n, d)))
     given = [None if x is None else _dense(x) for x in (u, dt, A, B, C, D, z)]
-    return _Scan.apply(*given).to(dtype)
+    return _Scan.apply(*given, _wanted(*given)).to(u.dtype)
 
 
 def conv(
     x: Float[Tensor, "b n d"], weight: Float[Tensor, "d 1 w"], bias: Float[Tensor, " d"]
 ) -> Float[Tensor, "b n d"]:
-    """silu of the causal convolution, in float32, whatever comes in; see `ssm.causal_conv`."""
-    taps = weight.squeeze(1).t().float().contiguous()
-    return _Conv.apply(_dense(x), taps, bias.float()).to(x.dtype)
+    """silu of the causal convolution in float32; see `ssm.causal_conv`.
+
+    Raises:
+        ValueError: as `scan`; more than 8 taps.
+    """
+    (b, n, d), taps = x.shape, weight.shape[-1]
+    within("taps of weight", taps, MAX_TAPS)
+    check(x=(x, (b, n, d)), weight=(weight, (d, 1, taps)), bias=(bias, (d,)))
+    turned = weight.squeeze(1).t().float().contiguous()
+    return _Conv.apply(_dense(x), turned, bias.float().contiguous()).to(x.dtype)
+
+
+def within(what: str, number: int, most: int) -> None:
+    """Refuse what the kernels' registers have no room for."""
+    if not 1 <= number <= most:
+        raise ValueError(f"{what} (={number}) must be 1 to {most} here; use backend='chunked'")
+
+
+def check(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse tensors that the kernels, which see addresses alone, would misread."""
+    for name, (x, shape) in tensors.items():
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"{name} (of shape {tuple(x.shape)}) must have shape {shape}")
+        if x.device.type != "cpu" or x.dtype not in KINDS:
+            raise ValueError(
+                f"{name} (={x.dtype} on {x.device}) must be float32, bfloat16 or float16 on cpu "
+                "for the native kernel; use backend='auto'"
+            )
 
 
 def _kernels() -> ctypes.CDLL:
@@ -52,6 +89,11 @@ def _dense(x: Tensor) -> Tensor:
     """Float32, last dimension dense; rows may be part of wider ones."""
     x = x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _wanted(*inputs: Tensor | None) -> bool:
+    """Whether a backward pass may come, and states must be kept for it."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -68,13 +110,13 @@ def _shape(numbers: list[int]) -> ctypes.Array:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, z):
+    def forward(ctx, u, dt, A, B, C, D, z, keep):
         kernels = _kernels()
         (b, n, d), s = u.shape, A.shape[1]
         A, D = A.contiguous(), D.contiguous()
         y = u.new_empty(b, n, d)
         kept = None
-        if any(ctx.needs_input_grad):
+        if keep:
             chunk = kernels.mambaflow_chunk()
             kept = u.new_empty(b, -(-n // chunk), -(-d // LANES), s, LANES)
         shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
@@ -89,8 +131,9 @@ class _Scan(torch.autograd.Function):
         u, dt, A, B, C, D, z, kept = ctx.saved_tensors
         (b, n, d), s = u.shape, A.shape[1]
         dy = dy.contiguous()
-        groups = max(1, min(GROUPS // b, -(-d // LANES)))
-        du, ddt, dz = (u.new_empty(b, n, d) for _ in range(3))
+        groups = max(1, min(GROUPS // max(b, 1), -(-d // LANES)))
+        du, ddt = u.new_empty(b, n, d), u.new_empty(b, n, d)
+        dz = None if z is None else u.new_empty(b, n, d)
         dA, dD = u.new_empty(b, d, s), u.new_empty(b, d)
         dB, dC = u.new_empty(groups, b, n, s), u.new_empty(groups, b, n, s)
         shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
@@ -98,7 +141,7 @@ class _Scan(torch.autograd.Function):
         _kernels().mambaflow_scan_backward(
             shape, *given, ctypes.c_int64(groups), torch.get_num_threads()
         )
-        return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), None if z is None else dz
+        return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, None
 
 
 class _Conv(torch.autograd.Function):

@@ -102,9 +102,15 @@ def scan_cuda(
     """mamba-ssm's kernel, which takes channels before tokens."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    turned = [None if x is None else x.transpose(1, 2) for x in (u, dt, B, C, z)]
-    u_t, dt_t, B_t, C_t, z_t = turned
-    y = selective_scan_fn(u_t, dt_t, A, B_t, C_t, D, z=z_t, delta_softplus=True)
+    def turned(x: Tensor) -> Tensor:
+        return x.to(u.dtype).transpose(1, 2)
+
+    gate = None if z is None else turned(z)
+    # Its A and D are float32 always; what is of tokens shares one precision.
+    y = selective_scan_fn(
+        turned(u), turned(dt), A.float(), turned(B), turned(C), D.float(), z=gate,
+        delta_softplus=True,
+    )  # fmt: skip
     return y.transpose(1, 2)
 
 
@@ -140,17 +146,19 @@ def selective_scan(
         ValueError: an unknown backend.
     """
     if backend == "auto":
-        backend = fastest(u)
+        backend = fastest(u, A.shape[-1])
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    if not u.numel():  # nothing to scan, and gradients of nothing are zero
+        return _finish(u * dt, u, D, z) + 0 * (A.sum() + B.sum() + C.sum())
     return BACKENDS[backend](u, dt, A, B, C, D, z)
 
 
-def fastest(u: Tensor) -> str:
-    """The backend that "auto" takes for a tensor like this one."""
+def fastest(u: Tensor, states: int) -> str:
+    """The backend that "auto" takes for a tensor like this one, with this many states."""
     if u.is_cuda:
         return "cuda" if _has_mamba_ssm() else "chunked"
-    return "native" if native_scan.serves(u) else "chunked"
+    return "native" if native_scan.serves(u, states=states) else "chunked"
 
 
 @cache
@@ -168,9 +176,9 @@ def causal_conv(
     x: Float[Tensor, "b n d"], weight: Float[Tensor, "d 1 w"], bias: Float[Tensor, " d"]
 ) -> Float[Tensor, "b n d"]:
     """silu of each channel's convolution with its own past; weight as nn.Conv1d keeps it."""
-    if native_scan.serves(x):
-        return native_scan.conv(x, weight, bias)
     taps, n = weight.shape[-1], x.shape[1]
+    if native_scan.serves(x, taps=taps):
+        return native_scan.conv(x, weight, bias)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps - 1, groups=x.shape[-1])
     return F.silu(y[..., :n]).transpose(1, 2)
 
