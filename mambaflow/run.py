@@ -188,7 +188,7 @@ def open_run(config: RunConfig) -> Storage:
 
     Raises:
         ValueError: the name is taken and resume is off; or resume is on and the run is missing,
-            or was another model or other training.
+            was another model or other training, or is already longer.
     """
     run = at(config.storage).child(config.run_name)
     if not run.exists(CONFIG):
@@ -212,11 +212,19 @@ def open_run(config: RunConfig) -> Storage:
 
 
 # What may change when a run goes on: how long, how often it is looked at, not what it learns.
+# With other epochs the learning rate goes on along the other cosine from the step it is at: a
+# finished run with more epochs starts again at a higher rate, and ends where no straight run does.
 ELASTIC = ("epochs", "log_every", "eval_every", "eval_images", "test_images", "sample_steps")
 
 
 def _same_run(config: RunConfig, run: Storage) -> None:
-    before = from_json(run.read(CONFIG))
+    try:
+        before = from_json(run.read(CONFIG))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run.uri}/{CONFIG} is not of this version of mambaflow: {error}; "
+            "resume with the version that wrote it"
+        ) from error
     changed = [*differences(before.model, config.model, "model.")]
     changed += [
         line
@@ -230,26 +238,55 @@ def _same_run(config: RunConfig, run: Storage) -> None:
         f"run_name (={config.run_name!r}) cannot resume with another configuration "
         f"({'; '.join(changed)}); give the same flags, or another --run-name",
     )
+    rows, batch_size = len(ShardSet(config.data, "train")), config.train.batch_size
+    steps, newest = _steps(config, rows), max(checkpoint.saved_steps(run), default=0)
+    require(
+        newest <= steps,
+        f"epochs (={config.train.epochs}) end at step {steps}, and run_name "
+        f"(={config.run_name!r}) is already at step {newest}; "
+        f"use --epochs {-(-newest * batch_size // rows)} or more",
+    )
+    if before.train.epochs != config.train.epochs:
+        log.warning(
+            "epochs: %d -> %d; the learning rate goes on along the other cosine",
+            before.train.epochs,
+            config.train.epochs,
+        )
+
+
+def _steps(config: RunConfig, rows: int) -> int:
+    """Steps of the whole run, at least one."""
+    return config.train.epochs * rows // config.train.batch_size or 1
 
 
 def check_data(config: RunConfig) -> None:
     """Refuse data that the run could not use, before a worker starts.
 
+    Reads the manifests, the first training shard and the held-out images. A damaged later shard
+    is found by the worker that first needs it.
+
     Raises:
-        ValueError: a split is missing, or its shards do not fit the configuration.
+        ValueError: a split is missing, damaged, or does not fit the others or the configuration.
     """
     splits = {split: ShardSet(config.data, split) for split in ("train", "validation", "test")}
-    layout = Layout.of(splits["train"].recipe, config.model)
-    batches = Batches(splits["train"], layout, config.train)
+    recipe = splits["train"].recipe
+    Batches(splits["train"], Layout.of(recipe, config.model), config.train)
     require(
-        config.train.masks == "strict" or splits["train"].recipe.full_images,
+        config.train.masks == "strict" or recipe.full_images,
         f"masks (={config.train.masks!r}) needs whole training images, and {config.data} holds "
         "only the staged pixels; stage again with --full-images, or use --masks strict",
     )
-    require(
-        batches.steps_per_epoch * config.train.epochs > 0 and len(splits["validation"]) > 0,
-        f"data (={config.data}) must hold training and validation images; stage more",
-    )
+    splits["train"].rows(np.arange(1))
+    held_out = {"validation": config.train.eval_images, "test": config.train.test_images}
+    for split, count in held_out.items():
+        other = splits[split].recipe
+        require(
+            len(splits[split]) > 0 and (other.size, other.known) == (recipe.size, recipe.known),
+            f"data (={config.data}) must hold {split} images, staged as the training ones "
+            f"({recipe.known} known pixels of {recipe.size} x {recipe.size}), and holds "
+            f"{len(splits[split])} ({other.known} of {other.size} x {other.size}); stage it again",
+        )
+        splits[split].rows(np.arange(min(count, len(splits[split]))))
 
 
 def train(config: RunConfig, world: World) -> Outcome:
@@ -258,11 +295,12 @@ def train(config: RunConfig, world: World) -> Outcome:
     shards = ShardSet(config.data, "train")
     layout = Layout.of(shards.recipe, config.model)
     batches = Batches(shards, layout, config.train, world.rank, world.size)
-    steps = config.train.epochs * len(shards) // config.train.batch_size or 1
+    steps = _steps(config, len(shards))
     state = TrainState(config.model, config.train, world.device)
     index = checkpoint.restore_newest(state, run)
     if index is not None:
         log.info("resumed %s after step %d", config.run_name, index.step)
+    _require_together(state.step, world)
     worker = Worker(config, world, run, state, layout, steps)
     try:
         outcome = worker.train(batches)
@@ -271,6 +309,17 @@ def train(config: RunConfig, world: World) -> Outcome:
     finally:
         worker.close()
     return outcome
+
+
+def _require_together(step: int, world: World) -> None:
+    """Every worker must have restored the same checkpoint, or their gradients would mix."""
+    total = int(world.total(torch.tensor(step, device=world.device)))
+    if total != step * world.size:
+        raise RuntimeError(
+            f"worker {world.rank} is after step {step}, the {world.size} workers on average after "
+            f"{total / world.size:g}: some read a checkpoint that others found damaged; "
+            "look for the warning in their logs"
+        )
 
 
 class Worker:
@@ -312,8 +361,9 @@ class Worker:
         config, last = self.config.train, progress.step == self.steps
         if progress.step % config.log_every == 0 or last:
             self._log(progress)
-        if progress.step % config.eval_every == 0 or last or stopped:
-            self._save(progress.step, validating=not stopped)
+        due = progress.step % config.eval_every == 0 or last
+        if due or stopped:
+            self._save(progress.step, validating=due)
             self._clock, self._clock_step = time.perf_counter(), progress.step
 
     def _log(self, progress: Progress) -> None:
@@ -336,7 +386,7 @@ class Worker:
         self.world.pin(Point(progress.step, self.steps, loss, rate))
 
     def _save(self, step: int, validating: bool) -> None:
-        """Validate, then save; a run that was asked to stop has no time to validate."""
+        """Validate, then save; a run that stops between two validations is saved as it is."""
         scores: dict[str, float] = {}
         if self.book is not None:
             if validating:
