@@ -7,6 +7,7 @@ One Ray task makes one shard. A staging that stopped goes on where it was: finis
 kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
 """
 
+import itertools
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 import tyro
 from tqdm import tqdm
 
-from mambaflow.sources import Source, SourceError, open_source
+from mambaflow.sources import Source, open_source
 from mambaflow.staging import Done, StageConfig, Task, in_process, make, stage
 
 IN_FLIGHT = 64
@@ -26,12 +27,14 @@ def on_ray(tasks: list[Task]) -> Iterator[Done]:
     from mambaflow.distributed import connect, ray
 
     with connect():
-        remote = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError])(make)
-        waiting, running = list(reversed(tasks)), []
-        while waiting or running:
-            while waiting and len(running) < IN_FLIGHT:
-                running.append(remote.remote(waiting.pop()))
+        remote = ray.remote(make).options(
+            num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError]
+        )
+        running = [remote.remote(task) for task in tasks[:IN_FLIGHT]]
+        waiting = iter(tasks[IN_FLIGHT:])
+        while running:
             done, running = ray.wait(running)
+            running += [remote.remote(task) for task in itertools.islice(waiting, len(done))]
             try:
                 yield ray.get(done[0])
             except ray.exceptions.RayTaskError as error:
@@ -47,11 +50,11 @@ def shown(tasks: list[Task], config: StageConfig, source: Source) -> Iterator[Do
 def main(argv: list[str] | None = None) -> int:
     """Parse, stage, say what was done; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    config = tyro.cli(StageConfig, args=argv, description=__doc__)
     try:
+        config = tyro.cli(StageConfig, args=argv, description=__doc__)
         source = open_source(config.source)
         done = stage(config, source, lambda tasks: shown(tasks, config, source))
-    except (SourceError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"staged {config.source} to {config.out}: {done}")

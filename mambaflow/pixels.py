@@ -9,6 +9,7 @@ from torch import Tensor
 from mambaflow.randomness import words
 
 KEY_BITS = 10
+PLACE_BITS = 16  # of a pixel in its image, hence at most 256 x 256 pixels
 
 
 def choose(
@@ -30,13 +31,28 @@ def choose(
         draw: 0 for the mask of the data set, epoch + 1 for the fresh mask of an epoch.
     """
     pixels = size * size
+    if pixels > 1 << PLACE_BITS:
+        raise ValueError(f"size (={size}) must be at most 256; crop or reduce the images")
     if not (known > 0 and target >= 0 and known + target <= pixels):
         raise ValueError(
             f"known (={known}) + target (={target}) must be in [1, {pixels}], the pixels of an "
             f"image of size {size}; use ratios that add up to at most 1"
         )
-    ranks = words(seed, f"mask/{split}", draw, ids, pixels)
-    return ranks.argsort(dim=-1, stable=True)[:, : known + target]
+    return _ranked(words(seed, f"mask/{split}", draw, ids, pixels))[:, : known + target]
+
+
+def _ranked(words: Int[Tensor, "m pixels"]) -> Int[Tensor, "m pixels"]:
+    """Stable argsort of 32-bit words, by sorting them with their places in the low bits.
+
+    NumPy sorts whole numbers with vector instructions, several times faster than an argsort.
+    """
+    pixels = words.shape[-1]
+    packed = words << PLACE_BITS | torch.arange(pixels, device=words.device)
+    if packed.is_cuda:
+        packed = packed.sort(-1).values
+    else:
+        packed.numpy().sort(-1)
+    return packed & ((1 << PLACE_BITS) - 1)
 
 
 def coordinates(index: Int[Tensor, "*m"], size: int) -> Float[Tensor, "*m 2"]:

@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import tempfile
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,10 +77,35 @@ class Rows:
         columns = (self.ids, self.labels, self.index, self.rgb, self.images)
         return sum(c.nbytes for c in columns if c is not None)
 
+    @classmethod
+    def blank(cls, rows: int, recipe: Recipe) -> "Rows":
+        """Room for rows; the system gives it memory as it is first written to."""
+        pixels, values = recipe.known + recipe.target, 3 * recipe.size**2
+        return cls(
+            np.empty(rows, np.int64),
+            np.empty(rows, np.int8),
+            np.empty((rows, pixels), np.uint16),
+            np.empty((rows, 3 * pixels), np.uint8),
+            np.empty((rows, values), np.uint8) if recipe.full_images else None,
+        )
+
     def take(self, rows: Int[np.ndarray, " m"]) -> "Rows":
-        """Some of the rows."""
-        images = None if self.images is None else self.images[rows]
-        return Rows(self.ids[rows], self.labels[rows], self.index[rows], self.rgb[rows], images)
+        """Some of the rows, copied."""
+        return Rows(
+            self.ids.take(rows),
+            self.labels.take(rows),
+            self.index.take(rows, axis=0),
+            self.rgb.take(rows, axis=0),
+            None if self.images is None else self.images.take(rows, axis=0),
+        )
+
+    def put(self, first: int, rows: "Rows") -> None:
+        """Copy rows in, from place `first` on."""
+        here = slice(first, first + len(rows))
+        self.ids[here], self.labels[here] = rows.ids, rows.labels
+        self.index[here], self.rgb[here] = rows.index, rows.rgb
+        if self.images is not None:
+            self.images[here] = rows.images
 
 
 def encode(
@@ -117,7 +140,10 @@ def to_bytes(rows: Rows, recipe: Recipe) -> bytes:
     about = json.dumps({"format": FORMAT, "hash": recipe.hash, **asdict(recipe)}, sort_keys=True)
     table = pa.table(columns).replace_schema_metadata({RECIPE_KEY: about.encode()})
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    # Parquet knows no integers below 32 bits: split into byte streams, the empty ones vanish.
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=False, column_encoding="BYTE_STREAM_SPLIT"
+    )
     return sink.getvalue()
 
 
@@ -156,11 +182,15 @@ def from_bytes(data: bytes, name: str) -> tuple[Rows, Recipe]:
 def _recipe(metadata: dict[bytes, bytes], name: str) -> Recipe:
     if RECIPE_KEY not in metadata:
         raise ShardError(f"shard {name} has no mambaflow metadata: it is another kind of Parquet")
-    about = json.loads(metadata[RECIPE_KEY])
-    if about.pop("format") != FORMAT:
-        raise ShardError(f"shard {name} has another format than {FORMAT}; stage the data again")
-    about.pop("hash")
-    return Recipe(**about)
+    try:
+        about = json.loads(metadata[RECIPE_KEY])
+        found = about.pop("format")
+        if found != FORMAT:
+            raise ShardError(f"shard {name} has format {found}, not {FORMAT}; stage the data again")
+        about.pop("hash")
+        return Recipe(**about)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"shard {name} has damaged metadata: {error!r}") from error
 
 
 def _lists(table: pa.Table, column: str, width: int, name: str) -> np.ndarray:
@@ -241,55 +271,88 @@ def read_manifest(split: Storage) -> Manifest:
 class ShardSet:
     """A split's rows by number, opening only the shards that hold them.
 
-    Shards in S3 are fetched once per node into a cache that its processes share; the least
-    recently used decoded ones make room when they pass `memory` bytes.
+    Open shards lie side by side in one piece of memory, so that a batch is one gather per
+    column. Beyond `memory` bytes the one unused for longest makes room. Shards in S3 are fetched
+    once per node, into a cache that its processes share.
     """
 
     def __init__(
-        self, uri: str, split: str, cache: Path | None = None, memory: int = MEMORY_BYTES
+        self, uri: str, split: str, *, cache: Path | None = None, memory: int = MEMORY_BYTES
     ) -> None:
         self.storage = at(uri).child(split)
         self.manifest = read_manifest(self.storage)
         self.cache = cache or Path(tempfile.gettempdir()) / f"mambaflow-shards-{os.getuid()}"
-        self.memory = memory
-        self.ends = np.cumsum([shard.rows for shard in self.manifest.shards], dtype=np.int64)
-        self.decoded: OrderedDict[int, Rows] = OrderedDict()
+        rows = np.array([shard.rows for shard in self.manifest.shards], np.int64)
+        self._ends, self._starts = rows.cumsum(), rows.cumsum() - rows
+        self._stride = max(1, int(rows.max(initial=0)))
+        slot_bytes = self._stride * Rows.blank(1, self.recipe).nbytes
+        self.capacity = min(max(1, memory // slot_bytes), max(1, len(rows)))
+        """Shards that may be open at once."""
+        self._open = Rows.blank(self.capacity * self._stride, self.recipe)
+        self._slots = np.full(len(rows), -1)
+        self._used = np.zeros(len(rows), np.int64)
+        self._clock = 0
 
     @property
     def recipe(self) -> Recipe:
         """How the split was staged."""
         return self.manifest.recipe
 
+    @property
+    def opened(self) -> list[int]:
+        """The shards that are open."""
+        return np.flatnonzero(self._slots >= 0).tolist()
+
     def __len__(self) -> int:
         return self.manifest.rows
 
     def rows(self, row_numbers: Int[np.ndarray, " m"]) -> Rows:
-        """Rows in the order asked for."""
+        """Rows in the order asked for.
+
+        Raises:
+            ValueError: a number beyond the rows of the split.
+            ShardError: a shard that is missing or damaged.
+        """
         if len(row_numbers) and not (0 <= row_numbers.min() and row_numbers.max() < len(self)):
             raise ValueError(
                 f"row_numbers ({row_numbers.min()} to {row_numbers.max()}) must be in "
                 f"[0, {len(self)}), the rows of {self.storage.uri}"
             )
-        shard = np.searchsorted(self.ends, row_numbers, side="right")
-        parts, places = [], []
-        for number in np.unique(shard).tolist():
-            here = np.flatnonzero(shard == number)
-            first = self.ends[number] - self.manifest.shards[number].rows
-            parts.append(self.shard(number).take(row_numbers[here] - first))
-            places.append(here)
-        return _joined(parts).take(np.argsort(np.concatenate(places)))
+        shards = np.searchsorted(self._ends, row_numbers, side="right")
+        wanted = np.unique(shards)
+        if len(wanted) > self.capacity:
+            return self._in_turns(row_numbers, shards)
+        self._admit(wanted)
+        inside = row_numbers - self._starts[shards]
+        return self._open.take(self._slots[shards] * self._stride + inside)
 
-    def shard(self, number: int) -> Rows:
-        """All rows of one shard, verified when it is first read."""
-        if number in self.decoded:
-            self.decoded.move_to_end(number)
-            return self.decoded[number]
-        info = self.manifest.shards[number]
-        rows = self._verified(info)
-        self.decoded[number] = rows
-        while len(self.decoded) > 1 and sum(r.nbytes for r in self.decoded.values()) > self.memory:
-            self.decoded.popitem(last=False)
-        return rows
+    def _in_turns(self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray) -> Rows:
+        """Rows of more shards than may be open at once, some shards after the others."""
+        found = Rows.blank(len(row_numbers), self.recipe)
+        order, first = np.argsort(shards, kind="stable"), 0
+        for some in np.array_split(order, 2):
+            found.put(first, self.rows(row_numbers[some]))
+            first += len(some)
+        return found.take(np.argsort(order))
+
+    def _admit(self, wanted: Int[np.ndarray, " s"]) -> None:
+        """Open the shards that are not open yet."""
+        self._clock += 1
+        self._used[wanted] = self._clock
+        for number in wanted[self._slots[wanted] < 0].tolist():
+            rows = self._verified(self.manifest.shards[number])
+            slot = self._free_slot()
+            self._open.put(slot * self._stride, rows)
+            self._slots[number] = slot
+
+    def _free_slot(self) -> int:
+        opened = np.flatnonzero(self._slots >= 0)
+        if len(opened) < self.capacity:
+            return int(np.setdiff1d(np.arange(self.capacity), self._slots[opened])[0])
+        oldest = opened[self._used[opened].argmin()]
+        slot = int(self._slots[oldest])
+        self._slots[oldest] = -1
+        return slot
 
     def _verified(self, info: ShardInfo) -> Rows:
         where = f"{self.storage.uri}/{info.name}"
@@ -312,27 +375,14 @@ class ShardSet:
         return rows
 
     def _fetch(self, info: ShardInfo) -> bytes:
+        """A shard's bytes, through the node's cache where it is far away."""
         if self.storage.is_local:
             return self.storage.read(info.name)
         path = self.cache / f"{info.sha256}.parquet"
         self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not (path.exists() and path.stat().st_size == info.bytes):
+            data = path.read_bytes() if path.exists() else b""
+            if hashlib.sha256(data).hexdigest() != info.sha256:
                 self.storage.download(info.name, path)
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != info.sha256:
-            path.unlink()  # so that a damaged copy is fetched anew next time
+                data = path.read_bytes()
         return data
-
-
-def _joined(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    whole = [p.images for p in parts if p.images is not None]
-    return Rows(
-        np.concatenate([p.ids for p in parts]),
-        np.concatenate([p.labels for p in parts]),
-        np.concatenate([p.index for p in parts]),
-        np.concatenate([p.rgb for p in parts]),
-        np.concatenate(whole) if whole else None,
-    )

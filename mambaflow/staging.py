@@ -1,7 +1,10 @@
 """Staging: from a source's images to a split's shards, in parallel and restartable.
 
-A shard's name in a split says its place, and a small note beside it what it holds, so that a
-staging that stopped half-way goes on where it was, and one with another recipe is refused.
+    <root>/train/staging/claim.json               what is staged there: written first, by the first
+    <root>/train/staging/shard-00000.parquet.json a note: this shard is whole, and its checksum
+
+A staging that stopped goes on where it was: a shard is kept if it has its note and its checksum.
+Two stagings of the same images write the same bytes; another one finds the claim, and is refused.
 """
 
 import hashlib
@@ -9,7 +12,9 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,16 +23,19 @@ from mambaflow.shards import (
     MANIFEST,
     Manifest,
     Recipe,
+    ShardError,
     ShardInfo,
     encode,
+    read_manifest,
     shard_name,
     to_bytes,
     write_manifest,
 )
-from mambaflow.sources import Source, SourceError, open_source
-from mambaflow.storage import Storage, at
+from mambaflow.sources import Item, Pixels, Source, SourceError, open_source
+from mambaflow.storage import Storage, StorageError, at
 
-NOTES = "staging"
+CLAIM, NOTES = "staging/claim.json", "staging"
+LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
 
 
@@ -36,9 +44,12 @@ class StageConfig:
     """What to stage, how, and where."""
 
     source: str = "sample"
-    """sample, cifar10, a .parquet file, a folder of them, or a folder of images by class."""
+    """sample, cifar10, a .parquet file, a folder with train*.parquet and test*.parquet, or a folder
+    of images by class."""
     out: str = "data/sample"
     """Where to: a folder or s3://bucket/prefix."""
+    size: int = 32
+    """Side of the images in pixels; an image of another shape is refused by name."""
     known_ratio: float = 0.2
     """Share of the pixels that are known."""
     target_ratio: float = 0.2
@@ -46,13 +57,14 @@ class StageConfig:
     mask_seed: int = 42
     """Seed of the masks."""
     validation: int = 256
-    """Training images held out for validation."""
+    """Training images held out for validation, and as many again for testing where the source
+    has no test images."""
     full_images: bool = False
     """Keep whole training images too, for training with fresh masks."""
     rows_per_shard: int = 1024
     """Images in a shard."""
-    on_corrupt: str = "stop"
-    """A corrupt image: stop, or count it and leave it out."""
+    on_corrupt: Literal["stop", "count"] = "stop"
+    """A corrupt image is named, and stops the staging, or is counted and left out."""
     limit: int = 0
     """Stage only as many training images as this; 0: all."""
     ray: bool = True
@@ -68,28 +80,80 @@ class StageConfig:
             f"known_ratio + target_ratio (={total:g}) must be at most 1: the two are disjoint; "
             "use 0.2 and 0.2",
         )
+        require(1 <= self.size <= 256, f"size (={self.size}) must be in [1, 256]; use 32")
         require(
-            self.on_corrupt in ("stop", "count"),
-            f"unknown on_corrupt {self.on_corrupt!r}; valid: stop, count",
+            self.known > 0,
+            f"known_ratio (={self.known_ratio}) keeps no pixel of {self.size} x {self.size}; "
+            f"use at least {1 / self.size**2:.3g}",
         )
-        require(0 <= self.mask_seed < 2**32, f"mask_seed (={self.mask_seed}) must be in [0, 2^32)")
+        require(
+            0 <= self.mask_seed < 2**32,
+            f"mask_seed (={self.mask_seed}) must be in [0, 2^32); use 42",
+        )
         for name in ("rows_per_shard", "validation"):
             value = getattr(self, name)
             require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
         require(self.limit >= 0, f"limit (={self.limit}) must not be negative; use 0 for all")
 
+    @property
+    def known(self) -> int:
+        """Known pixels of an image."""
+        return int(self.known_ratio * self.size**2)
+
+    @property
+    def target(self) -> int:
+        """Pixels of an image that training asks for."""
+        return int(self.target_ratio * self.size**2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split to stage: which images, how, and where to."""
+
+    source: str
+    images: str
+    out: str
+    recipe: Recipe
+    stored_split: str
+    places: np.ndarray
+    on_corrupt: str
+
+    @property
+    def storage(self) -> Storage:
+        """Where its shards go."""
+        return at(self.out).child(self.recipe.split)
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """All that the bytes of its shards depend on."""
+        places = hashlib.sha256(self.places.astype(np.int64).tobytes()).hexdigest()[:16]
+        about = {"images": self.images, "count": len(self.places), "places": places}
+        return asdict(self.recipe) | about
+
+    def tasks(self) -> Iterator["Task"]:
+        """Its shards."""
+        rows = self.recipe.rows_per_shard
+        claim = hashlib.sha256(_json(self.claim)).hexdigest()
+        for number, first in enumerate(range(0, len(self.places), rows)):
+            places = self.places[first : first + rows]
+            yield Task(
+                self.source, self.out, self.recipe, self.stored_split, places, number,
+                self.on_corrupt, claim,
+            )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to make."""
+    """One shard to make, for a worker anywhere."""
 
     source: str
     out: str
     recipe: Recipe
     stored_split: str
-    places: tuple[int, ...]
+    places: np.ndarray
     number: int
     on_corrupt: str
+    claim: str
 
 
 @dataclass(frozen=True)
@@ -102,111 +166,145 @@ class Done:
     corrupt: list[str]
 
 
-def plan(config: StageConfig, source: Source) -> list[Task]:
-    """Every shard of every split.
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def plan(config: StageConfig, source: Source) -> list[Part]:
+    """Every split, with addresses that mean the same to every process.
 
     Raises:
-        SourceError: the first image is corrupt, or not square.
+        SourceError: the source has too few images.
     """
-    size = _size(source)
-    pixels = size * size
-    tasks = []
+    out, parts = at(config.out).uri, []
     for split, (stored, places) in source.splits(config.validation).items():
-        if split == "train" and config.limit:
-            places = places[: config.limit]
         recipe = Recipe(
             source=source.name,
             split=split,
-            size=size,
-            known=int(config.known_ratio * pixels),
-            target=int(config.target_ratio * pixels),
+            size=config.size,
+            known=config.known,
+            target=config.target,
             mask_seed=config.mask_seed,
             full_images=config.full_images or split != "train",
             rows_per_shard=config.rows_per_shard,
         )
-        for number, first in enumerate(range(0, len(places), config.rows_per_shard)):
-            chosen = tuple(places[first : first + config.rows_per_shard].tolist())
-            tasks.append(
-                Task(config.source, config.out, recipe, stored, chosen, number, config.on_corrupt)
-            )
-    return tasks
-
-
-def _size(source: Source) -> int:
-    first = source.item("train", 0)
-    if first.pixels is None:
-        raise SourceError(f"corrupt image {first.fault}; mend or remove it")
-    height, width, _ = first.pixels.shape
-    if height != width:
-        raise SourceError(
-            f"{source.name} has images of {width} x {height}; they must be square, crop them first"
+        if split == "train" and config.limit:
+            places = places[: config.limit]
+        parts.append(
+            Part(source.spec, source.fingerprint, out, recipe, stored, places, config.on_corrupt)
         )
-    return height
+    return parts
+
+
+def claim(part: Part) -> None:
+    """Make the place this part's own, or find it so.
+
+    Raises:
+        ValueError: something else is staged there; nothing was written.
+    """
+    split, ours = part.storage, part.claim
+    try:
+        _refuse(asdict(read_manifest(split).recipe), ours, part)
+    except ShardError as error:
+        log.debug("no manifest that is in the way: %s", error)
+    if not split.create(CLAIM, _json(ours)):
+        _refuse(json.loads(split.read(CLAIM)), ours, part)
+
+
+def _refuse(theirs: dict[str, Any], ours: dict[str, Any], part: Part) -> None:
+    changes = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if v != ours.get(k)]
+    require(
+        not changes,
+        f"out (={part.out}) holds another staging of {part.recipe.split} ({'; '.join(changes)}); "
+        "give another --out, or remove that folder",
+    )
+
+
+@lru_cache(maxsize=1)
+def _opened(spec: str) -> Source:
+    """A worker's source: opened once, for all of its shards."""
+    return open_source(spec)
 
 
 def make(task: Task, source: Source | None = None) -> Done:
     """Make one shard, or find it made; the whole of a worker's job.
 
     Raises:
-        SourceError: a corrupt image, with on_corrupt="stop".
-        ValueError: a shard of another recipe is in the way.
+        SourceError: a corrupt image, with on_corrupt="stop"; one of another size; a label beyond
+            an int8.
+        ValueError: a shard of another staging is in the way.
     """
-    split = at(task.out).child(task.recipe.split)
-    made = _made(split, task)
+    made = _made(task)
     if made is not None:
         return made
-    images, labels, ids, corrupt = _read(source or open_source(task.source), task)
+    split, name = at(task.out).child(task.recipe.split), shard_name(task.number)
+    images, labels, ids, corrupt = _read(source or _opened(task.source), task)
     data = to_bytes(encode(images, labels, ids, task.recipe), task.recipe)
-    name = shard_name(task.number)
     info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
     split.write(name, data)
-    note = {"key": _key(task), "info": asdict(info), "corrupt": corrupt}
-    split.write(f"{NOTES}/{name}.json", json.dumps(note).encode())
+    note = {"claim": task.claim, "info": asdict(info), "corrupt": corrupt}
+    split.write(f"{NOTES}/{name}.json", _json(note))
     return Done(task.recipe.split, info, False, corrupt)
 
 
-def _key(task: Task) -> str:
-    """What a shard depends on: its recipe and which images are in it."""
-    places = hashlib.sha256(np.asarray(task.places, np.int64).tobytes()).hexdigest()[:16]
-    return f"{task.recipe.hash}/{places}"
-
-
-def _made(split: Storage, task: Task) -> Done | None:
-    name = shard_name(task.number)
-    note_name = f"{NOTES}/{name}.json"
-    if not (split.exists(note_name) and split.exists(name)):
+def _made(task: Task) -> Done | None:
+    """The finished shard, if it is there and whole."""
+    split, name = at(task.out).child(task.recipe.split), shard_name(task.number)
+    try:
+        note = json.loads(split.read(f"{NOTES}/{name}.json"))
+        data = split.read(name)
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
-    note = json.loads(split.read(note_name))
-    if note["key"] != _key(task):
-        raise ValueError(
-            f"out (={task.out}) holds shards of another recipe ({task.recipe.split}/{name}); "
-            "give another --out, or remove that folder"
-        )
-    return Done(task.recipe.split, ShardInfo(**note["info"]), True, note["corrupt"])
+    require(
+        note["claim"] == task.claim,
+        f"out (={task.out}) holds a shard of another staging ({task.recipe.split}/{name}); "
+        "give another --out, or remove that folder",
+    )
+    info = ShardInfo(**note["info"])
+    if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
+        log.warning("%s/%s was damaged since it was made: making it again", split.uri, name)
+        return None
+    for fault in note["corrupt"]:
+        _count(fault, task.on_corrupt)
+    return Done(task.recipe.split, info, True, note["corrupt"])
 
 
 def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    kept, corrupt = [], []
-    for place in task.places:
-        item = source.item(task.stored_split, place)
-        fault = item.fault
-        if item.pixels is not None and item.pixels.shape != (task.recipe.size,) * 2 + (3,):
-            fault = f"{source.name}, split {task.stored_split}, image {place}: shape " + str(
-                item.pixels.shape
-            )
-        if not fault:
-            kept.append(item)
-        elif task.on_corrupt == "stop":
-            raise SourceError(f"corrupt image {fault}; mend it, or use --on-corrupt count")
+    """Images, labels and ids of a shard's whole images, and the faults of the others."""
+    kept, labels, ids, corrupt = [], [], [], []
+    for item in source.items(task.stored_split, task.places):
+        if item.pixels is None:
+            _count(item.fault, task.on_corrupt)
+            corrupt.append(item.fault)
         else:
-            log.warning("left out corrupt image %s", fault)
-            corrupt.append(fault)
-    size = task.recipe.size
-    images = np.empty((len(kept), size, size, 3), np.uint8)
-    for i, item in enumerate(kept):
-        images[i] = item.pixels
-    labels = np.array([item.label for item in kept], np.int64)
-    return images, labels, np.array([item.id for item in kept], np.int64), corrupt
+            kept.append(_checked(item, task.recipe.size))
+            labels.append(item.label)
+            ids.append(item.id)
+    images = np.stack(kept) if kept else np.empty((0, *[task.recipe.size] * 2, 3), np.uint8)
+    return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
+
+
+def _count(fault: str, on_corrupt: str) -> None:
+    if on_corrupt == "stop":
+        raise SourceError(f"corrupt image {fault}; mend it, or use --on-corrupt count")
+    log.warning("left out corrupt image %s", fault)
+
+
+def _checked(item: Item, size: int) -> Pixels:
+    """The pixels of an image that fits the shards."""
+    assert item.pixels is not None
+    height, width, _ = item.pixels.shape
+    if (height, width) != (size, size):
+        cure = f"or use --size {width} for all" if width == height else "all to one square"
+        raise SourceError(
+            f"image {item.where} is {width} x {height} pixels, and size (={size}) says "
+            f"{size} x {size}; crop or reduce it, {cure}"
+        )
+    if item.label not in LABELS:
+        raise SourceError(
+            f"image {item.where} has label {item.label}; labels must be in [-1, 127], an int8"
+        )
+    return item.pixels
 
 
 Run = Callable[[list[Task]], Iterable[Done]]
@@ -227,15 +325,25 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
 
     Args:
         run: makes the shards of some tasks, in any order.
+
+    Raises:
+        SourceError, ValueError: see `make` and `claim`; no manifest is written then.
+        StorageError: shards that were made are not at `out`.
     """
-    tasks = plan(config, source)
-    done: dict[str, list[Done]] = {task.recipe.split: [] for task in tasks}
-    for shard in run(tasks):
+    parts = plan(config, source)
+    for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
+        if item.pixels is not None:
+            _checked(item, config.size)
+    for part in parts:
+        claim(part)
+    done: dict[str, list[Done]] = {part.recipe.split: [] for part in parts}
+    for shard in run([task for part in parts for task in part.tasks()]):
         done[shard.split].append(shard)
-    recipes = {task.recipe.split: task.recipe for task in tasks}
-    for split, shards in done.items():
-        infos = sorted((s.info for s in shards), key=lambda info: info.name)
-        write_manifest(at(config.out).child(split), Manifest(recipes[split], infos))
+    for part in parts:
+        _check_whole(part, done[part.recipe.split])
+    for part in parts:
+        infos = sorted((s.info for s in done[part.recipe.split]), key=lambda info: info.name)
+        write_manifest(part.storage, Manifest(part.recipe, infos))
     every = [s for shards in done.values() for s in shards]
     return {
         **{split: sum(s.info.rows for s in shards) for split, shards in done.items()},
@@ -243,6 +351,21 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
         "reused": sum(s.reused for s in every),
         "corrupt": sum(len(s.corrupt) for s in every),
     }
+
+
+def _check_whole(part: Part, done: list[Done]) -> None:
+    """Whatever the workers said, is it here?"""
+    rows = sum(shard.info.rows for shard in done) + sum(len(shard.corrupt) for shard in done)
+    there = set(part.storage.list("shard-"))
+    gone = sorted(s.info.name for s in done if s.info.name not in there)
+    if gone or rows != len(part.places):
+        raise StorageError(
+            f"{len(gone)} shard(s) such as {gone[:1]} and {len(part.places) - rows} image(s) of "
+            f"{part.recipe.split} are not at out (={part.out}); it must be a folder that all "
+            "nodes share, or s3://bucket/prefix"
+        )
+    if not any(shard.info.rows for shard in done):
+        raise SourceError(f"every image of split {part.recipe.split} is corrupt; mend the source")
 
 
 def stage_once(name: str, root: Path = Path("data")) -> str:

@@ -6,32 +6,40 @@ only room that knows S3; credentials, region and endpoint come from boto3's usua
 """
 
 import contextlib
-import hashlib
+import io
 import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
 
 MULTIPART_BYTES = 8 * 2**20
 ATTEMPTS = 5
 CONNECT_S, READ_S = 10, 60
 MISSING = {"404", "NoSuchKey", "NotFound"}
+BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 CURES = {
     "NoSuchBucket": "create the bucket, or name another",
     "InvalidAccessKeyId": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "SignatureDoesNotMatch": "set the AWS_SECRET_ACCESS_KEY of this key id",
     "AccessDenied": "ask for read and write access to this prefix",
     "403": "check the credentials, and ask for access to this prefix",
+    "ConditionalRequestConflict": "another process is writing it: try again",
 }
 
 
@@ -46,6 +54,8 @@ def at(uri: str | Path) -> "Storage":
         ValueError: another scheme, or an S3 address without a bucket.
     """
     text = str(uri)
+    if text.startswith("s3:") and not text.startswith("s3://"):
+        raise ValueError(f"{text!r} is not an S3 address; use s3://bucket/prefix")
     scheme, found, rest = text.partition("://")
     if not found:
         return LocalStorage(Path(text).expanduser().resolve())
@@ -76,6 +86,10 @@ class Storage(ABC):
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
         """Put a whole file, replacing one that is there."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Put a whole file unless there is one, and say whether: of many processes one does."""
 
     @abstractmethod
     def upload(self, path: Path, key: str) -> None:
@@ -109,18 +123,33 @@ class Storage(ABC):
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+def _partial(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, gone at the end."""
     try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise StorageError(f"{path}: {error}; give a folder that you may write to") from error
+    os.fchmod(handle, 0o644)
+    os.close(handle)
+    try:
+        yield Path(name)
     finally:
-        partial.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name once it is whole, and on the disk."""
+    with _partial(path) as partial:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class LocalStorage(Storage):
@@ -142,10 +171,18 @@ class LocalStorage(Storage):
         return (self.root / key).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
-        with _appearing(self.root / key) as partial, partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with _appearing(self.root / key) as partial:
+            partial.write_bytes(data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        with _partial(self.root / key) as partial:
+            partial.write_bytes(data)
+            _sync(partial)
+            try:
+                (self.root / key).hardlink_to(partial)
+            except FileExistsError:
+                return False
+        return True
 
     def upload(self, path: Path, key: str) -> None:
         with _appearing(self.root / key) as partial:
@@ -171,19 +208,29 @@ class LocalStorage(Storage):
 
     def delete_tree(self, prefix: str) -> None:
         super().delete_tree(prefix)
-        if prefix.endswith("/"):
-            shutil.rmtree(self.root / prefix, ignore_errors=True)
+        if prefix.endswith("/") and (self.root / prefix).is_dir():
+            shutil.rmtree(self.root / prefix)
 
 
-@cache
-def _client(process: int) -> Any:
-    """One client a process: boto3's may not be shared across a fork."""
+def _client() -> Any:
+    """This process's client for its present environment: boto3's may not live through a fork."""
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    return _client_for(os.getpid(), settings)
+
+
+@lru_cache(maxsize=8)
+def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    attempts = int(dict(settings).get("AWS_MAX_ATTEMPTS", ATTEMPTS))
     config = Config(
-        retries={"mode": "adaptive", "max_attempts": ATTEMPTS},
+        retries={"mode": "adaptive", "total_max_attempts": attempts},
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,
     )
-    return boto3.client("s3", config=config)
+    return boto3.session.Session().client("s3", config=config)
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 class S3Storage(Storage):
@@ -195,10 +242,6 @@ class S3Storage(Storage):
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
-    @property
-    def _s3(self) -> Any:
-        return _client(os.getpid())
-
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
@@ -209,7 +252,7 @@ class S3Storage(Storage):
         try:
             yield
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
+            code = _code(error)
             if code in MISSING:
                 raise FileNotFoundError(f"{where} is not there") from error
             cure = CURES.get(code, "see the cause")
@@ -224,50 +267,69 @@ class S3Storage(Storage):
 
     def read(self, key: str) -> bytes:
         with self._named(key):
-            return self._s3.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            for left in reversed(range(ATTEMPTS)):  # boto3 repeats a request, not a broken body
+                try:
+                    answer = _client().get_object(Bucket=self.bucket, Key=self._key(key))
+                    return answer["Body"].read()
+                except BROKEN_OFF:
+                    if not left:
+                        raise
+        raise AssertionError("unreachable")
 
     def write(self, key: str, data: bytes) -> None:
-        with tempfile.TemporaryDirectory(prefix="mambaflow-") as folder:
-            path = Path(folder) / "part"
-            path.write_bytes(data)
-            self.upload(path, key)
+        self._put(key, io.BytesIO(data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        try:
+            with self._named(key):
+                _client().put_object(
+                    Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"
+                )
+        except StorageError as error:
+            cause = error.__cause__
+            if isinstance(cause, ClientError) and _code(cause) == "PreconditionFailed":
+                return False
+            raise
+        return True
 
     def upload(self, path: Path, key: str) -> None:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        extra: dict[str, Any] = {"Metadata": {"sha256": digest}}
-        if os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported") == "when_supported":
-            extra["ChecksumAlgorithm"] = "SHA256"
+        with path.open("rb") as file:
+            self._put(key, file)
+
+    def _put(self, key: str, file: IO[bytes]) -> None:
+        """In parts beyond MULTIPART_BYTES, which become a file when all are there."""
+        asked = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported").lower()
+        extra = {"ChecksumAlgorithm": "SHA256"} if asked == "when_supported" else {}
+        parts = TransferConfig(
+            multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES
+        )
         with self._named(key):
-            self._s3.upload_file(
-                str(path),
-                self.bucket,
-                self._key(key),
-                ExtraArgs=extra,
-                Config=TransferConfig(
-                    multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES
-                ),
+            _client().upload_fileobj(
+                file, self.bucket, self._key(key), ExtraArgs=extra, Config=parts
             )
 
     def download(self, key: str, path: Path) -> None:
         with self._named(key), _appearing(path) as partial:
-            self._s3.download_file(self.bucket, self._key(key), str(partial))
+            _client().download_file(self.bucket, self._key(key), str(partial))
 
     def list(self, prefix: str = "") -> list[str]:
         skip = len(self._key(""))
         with self._named(prefix):
-            pages = self._s3.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self._key(prefix)
+            pages = (
+                _client()
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=self.bucket, Prefix=self._key(prefix))
             )
             return sorted(o["Key"][skip:] for page in pages for o in page.get("Contents", ()))
 
     def exists(self, key: str) -> bool:
         try:
             with self._named(key):
-                self._s3.head_object(Bucket=self.bucket, Key=self._key(key))
+                _client().head_object(Bucket=self.bucket, Key=self._key(key))
             return True
         except FileNotFoundError:
             return False
 
     def delete(self, key: str) -> None:
         with self._named(key):
-            self._s3.delete_object(Bucket=self.bucket, Key=self._key(key))
+            _client().delete_object(Bucket=self.bucket, Key=self._key(key))
