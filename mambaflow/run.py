@@ -398,7 +398,9 @@ class Worker:
             checkpoint.save(self.state, index, self.run)
             best = checkpoint.best_step(self.run, BEST, until=step)
             checkpoint.prune(self.run, newest=step, best=best)
-        self.world.reported({**scores, "step": step}, f"{self.run.uri}/{checkpoint.name(step)}")
+        self.world.reported(
+            {**scores, "step": float(step)}, f"{self.run.uri}/{checkpoint.name(step)}"
+        )
 
     def report(self) -> None:
         """Score the best checkpoint on the test split: the first worker's last task."""
