@@ -294,7 +294,8 @@ def load_model(
     if step is None:
         raise CheckpointError(f"{storage.uri} holds no complete checkpoint; train a run first")
     index = read_index(storage, step)
-    model = VelocityField(index.config.model)
+    with torch.random.fork_rng(devices=[]):  # its first weights, replaced at once
+        model = VelocityField(index.config.model)
     parts = _read_parts(storage, index, ("averaged",))
     _require_fit(parts["averaged"], model, f"{_where(storage, step)}: averaged")
     model.load_state_dict(parts["averaged"])

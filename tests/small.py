@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mambaflow.batches import Layout
 from mambaflow.config import ModelConfig, RunConfig, ScaleConfig, TrainConfig
 from mambaflow.sources import open_source, photograph
 from mambaflow.staging import StageConfig, in_process, stage
@@ -30,6 +31,7 @@ FLAGS = [
 """The same run for the command line."""
 
 CPU = torch.device("cpu")
+LAYOUT = Layout(SIZE, known=28, target=28)  # a fifth of 144 each
 
 
 def images(folder: Path) -> Path:
@@ -51,7 +53,7 @@ def staged(folder: Path, full_images: bool = True) -> Path:
     """The pictures as shards of 16 rows."""
     source = images(folder / "images")
     config = StageConfig(
-        source=str(source), out=str(folder / "shards"), validation=VALIDATION,
+        source=str(source), out=str(folder / "shards"), size=SIZE, validation=VALIDATION,
         full_images=full_images, rows_per_shard=16, ray=False,
     )  # fmt: skip
     stage(config, open_source(str(source)), in_process(open_source(str(source))))
