@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -25,7 +26,7 @@ FLAGS = (
     "-std=c++17", "-shared", "-fPIC",
 )  # fmt: skip
 BUILD_TIMEOUT_S = 300
-LANES = 16
+LANES, MAX_STATES, MAX_TAPS = 16, 64, 8  # as in scan.cpp; loading compares them
 SEAL = ".sha256"
 log = logging.getLogger(__name__)
 
@@ -68,23 +69,48 @@ def _processor() -> str:
 
 
 def _built() -> Path:
-    """The shared library, built if it is not there; one process builds, others wait."""
+    """The shared library, built if it is not there."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     parts = (SOURCE.read_text(), version.stdout, " ".join(FLAGS), _processor(), platform.machine())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = cache_folder() / f"scan-{key}.so"
+    name = f"scan-{key}.so"
+    try:
+        return _built_in(cache_folder(), name, compiler)
+    except OSError as error:
+        folder = _private_folder()
+        log.warning("%s cannot hold the compiled kernels (%s): using %s; set MAMBAFLOW_CACHE to "
+                    "a folder that can", cache_folder(), error, folder)  # fmt: skip
+        return _built_in(folder, name, compiler)
+
+
+def _private_folder() -> Path:
+    """A folder among the temporary files into which nobody else can put a library to load."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"mambaflow-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
+        raise NativeError(f"{folder} is not this user's alone; remove it, or set MAMBAFLOW_CACHE")
+    return folder
+
+
+def _built_in(folder: Path, name: str, compiler: str) -> Path:
+    """The library in this folder; one process builds, others wait."""
+    path = folder / name
     if _whole(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=2 * BUILD_TIMEOUT_S):
         if not _whole(path):  # another process may have built it meanwhile
+            for left in folder.glob(f"{name}.building-*"):  # by a process killed at this
+                shutil.rmtree(left, ignore_errors=True)
             _build(compiler, path)
     return path
 
 
 def _build(compiler: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.building-") as folder:
         made = Path(folder) / "scan.so"
         command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
         try:
@@ -111,6 +137,7 @@ def _whole(path: Path) -> bool:
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    if loaded.mambaflow_lanes() != LANES:
-        raise NativeError(f"{path} is not ours: it has other vectors; remove it")
+    limits = loaded.mambaflow_lanes(), loaded.mambaflow_states(), loaded.mambaflow_taps()
+    if limits != (LANES, MAX_STATES, MAX_TAPS):
+        raise NativeError(f"{path} was built for other sizes, {limits}; remove it")
     return loaded

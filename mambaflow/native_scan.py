@@ -7,10 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaflow.native import LANES, NativeError, library
+from mambaflow.native import LANES, MAX_STATES, MAX_TAPS, NativeError, library
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_STATES, MAX_TAPS = 64, 8  # as in scan.cpp
 GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
 
 

@@ -63,7 +63,7 @@ inline vec exp2(vec x) {
 #ifdef __AVX512DQ__
   const vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = x < -126.0f ? vec{} - 126.0f : x;
+  x = x < -252.0f ? vec{} - 252.0f : x;  // the square of 2^-126 is 0
   x = x > 128.0f ? vec{} + 128.0f : x;
   const vec shifted = x + 12582912.0f, whole = shifted - 12582912.0f;  // 1.5 * 2^23 rounds
 #endif
@@ -374,6 +374,8 @@ static Scan scan_of(const int64_t* shape, float* u, float* dt, float* A, float* 
 
 int mambaflow_chunk() { return CHUNK; }
 int mambaflow_lanes() { return PADDED; }
+int mambaflow_states() { return MAX_STATE; }
+int mambaflow_taps() { return MAX_TAPS; }
 
 void mambaflow_scan_forward(const int64_t* shape, float* u, float* dt, float* A, float* B,
                             float* C, float* D, float* z, float* y, float* kept, int threads) {
