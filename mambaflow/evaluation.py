@@ -222,6 +222,7 @@ def final_report(
         "seed": config.train.seed,
         "images": len(held_out),
         "masks": held_out.mask_hash,
+        "training masks": config.train.masks,
         "checkpoint": f"step {step}",
         "trained_steps": trained_steps,
     }
