@@ -123,9 +123,10 @@ def encode(
     chosen = choose(
         recipe.mask_seed, recipe.split, torch.from_numpy(ids), size, recipe.known, recipe.target
     ).numpy()
-    flat = images.reshape(len(images), size * size, 3)
-    rgb = np.take_along_axis(flat, chosen[..., None], 1).reshape(len(images), -1)
-    whole = images.reshape(len(images), -1) if recipe.full_images else None
+    count, pixels = len(images), size * size
+    kept = np.take_along_axis(images.reshape(count, pixels, 3), chosen[..., None], 1)
+    rgb = kept.reshape(count, 3 * chosen.shape[1])
+    whole = images.reshape(count, 3 * pixels) if recipe.full_images else None
     return Rows(ids, labels, chosen.astype(np.uint16), rgb, whole)
 
 

