@@ -4,8 +4,9 @@
     ray job submit -- python jobs/train.py --arch v2    the cluster at RAY_ADDRESS
     torchrun --nproc-per-node 8 jobs/train.py --no-ray --use-gpu --num-workers 8
 
-Exit codes: 0 done; 2 bad input, nothing changed; 143 stopped on request (SIGTERM, or a file
-named STOP in the run's folder) with a checkpoint saved, go on with --resume; 1 failed.
+Exit codes: 0 done; 1 failed; 2 bad input, nothing changed; 3 a shard or all checkpoints were
+found damaged on the way: mend them, then go on with --resume; 143 stopped on request (SIGTERM, or
+a file named STOP in the run's folder) with a checkpoint saved: go on with --resume.
 """
 
 import argparse
@@ -23,13 +24,15 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
+from mambaflow.checkpoint import CheckpointError
 from mambaflow.config import RECIPES, RunConfig, lookup, require
 from mambaflow.run import STOP, Outcome, Point, World, check_data, open_run, train
+from mambaflow.shards import ShardError
 from mambaflow.sources import EMBEDDED
 from mambaflow.staging import stage_once
 from mambaflow.storage import Storage, at
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 128 + signal.SIGTERM
+BAD_INPUT, DAMAGED, STOPPED = 2, 3, 128 + signal.SIGTERM
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -150,11 +153,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    outcome = on_ray(config, run) if config.scale.ray else without_ray(config)
+    resuming = f"--resume --run-name {config.run_name}"
+    try:
+        outcome = on_ray(config, run) if config.scale.ray else without_ray(config)
+    except (ShardError, CheckpointError) as error:
+        print(f"error: {error}\nmended? go on with {resuming}", file=sys.stderr)
+        return DAMAGED
     if outcome.status == "stopped":
-        print(
-            f"stopped after step {outcome.step}; go on with --resume --run-name {config.run_name}"
-        )
+        if leader:
+            print(f"stopped after step {outcome.step}; go on with {resuming}")
         return STOPPED
     if leader:
         show(config, run)

@@ -191,23 +191,23 @@ def open_run(config: RunConfig) -> Storage:
             was another model or other training, or is already longer.
     """
     run = at(config.storage).child(config.run_name)
-    if not run.exists(CONFIG):
+    taken, text = run.exists(CONFIG), to_json(config).encode()
+    if not config.resume:
         require(
-            not config.resume,
-            f"run_name (={config.run_name!r}) has nothing to resume in {config.storage}; "
-            "leave --resume out, or name a run that is there",
+            not taken and run.create(CONFIG, text),
+            f"run_name (={config.run_name!r}) is taken by a "
+            f"{'finished' if run.exists(RESULTS) else 'begun'} run in {config.storage}; "
+            "use --resume to go on, or another --run-name",
         )
-        run.write(CONFIG, to_json(config).encode())
         return run
-    state = "finished" if run.exists(RESULTS) else "begun"
     require(
-        config.resume,
-        f"run_name (={config.run_name!r}) is taken by a {state} run in {config.storage}; "
-        "use --resume to go on, or another --run-name",
+        taken,
+        f"run_name (={config.run_name!r}) has nothing to resume in {config.storage}; "
+        "leave --resume out, or name a run that is there",
     )
     _same_run(config, run)
     run.delete(STOP)
-    run.write(CONFIG, to_json(config).encode())
+    run.write(CONFIG, text)
     return run
 
 

@@ -49,13 +49,13 @@ def images(folder: Path) -> Path:
     return folder
 
 
-def staged(folder: Path, full_images: bool = True) -> Path:
+def staged(folder: Path, **settings: object) -> Path:
     """The pictures as shards of 16 rows."""
     source = images(folder / "images")
+    defaults = {"size": SIZE, "validation": VALIDATION, "full_images": True, "rows_per_shard": 16}
     config = StageConfig(
-        source=str(source), out=str(folder / "shards"), size=SIZE, validation=VALIDATION,
-        full_images=full_images, rows_per_shard=16, ray=False,
-    )  # fmt: skip
+        source=str(source), out=str(folder / "shards"), ray=False, **{**defaults, **settings}
+    )
     stage(config, open_source(str(source)), in_process(open_source(str(source))))
     return folder / "shards"
 

@@ -1,7 +1,6 @@
 """Held-out images: what is given is given exactly, and a score depends on the answer alone."""
 
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -193,18 +192,15 @@ def test_shards_without_whole_images_cannot_be_held_out(tmp_path):
         Holdout.read(ShardSet(str(data), "train"), LAYOUT, 4)
 
 
-REAL = Path(os.environ.get("MAMBAFLOW_REAL_DATA", Path(__file__).parents[2] / "shared/data"))
 PROTOCOL = {"nearest": 20.34, "linear": 22.17, "thin-plate": 22.91}
 """PSNR in dB of 512 CIFAR-10 test images with 204 known pixels."""
 
 
 @pytest.mark.realdata
-def test_classical_fills_of_real_photographs_come_in_their_known_order(tmp_path):
-    folder = REAL / "cifar10"
-    if not folder.is_dir():
-        pytest.skip(f"NO REAL DATA: {folder} is not there; set MAMBAFLOW_REAL_DATA to its parent")
-    config = StageConfig(source=str(folder), out=str(tmp_path), limit=16, validation=16, ray=False)
-    source = open_source(str(folder))
+def test_classical_fills_of_real_photographs_come_in_their_known_order(tmp_path, real_cifar):
+    spec = str(real_cifar)
+    config = StageConfig(source=spec, out=str(tmp_path), limit=16, validation=16, ray=False)
+    source = open_source(spec)
     stage(config, source, in_process(source))
     photographs = Holdout.read(ShardSet(str(tmp_path), "test"), Layout(32, 204, 204), 128)
     assert len(photographs) == 128

@@ -139,7 +139,7 @@ def test_two_straight_runs_are_one(straight, data, tmp_path):
 
 
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(stops=st.lists(st.integers(1, STEPS - 1), min_size=1, max_size=3, unique=True))
 def test_a_run_stopped_anywhere_and_continued_is_the_straight_run_bitwise(
@@ -165,7 +165,7 @@ def test_a_stop_at_a_validation_does_not_lose_it(straight, data, tmp_path, step)
 
 
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(kills=st.lists(st.integers(1, STEPS), min_size=1, max_size=3))
 def test_a_run_killed_anywhere_goes_on_from_its_last_checkpoint_and_doubles_no_point(
@@ -237,6 +237,14 @@ def test_a_taken_name_is_refused_finished_or_not(straight, data, tmp_path):
     with pytest.raises(ValueError, match="is taken by a begun run .* use --resume to go on, or"):
         open_run(config)
     assert {p: p.read_bytes() for p in folder(config).rglob("*") if p.is_file()} == before
+
+
+def test_of_two_runs_that_take_a_name_at_once_one_gets_it(straight, monkeypatch):
+    monkeypatch.setattr(type(at(".")), "exists", lambda self, key: False)  # both looked before
+    before = (folder(straight) / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"run_name \(='straight'\) is taken"):
+        open_run(replace(straight, data="elsewhere"))
+    assert (folder(straight) / "config.json").read_bytes() == before
 
 
 def test_resuming_a_finished_run_changes_nothing(straight, data, tmp_path):
@@ -371,7 +379,7 @@ def interrupted(command: list[str], metrics: Path, number: int, step: int) -> in
         return process.wait(timeout=120)
 
 
-LONG = ("--epochs=30", "--eval-every=25")  # 150 steps
+LONG = ("--epochs=20", "--eval-every=25")  # 100 steps
 
 
 @pytest.fixture(scope="module")
@@ -387,13 +395,13 @@ def long(data, tmp_path_factory) -> RunConfig:
 def test_a_real_process_that_gets_a_signal_is_resumed_to_the_straight_run(
     long, data, tmp_path, number, code
 ):
-    config = small.run_config(data, tmp_path, "signalled", epochs=30, eval_every=25)
+    config = small.run_config(data, tmp_path, "signalled", epochs=20, eval_every=25)
     metrics = folder(config) / "metrics.jsonl"
-    assert interrupted(job(config, *LONG), metrics, number, step=40) == code
+    assert interrupted(job(config, *LONG), metrics, number, step=28) == code
     saved = checkpoint.saved_steps(at(folder(config)))
-    assert 0 < max(saved) < 150
+    assert 0 < max(saved) < 100
     if number == signal.SIGTERM:  # the checkpoint is of the step that it stopped after
-        assert max(saved) >= 40 and lines(config)[-1]["step"] <= max(saved)
+        assert max(saved) >= 28 and lines(config)[-1]["step"] <= max(saved)
     done = subprocess.run(
         job(config, *LONG, "--resume"), env=ENVIRONMENT, cwd=tmp_path, capture_output=True,
         text=True, timeout=120,
