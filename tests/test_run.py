@@ -385,7 +385,7 @@ LONG = ("--epochs=20", "--eval-every=25")  # 100 steps
 @pytest.fixture(scope="module")
 def long(data, tmp_path_factory) -> RunConfig:
     config = small.run_config(
-        data, tmp_path_factory.mktemp("long"), "long", epochs=30, eval_every=25
+        data, tmp_path_factory.mktemp("long"), "long", epochs=20, eval_every=25
     )
     start(config)
     return config
