@@ -26,7 +26,8 @@ def lookup(registry: Mapping[str, T], name: str, what: str) -> T:
 def _positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
+        cure = "1 or more" if isinstance(value, int) else "a number above 0"
+        require(value > 0, f"{name} (={value}) must be positive; use {cure}")
 
 
 def _share(config: object, *names: str) -> None:
