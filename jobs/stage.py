@@ -50,8 +50,8 @@ def shown(tasks: list[Task], config: StageConfig, source: Source) -> Iterator[Do
 def main(argv: list[str] | None = None) -> int:
     """Parse, stage, say what was done; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    config = tyro.cli(StageConfig, args=argv, description=__doc__)
     try:
-        config = tyro.cli(StageConfig, args=argv, description=__doc__)
         source = open_source(config.source)
         done = stage(config, source, lambda tasks: shown(tasks, config, source))
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Staging: from a source's images to a split's shards, in parallel and restartable.
 
-    <root>/train/staging/claim.json               what is staged there: written first, by the first
+    <root>/claim.json                             what is staged there: written first, by the first
     <root>/train/staging/shard-00000.parquet.json a note: this shard is whole, and its checksum
 
 A staging that stopped goes on where it was: a shard is kept if it has its note and its checksum.
@@ -34,7 +34,7 @@ from mambaflow.shards import (
 from mambaflow.sources import Item, Pixels, Source, SourceError, open_source
 from mambaflow.storage import Storage, StorageError, at
 
-CLAIM, NOTES = "staging/claim.json", "staging"
+CLAIM, NOTES = "claim.json", "staging"
 LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
 
@@ -196,27 +196,32 @@ def plan(config: StageConfig, source: Source) -> list[Part]:
     return parts
 
 
-def claim(part: Part) -> None:
-    """Make the place this part's own, or find it so.
+def claim(out: str, parts: list[Part]) -> None:
+    """Make the place this staging's own, or find it so.
 
     Raises:
         ValueError: something else is staged there; nothing was written.
     """
-    split, ours = part.storage, part.claim
-    try:
-        _refuse(asdict(read_manifest(split).recipe), ours, part)
-    except ShardError as error:
-        log.debug("no manifest that is in the way: %s", error)
-    if not split.create(CLAIM, _json(ours)):
-        _refuse(json.loads(split.read(CLAIM)), ours, part)
+    for part in parts:
+        try:
+            theirs = asdict(read_manifest(part.storage).recipe)
+        except ShardError as error:
+            log.debug("no manifest that could be in the way: %s", error)
+        else:
+            _refuse(out, part.recipe.split, theirs, part.claim)
+    ours = {part.recipe.split: part.claim for part in parts}
+    if not at(out).create(CLAIM, _json(ours)):
+        theirs = json.loads(at(out).read(CLAIM))
+        for split in ours:
+            _refuse(out, split, theirs[split], ours[split])
 
 
-def _refuse(theirs: dict[str, Any], ours: dict[str, Any], part: Part) -> None:
+def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     changes = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if v != ours.get(k)]
     require(
         not changes,
-        f"out (={part.out}) holds another staging of {part.recipe.split} ({'; '.join(changes)}); "
-        "give another --out, or remove that folder",
+        f"out (={out}) holds another staging of {split} ({'; '.join(changes)}); give another "
+        "--out, or remove that folder",
     )
 
 
@@ -264,8 +269,7 @@ def _made(task: Task) -> Done | None:
     if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
         log.warning("%s/%s was damaged since it was made: making it again", split.uri, name)
         return None
-    for fault in note["corrupt"]:
-        _count(fault, task.on_corrupt)
+    _count(note["corrupt"], task.on_corrupt)
     return Done(task.recipe.split, info, True, note["corrupt"])
 
 
@@ -274,8 +278,8 @@ def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarra
     kept, labels, ids, corrupt = [], [], [], []
     for item in source.items(task.stored_split, task.places):
         if item.pixels is None:
-            _count(item.fault, task.on_corrupt)
             corrupt.append(item.fault)
+            _count(corrupt, task.on_corrupt)
         else:
             kept.append(_checked(item, task.recipe.size))
             labels.append(item.label)
@@ -284,10 +288,9 @@ def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
 
 
-def _count(fault: str, on_corrupt: str) -> None:
-    if on_corrupt == "stop":
-        raise SourceError(f"corrupt image {fault}; mend it, or use --on-corrupt count")
-    log.warning("left out corrupt image %s", fault)
+def _count(corrupt: list[str], on_corrupt: str) -> None:
+    if corrupt and on_corrupt == "stop":
+        raise SourceError(f"corrupt image {corrupt[0]}; mend it, or use --on-corrupt count")
 
 
 def _checked(item: Item, size: int) -> Pixels:
@@ -334,11 +337,12 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
     for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
         if item.pixels is not None:
             _checked(item, config.size)
-    for part in parts:
-        claim(part)
+    claim(config.out, parts)
     done: dict[str, list[Done]] = {part.recipe.split: [] for part in parts}
     for shard in run([task for part in parts for task in part.tasks()]):
         done[shard.split].append(shard)
+        for fault in shard.corrupt:
+            log.warning("left out corrupt image %s", fault)
     for part in parts:
         _check_whole(part, done[part.recipe.split])
     for part in parts:
