@@ -114,11 +114,27 @@ def scan_cuda(
     return y.transpose(1, 2)
 
 
+def scan_triton(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """Our kernel for GPUs without mamba-ssm."""
+    from mambaflow import triton_scan  # not every torch brings Triton
+
+    return triton_scan.scan(u, dt, A, B, C, D, z)
+
+
 BACKENDS: dict[str, Scan] = {
     "reference": scan_reference,
     "chunked": scan_chunked,
     "native": native_scan.scan,
     "cuda": scan_cuda,
+    "triton": scan_triton,
 }
 
 
@@ -143,10 +159,13 @@ def selective_scan(
         backend: "auto" takes the fastest there is for these tensors.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend; shapes that disagree; what the backend cannot take.
     """
+    (b, n, d), s = u.shape, A.shape[-1]
+    agree(dt=(dt, (b, n, d)), A=(A, (d, s)), B=(B, (b, n, s)), C=(C, (b, n, s)), D=(D, (d,)))
+    agree(z=(z, (b, n, d)))
     if backend == "auto":
-        backend = fastest(u, A.shape[-1])
+        backend = fastest(u, s)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
     if not u.numel():  # nothing to scan, and gradients of nothing are zero
@@ -154,32 +173,46 @@ def selective_scan(
     return BACKENDS[backend](u, dt, A, B, C, D, z)
 
 
+def agree(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse shapes that disagree, before a kernel reads beyond them."""
+    for name, (x, shape) in tensors.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} (of shape {tuple(x.shape)}) must have shape {shape}")
+
+
 def fastest(u: Tensor, states: int) -> str:
     """The backend that "auto" takes for a tensor like this one, with this many states."""
-    if u.is_cuda:
-        return "cuda" if _has_mamba_ssm() else "chunked"
+    if u.is_cuda and u.dtype != torch.float64:
+        return "cuda" if _has_mamba_ssm() else _without_mamba_ssm()
     return "native" if native_scan.serves(u, states=states) else "chunked"
 
 
 @cache
 def _has_mamba_ssm() -> bool:
-    if importlib.util.find_spec("mamba_ssm") is not None:
-        return True
+    return importlib.util.find_spec("mamba_ssm") is not None
+
+
+@cache
+def _without_mamba_ssm() -> str:
+    """The backend on a GPU that lacks mamba_ssm, after one warning."""
+    backend = "chunked" if importlib.util.find_spec("triton") is None else "triton"
     log.warning(
-        "mamba_ssm is not installed: the scan on this GPU falls back to slower torch code; where "
-        "nvcc is present, MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation 'mambaflow[cuda]'"
+        "mamba_ssm is not installed: the scan on this GPU takes the slower backend %r; where nvcc "
+        "is present, MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation 'mambaflow[cuda]'",
+        backend,
     )
-    return False
+    return backend
 
 
 def causal_conv(
     x: Float[Tensor, "b n d"], weight: Float[Tensor, "d 1 w"], bias: Float[Tensor, " d"]
 ) -> Float[Tensor, "b n d"]:
     """silu of each channel's convolution with its own past; weight as nn.Conv1d keeps it."""
-    taps, n = weight.shape[-1], x.shape[1]
+    (_, n, d), taps = x.shape, weight.shape[-1]
+    agree(weight=(weight, (d, 1, taps)), bias=(bias, (d,)))
     if native_scan.serves(x, taps=taps):
         return native_scan.conv(x, weight, bias)
-    y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps - 1, groups=x.shape[-1])
+    y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps - 1, groups=d)
     return F.silu(y[..., :n]).transpose(1, 2)
 
 
@@ -216,6 +249,7 @@ class Mamba(nn.Module):
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Each token after those before it."""
         x, z = self.in_proj(tokens).chunk(2, -1)
+        assert self.conv1d.bias is not None
         x = causal_conv(x, self.conv1d.weight, self.conv1d.bias)
         ranks = [self.dt_rank, self.d_state, self.d_state]
         dt, B, C = self.x_proj(x).split(ranks, -1)

@@ -11,7 +11,7 @@ LIBRARY = sorted(p.stem for p in (ROOT / "mambaflow").glob("*.py") if p.stem != 
 # Each room above those it may import; rooms on one line may import one another's lines below.
 LEVELS = [
     {"config", "randomness", "native", "samplers", "metrics", "report", "baselines", "flow"},
-    {"storage", "pixels", "sources", "native_scan"},
+    {"storage", "pixels", "sources", "native_scan", "triton_scan"},
     {"shards", "layers", "ssm"},
     {"staging", "model", "batches"},
     {"training", "evaluation"},

@@ -50,7 +50,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.log, self.cache = self.folder / "builds.log", self.folder / "cache"
         self.log.touch()
-        self.compiler(f'exec {REAL} "$@"')
+        self.compiler(f'exec {REAL} "$@" -O0')  # quick to build
 
     def compiler(self, body: str) -> None:
         script = self.folder / "cxx"
@@ -99,7 +99,7 @@ def machine(tmp_path):
 
 @needs_compiler
 def test_many_processes_at_once_build_once(machine):
-    machine.compiler(f'sleep 1; exec {REAL} "$@"')  # long enough for all to come
+    machine.compiler(f'sleep 1; exec {REAL} "$@" -O0')  # long enough for all to come
     results = [ended(p) for p in [machine.start() for _ in range(8)]]
     assert results == [("native", [])] * 8
     assert machine.builds == 1
@@ -156,7 +156,7 @@ def test_a_build_killed_midway_is_done_by_the_next(machine):
     first.communicate()
     assert machine.builds == 1 and not machine.libraries
     script = machine.folder / "cxx"
-    script.write_text(script.read_text().rsplit("\n", 2)[0] + f'\nexec {REAL} "$@"\n')
+    script.write_text(script.read_text().rsplit("\n", 2)[0] + f'\nexec {REAL} "$@" -O0\n')
     assert machine.run() == ("native", [])
     assert machine.builds == 2
     assert not list(machine.cache.glob("*building*"))
@@ -202,7 +202,7 @@ def test_a_temporary_folder_open_to_others_is_not_trusted(machine):
 @needs_compiler
 def test_another_source_is_another_library(machine):
     machine.run()
-    machine.compiler(f'exec {REAL} "$@" -g')  # its version line differs
+    machine.compiler(f'exec {REAL} "$@" -O0 -g')  # its version line differs
     machine.run()
     assert machine.builds == 2 and len(machine.libraries) == 2
 
