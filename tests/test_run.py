@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from small import CPU, FLAGS, LAYOUT, STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -139,7 +139,10 @@ def test_two_straight_runs_are_one(straight, data, tmp_path):
 
 
 @settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],  # a smaller failure is not worth minutes of runs
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(stops=st.lists(st.integers(1, STEPS - 1), min_size=1, max_size=3, unique=True))
 def test_a_run_stopped_anywhere_and_continued_is_the_straight_run_bitwise(
@@ -165,7 +168,10 @@ def test_a_stop_at_a_validation_does_not_lose_it(straight, data, tmp_path, step)
 
 
 @settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],  # a smaller failure is not worth minutes of runs
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(kills=st.lists(st.integers(1, STEPS), min_size=1, max_size=3))
 def test_a_run_killed_anywhere_goes_on_from_its_last_checkpoint_and_doubles_no_point(
