@@ -269,7 +269,7 @@ def _made(task: Task) -> Done | None:
     if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
         log.warning("%s/%s was damaged since it was made: making it again", split.uri, name)
         return None
-    _count(note["corrupt"], task.on_corrupt)
+    _stop_at(note["corrupt"], task.on_corrupt)
     return Done(task.recipe.split, info, True, note["corrupt"])
 
 
@@ -279,7 +279,7 @@ def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarra
     for item in source.items(task.stored_split, task.places):
         if item.pixels is None:
             corrupt.append(item.fault)
-            _count(corrupt, task.on_corrupt)
+            _stop_at(corrupt, task.on_corrupt)
         else:
             kept.append(_checked(item, task.recipe.size))
             labels.append(item.label)
@@ -288,7 +288,7 @@ def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
 
 
-def _count(corrupt: list[str], on_corrupt: str) -> None:
+def _stop_at(corrupt: list[str], on_corrupt: str) -> None:
     if corrupt and on_corrupt == "stop":
         raise SourceError(f"corrupt image {corrupt[0]}; mend it, or use --on-corrupt count")
 
@@ -298,10 +298,10 @@ def _checked(item: Item, size: int) -> Pixels:
     assert item.pixels is not None
     height, width, _ = item.pixels.shape
     if (height, width) != (size, size):
-        cure = f"or use --size {width} for all" if width == height else "all to one square"
+        cure = f"it, or use --size {width} for all" if width == height else "all to that square"
         raise SourceError(
             f"image {item.where} is {width} x {height} pixels, and size (={size}) says "
-            f"{size} x {size}; crop or reduce it, {cure}"
+            f"{size} x {size}; crop or reduce {cure}"
         )
     if item.label not in LABELS:
         raise SourceError(

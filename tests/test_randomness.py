@@ -83,6 +83,13 @@ def test_a_seed_or_stream_beyond_32_bits_is_refused_by_name(name, value):
         words(arguments["seed"], "noise", arguments["stream"], torch.tensor([0]), 1)
 
 
+def test_uniform_stays_inside_the_interval_at_the_smallest_and_largest_word(monkeypatch):
+    ends = torch.tensor([[0, 2**32 - 1]])
+    monkeypatch.setattr("mambaflow.randomness.words", lambda *_: ends)
+    assert uniform(0, "law", 0, torch.tensor([0]), 2).tolist() == [[2.0**-24, 1 - 2.0**-24]]
+    assert normal(0, "law", 0, torch.tensor([0]), 2).isfinite().all()
+
+
 def test_uniform_is_uniform_on_the_open_interval():
     drawn = uniform(1, "law", 0, torch.arange(50_000), 4).double().flatten().numpy()
     assert 0 < drawn.min() and drawn.max() < 1

@@ -299,7 +299,7 @@ def test_many_processes_share_one_copy_of_far_shards(bucket, tmp_path):
     published(bucket)
     far = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(3, context) as pool:
+    with ProcessPoolExecutor(2, context) as pool:
         found = list(pool.map(read_all, [(bucket, tmp_path / "cache", far)] * 6))
     for rgb in found:
         assert np.array_equal(rgb, rows_of(RECIPE, 0, 24).rgb)
