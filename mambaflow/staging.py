@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from mambaflow.config import require
 from mambaflow.shards import (
@@ -314,11 +315,16 @@ Run = Callable[[list[Task]], Iterable[Done]]
 
 
 def in_process(source: Source) -> Run:
-    """One shard after the other."""
+    """One shard after the other, on one core: small operations only lose by being shared."""
 
     def run(tasks: list[Task]) -> Iterator[Done]:
-        for task in tasks:
-            yield make(task, source)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for task in tasks:
+                yield make(task, source)
+        finally:
+            torch.set_num_threads(threads)
 
     return run
 
