@@ -3,8 +3,9 @@
 import ctypes
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mambaflow.native import LANES, MAX_STATES, MAX_TAPS, NativeError, library
@@ -53,6 +54,26 @@ def conv(
     return _Conv.apply(_dense(x), turned, bias.float().contiguous()).to(x.dtype)
 
 
+def inner(
+    xz: Float[Tensor, "b n dd"],
+    conv: nn.Conv1d,
+    to_ranks: nn.Linear,
+    to_dt: nn.Linear,
+    A: Float[Tensor, "d s"],
+    D: Float[Tensor, " d"],
+) -> Float[Tensor, "b n d"]:
+    """All of a Mamba block between its outer projections: convolution, projections, scan.
+
+    What `ssm.Mamba` computes with `ssm.causal_conv` and `ssm.selective_scan`; xz is u before the
+    convolution, then the gate, side by side.
+    """
+    weight = conv.weight.squeeze(1).t().contiguous()
+    given = xz, weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
+    names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
+    check(**dict(zip(names, given, strict=True)))
+    return _Inner.apply(*given, _wanted(*given))
+
+
 def within(what: str, number: int, most: int) -> None:
     """Refuse what the kernels' registers have no room for."""
     if not 1 <= number <= most:
@@ -99,61 +120,108 @@ def _shape(numbers: list[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
+def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """The output, and where `keep`, the states at the start of every chunk."""
+    (b, n, d), s = u.shape, A.shape[1]
+    kernels, y, kept = _kernels(), u.new_empty(b, n, d), None
+    if keep:
+        kept = u.new_empty(b, -(-n // kernels.mambaflow_chunk()), -(-d // LANES), s, LANES)
+    shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
+    given = [_pointer(x) for x in (u, dt, A, B, C, D, z, y, kept)]
+    kernels.mambaflow_scan_forward(shape, *given, torch.get_num_threads())
+    return y, kept
+
+
+def _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz) -> tuple[Tensor, ...]:
+    """The gradients of all inputs but z, whose goes into the rows of `dz`."""
+    (b, n, d), s = u.shape, A.shape[1]
+    dy = dy.contiguous()
+    groups = max(1, min(GROUPS // max(b, 1), -(-d // LANES)))
+    du, ddt = u.new_empty(b, n, d), u.new_empty(b, n, d)
+    dA, dD = u.new_empty(b, d, s), u.new_empty(b, d)
+    dB, dC = u.new_empty(groups, b, n, s), u.new_empty(groups, b, n, s)
+    shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z, dz)])
+    given = [_pointer(x) for x in (u, dt, A, B, C, D, z, dy, kept, du, ddt, dz, dA, dD, dB, dC)]
+    _kernels().mambaflow_scan_backward(
+        shape, *given, ctypes.c_int64(groups), torch.get_num_threads()
+    )
+    return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0)
+
+
+def _conv_forward(x, weight, bias) -> Tensor:
+    (b, n, d), taps = x.shape, weight.shape[0]
+    y = x.new_empty(b, n, d)
+    given = [_pointer(v) for v in (x, weight, bias, y)]
+    shape = _shape([b, n, d, taps, *_strides(x)])
+    _kernels().mambaflow_conv_forward(shape, *given, torch.get_num_threads())
+    return y
+
+
+def _conv_backward(x, weight, bias, dy, dx) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias; that of x goes into the rows of `dx`."""
+    (b, n, d), taps = x.shape, weight.shape[0]
+    dy = dy.contiguous()
+    dweight, dbias = x.new_empty(b, taps, d), x.new_empty(b, d)
+    given = [_pointer(v) for v in (x, weight, bias, dy, dx, dweight, dbias)]
+    shape = _shape([b, n, d, taps, *_strides(x, dx)])
+    _kernels().mambaflow_conv_backward(shape, *given, torch.get_num_threads())
+    return dweight.sum(0), dbias.sum(0)
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, z, keep):
-        kernels = _kernels()
-        (b, n, d), s = u.shape, A.shape[1]
-        A, D = A.contiguous(), D.contiguous()
-        y = u.new_empty(b, n, d)
-        kept = None
-        if keep:
-            chunk = kernels.mambaflow_chunk()
-            kept = u.new_empty(b, -(-n // chunk), -(-d // LANES), s, LANES)
-        shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
-        given = [_pointer(x) for x in (u, dt, A, B, C, D, z, y, kept)]
-        kernels.mambaflow_scan_forward(shape, *given, torch.get_num_threads())
-        ctx.save_for_backward(u, dt, A, B, C, D, z, kept)
+        given = u, dt, A.contiguous(), B, C, D.contiguous(), z
+        y, kept = _scan_forward(*given, keep)
+        ctx.save_for_backward(*given, kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         u, dt, A, B, C, D, z, kept = ctx.saved_tensors
-        (b, n, d), s = u.shape, A.shape[1]
-        dy = dy.contiguous()
-        groups = max(1, min(GROUPS // max(b, 1), -(-d // LANES)))
-        du, ddt = u.new_empty(b, n, d), u.new_empty(b, n, d)
-        dz = None if z is None else u.new_empty(b, n, d)
-        dA, dD = u.new_empty(b, d, s), u.new_empty(b, d)
-        dB, dC = u.new_empty(groups, b, n, s), u.new_empty(groups, b, n, s)
-        shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
-        given = [_pointer(x) for x in (u, dt, A, B, C, D, z, dy, kept, du, ddt, dz, dA, dD, dB, dC)]
-        _kernels().mambaflow_scan_backward(
-            shape, *given, ctypes.c_int64(groups), torch.get_num_threads()
-        )
-        return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, None
+        dz = None if z is None else u.new_empty(u.shape)
+        return *_scan_backward(u, dt, A, B, C, D, z, kept, dy, dz), dz, None
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        (b, n, d), taps = x.shape, weight.shape[0]
-        y = x.new_empty(b, n, d)
-        shape = _shape([b, n, d, taps, *_strides(x)])
-        given = [_pointer(v) for v in (x, weight, bias, y)]
-        _kernels().mambaflow_conv_forward(shape, *given, torch.get_num_threads())
         ctx.save_for_backward(x, weight, bias)
-        return y
+        return _conv_forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        (b, n, d), taps = x.shape, weight.shape[0]
-        dy = dy.contiguous()
-        dx, dweight, dbias = x.new_empty(b, n, d), x.new_empty(b, taps, d), x.new_empty(b, d)
-        shape = _shape([b, n, d, taps, *_strides(x)])
-        given = [_pointer(v) for v in (x, weight, bias, dy, dx, dweight, dbias)]
-        _kernels().mambaflow_conv_backward(shape, *given, torch.get_num_threads())
-        return dx, dweight.sum(0), dbias.sum(0)
+        dx = x.new_empty(x.shape)
+        return dx, *_conv_backward(x, weight, bias, dy, dx)
+
+
+class _Inner(torch.autograd.Function):
+    """`inner`, with its gradients written where they are wanted, not joined and added later."""
+
+    @staticmethod
+    def forward(ctx, xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
+        x, z = xz.chunk(2, -1)
+        u = _conv_forward(x, weight, bias)
+        ranks = F.linear(u, to_ranks)
+        low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
+        dt = F.linear(low, to_dt, dt_bias)
+        y, kept = _scan_forward(u, dt, A, B, C, D, z, keep)
+        ctx.save_for_backward(xz, weight, bias, to_ranks, to_dt, A, D, u, ranks, dt, kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        xz, weight, bias, to_ranks, to_dt, A, D, u, ranks, dt, kept = ctx.saved_tensors
+        dxz = torch.empty_like(xz)
+        (x, z), (dx, dz) = xz.chunk(2, -1), dxz.chunk(2, -1)
+        low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
+        du, ddt, dA, dB, dC, dD = _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz)
+        du, ddt, u, low = (v.flatten(0, 1) for v in (du, ddt, u, low))
+        dranks = torch.cat((ddt @ to_dt, dB.flatten(0, 1), dC.flatten(0, 1)), -1)
+        du.addmm_(dranks, to_ranks)
+        dweight, dbias = _conv_backward(x, weight, bias, du, dx)
+        return dxz, dweight, dbias, dranks.t() @ u, ddt.t() @ low, ddt.sum(0), dA, dD, None

@@ -248,13 +248,24 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Each token after those before it."""
-        x, z = self.in_proj(tokens).chunk(2, -1)
+        xz = self.in_proj(tokens)
+        with torch.autocast(xz.device.type, enabled=False):  # states decay through fp32
+            A = -torch.exp(self.A_log)
+        if self._fuses(xz):
+            inner = native_scan.inner(xz, self.conv1d, self.x_proj, self.dt_proj, A, self.D)
+            return self.out_proj(inner)
+        x, z = xz.chunk(2, -1)
         assert self.conv1d.bias is not None
         x = causal_conv(x, self.conv1d.weight, self.conv1d.bias)
         ranks = [self.dt_rank, self.d_state, self.d_state]
         dt, B, C = self.x_proj(x).split(ranks, -1)
         dt = self.dt_proj(dt)
-        with torch.autocast(x.device.type, enabled=False):  # states decay through fp32
-            A = -torch.exp(self.A_log)
+        with torch.autocast(x.device.type, enabled=False):
             y = selective_scan(x, dt, A, B, C, self.D, z)
         return self.out_proj(y)
+
+    def _fuses(self, xz: Tensor) -> bool:
+        """Whether the native kernels take the whole block, in float32."""
+        same = {xz.dtype, self.x_proj.weight.dtype} == {torch.float32}
+        taps = self.conv1d.kernel_size[0]
+        return same and native_scan.serves(xz, states=self.d_state, taps=taps)

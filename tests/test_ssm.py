@@ -377,6 +377,33 @@ def test_an_unknown_backend_is_named():
         selective_scan(*inputs(1, 2, 3, 4), backend="cuda13")
 
 
+@needs_native
+@pytest.mark.parametrize(("n", "d_state", "d_conv"), [(1, 1, 1), (3, 7, 4), (37, 16, 8)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_fused_block_is_the_block_of_its_parts(n, d_state, d_conv, frozen, monkeypatch):
+    torch.manual_seed(0)
+    block = Mamba(24, d_state=d_state, d_conv=d_conv)
+    block.in_proj.weight.requires_grad_(not frozen)
+    tokens, wanted = torch.randn(3, n, 24), [p for p in block.parameters() if p.requires_grad]
+    calls, results, inner = [], [], native_scan.inner
+    monkeypatch.setattr(native_scan, "inner", lambda *x: calls.append(x) or inner(*x))
+    for fuses in (True, False):
+        monkeypatch.setattr(Mamba, "_fuses", lambda self, xz, fuses=fuses: fuses)
+        y = block(tokens)
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    assert len(calls) == 1
+    assert_near(*results, 1e-5, [name for name, p in block.named_parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_only_float32_is_fused(dtype):
+    block = Mamba(8)
+    assert block._fuses(torch.zeros(1, 1, 32)) == (library() is not None)
+    assert not block._fuses(torch.zeros(1, 1, 32, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):  # the projections are in half precision
+        assert block(torch.randn(2, 5, 8)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(("d_state", "d_conv"), [(65, 4), (16, 9), (80, 12)])
 def test_a_block_too_large_for_the_kernel_runs_in_torch(d_state, d_conv):
     block = Mamba(8, d_state=d_state, d_conv=d_conv)

@@ -364,7 +364,7 @@ void backward_all(const Scan& k, const Gradients& g, int64_t groups, int threads
 
 extern "C" {
 
-// shape: b, n, d, s, then (batch, row) strides of u, dt, B, C, z.
+// shape: b, n, d, s, then (batch, row) strides of u, dt, B, C, z and, backward, of dz.
 static Scan scan_of(const int64_t* shape, float* u, float* dt, float* A, float* B, float* C,
                     float* D, float* z) {
   const int64_t* t = shape + 4;
@@ -394,7 +394,7 @@ void mambaflow_scan_backward(const int64_t* shape, float* u, float* dt, float* A
   const Scan k = scan_of(shape, u, dt, A, B, C, D, z);
   const int64_t row = k.d, batch = k.n * k.d;
   const Gradients g{{dy, batch, row}, kept, {du, batch, row}, {ddt, batch, row},
-                    {z ? dz : nullptr, batch, row}, dA, dD, dB, dC};
+                    {dz, shape[14], shape[15]}, dA, dD, dB, dC};
   if (k.s % 8 == 0) return backward_all<8>(k, g, groups, threads);
   if (k.s % 4 == 0) return backward_all<4>(k, g, groups, threads);
   backward_all<1>(k, g, groups, threads);
@@ -422,12 +422,13 @@ void mambaflow_conv_forward(const int64_t* shape, float* x, float* weight, float
   }
 }
 
-// dx, and for each image the gradients of weight (b, taps, d) and bias (b, d).
+// dx, and for each image the gradients of weight (b, taps, d) and bias (b, d). shape: b, n, d,
+// taps, then (batch, row) strides of x and, backward, of dx.
 void mambaflow_conv_backward(const int64_t* shape, float* x, float* weight, float* bias, float* dy,
                              float* dx, float* dweight, float* dbias, int threads) {
   const int64_t b = shape[0], n = shape[1], d = shape[2];
   const int taps = int(shape[3]);
-  const Rows in{x, shape[4], shape[5]};
+  const Rows in{x, shape[4], shape[5]}, slope{dy, n * d, d}, to{dx, shape[6], shape[7]};
   const int64_t blocks = (d + LANES - 1) / LANES;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t item = 0; item < b * blocks; item++) {
@@ -442,8 +443,7 @@ void mambaflow_conv_backward(const int64_t* shape, float* x, float* weight, floa
     vec db = vec{};
     for (int64_t i = 0; i < n + taps - 1; i++) {  // seen: inputs; owed: gradients of inputs
       if (i + CHUNK < n)
-        for (const Rows& rows : {in, Rows{dy, n * d, d}, Rows{dx, n * d, d}})
-          prefetch(rows, image, i + CHUNK, c);
+        for (const Rows& rows : {in, slope, to}) prefetch(rows, image, i + CHUNK, c);
       for (int j = 0; j + 1 < taps; j++) seen[j] = seen[j + 1], owed[j] = owed[j + 1];
       owed[taps - 1] = vec{};
       seen[taps - 1] = i < n ? load(in.at(image, i) + c, m) : vec{};
@@ -451,11 +451,11 @@ void mambaflow_conv_backward(const int64_t* shape, float* x, float* weight, floa
         vec out = offset;
         for (int j = 0; j < taps; j++) out += w[j] * seen[j];
         const vec sig = sigmoid(out);
-        const vec g = load(dy + (image * n + i) * d + c, m) * (sig * (1.0f + out * (1.0f - sig)));
+        const vec g = load(slope.at(image, i) + c, m) * (sig * (1.0f + out * (1.0f - sig)));
         db += g;
         for (int j = 0; j < taps; j++) dw[j] += g * seen[j], owed[j] += g * w[j];
       }
-      if (i >= taps - 1) store(dx + (image * n + i - taps + 1) * d + c, owed[0], m);
+      if (i >= taps - 1) store(to.at(image, i - taps + 1) + c, owed[0], m);
     }
     store(dbias + image * d + c, db, m);
     for (int j = 0; j < taps; j++) store(dweight + (image * taps + j) * d + c, dw[j], m);
