@@ -220,7 +220,7 @@ struct Gradients {
 struct Backward {
   const Scan& k;
   const Gradients& g;
-  vec decay[CHUNK * 8], faded[CHUNK * 8];  // of one group of states: e and e h
+  vec decay[CHUNK * 4], faded[CHUNK * 4];  // of one group of states: e and e h
   vec sumB[CHUNK * MAX_STATE], sumC[CHUNK * MAX_STATE];
   vec u[CHUNK], dt[CHUNK], slope[CHUNK], drive[CHUNK], dy[CHUNK], gate[CHUNK];
   vec plain[CHUNK], ddrive[CHUNK], ddt[CHUNK];
@@ -258,13 +258,15 @@ struct Backward {
     for (int i = 0; i < steps; i++) {
       const float *B = k.B.at(b, first + i) + q, *C = k.C.at(b, first + i) + q;
       vec *e = decay + i * GROUP, *old = faded + i * GROUP, *toC = sumC + i * k.s + q;
+      const vec step = dt[i], push = drive[i], g = dy[i];  // else loaded again after every store
       vec out = vec{};
       UNROLL for (int j = 0; j < GROUP; j++) {
-        e[j] = exp2(dt[i] * A[j]);
-        old[j] = e[j] * h[j];
-        h[j] = old[j] + drive[i] * B[j];
+        const vec decayed = exp2(step * A[j]), before = decayed * h[j];
+        e[j] = decayed;
+        old[j] = before;
+        h[j] = before + push * B[j];
         out += h[j] * C[j];
-        toC[j] += dy[i] * h[j];
+        toC[j] += g * h[j];
       }
       plain[i] += out;
     }
@@ -279,13 +281,14 @@ struct Backward {
       const float *B = k.B.at(b, first + i) + q, *C = k.C.at(b, first + i) + q;
       const vec *e = decay + i * GROUP, *old = faded + i * GROUP;
       vec *toB = sumB + i * k.s + q, through = vec{}, rate = vec{};
+      const vec step = dt[i], push = drive[i], g = dy[i];
       UNROLL for (int j = 0; j < GROUP; j++) {
-        const vec full = next[j] + dy[i] * C[j], turned = full * old[j];
+        const vec full = next[j] + g * C[j], turned = full * old[j];
         next[j] = full * e[j];
-        toB[j] += full * drive[i];
+        toB[j] += full * push;
         through += full * B[j];
         rate += turned * A[j];
-        sum[j] += turned * dt[i];
+        sum[j] += turned * step;
       }
       ddrive[i] += through;
       ddt[i] += rate;
@@ -395,7 +398,6 @@ void mambaflow_scan_backward(const int64_t* shape, float* u, float* dt, float* A
   const int64_t row = k.d, batch = k.n * k.d;
   const Gradients g{{dy, batch, row}, kept, {du, batch, row}, {ddt, batch, row},
                     {dz, shape[14], shape[15]}, dA, dD, dB, dC};
-  if (k.s % 8 == 0) return backward_all<8>(k, g, groups, threads);
   if (k.s % 4 == 0) return backward_all<4>(k, g, groups, threads);
   backward_all<1>(k, g, groups, threads);
 }
