@@ -340,11 +340,18 @@ struct Backward {
   }
 };
 
+// How many blocks a thread takes at a time: neighbours, whose memory lies side by side and would
+// be fetched by two cores; few enough that all threads have work to the end.
+inline int64_t share(int64_t items, int threads) {
+  const int64_t even = items / (4 * threads);
+  return even < 1 ? 1 : even > 16 ? 16 : even;
+}
+
 template <int GROUP>
 void forward_all(const Scan& k, Rows y, float* kept, int threads) {
-  const int64_t blocks = k.blocks();
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t item = 0; item < k.b * blocks; item++)
+  const int64_t blocks = k.blocks(), items = k.b * blocks;
+#pragma omp parallel for schedule(dynamic, share(items, threads)) num_threads(threads)
+  for (int64_t item = 0; item < items; item++)
     Forward(k, y, kept).run<GROUP>(item / blocks, item % blocks);
 }
 
@@ -431,9 +438,9 @@ void mambaflow_conv_backward(const int64_t* shape, float* x, float* weight, floa
   const int64_t b = shape[0], n = shape[1], d = shape[2];
   const int taps = int(shape[3]);
   const Rows in{x, shape[4], shape[5]}, slope{dy, n * d, d}, to{dx, shape[6], shape[7]};
-  const int64_t blocks = (d + LANES - 1) / LANES;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t item = 0; item < b * blocks; item++) {
+  const int64_t blocks = (d + LANES - 1) / LANES, items = b * blocks;
+#pragma omp parallel for schedule(dynamic, share(items, threads)) num_threads(threads)
+  for (int64_t item = 0; item < items; item++) {
     const int64_t image = item / blocks, c = item % blocks * LANES, left = d - c;
     const int m = left < LANES ? int(left) : LANES;
     vec w[MAX_TAPS], dw[MAX_TAPS], seen[MAX_TAPS], owed[MAX_TAPS];
