@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 train: env
-	$(BIN)/python jobs/stage.py --source $(DATA) --out data/$(DATA) --full-images
+	$(BIN)/python jobs/stage.py --source $(DATA) --out data/$(DATA) --full-images --no-ray
 	$(BIN)/python jobs/train.py --arch $(ARCH) --recipe first-run --data data/$(DATA) --run-name $(RUN) $(FLAGS)
 
 test: env

@@ -26,13 +26,23 @@ from tqdm import tqdm
 
 from mambaflow.checkpoint import CheckpointError
 from mambaflow.config import RECIPES, RunConfig, lookup, require
-from mambaflow.run import STOP, Outcome, Point, World, check_data, open_run, train
+from mambaflow.run import (
+    STOP,
+    Outcome,
+    Point,
+    RunFailed,
+    World,
+    check_data,
+    open_run,
+    share_cores,
+    train,
+)
 from mambaflow.shards import ShardError
 from mambaflow.sources import EMBEDDED
 from mambaflow.staging import stage_once
 from mambaflow.storage import Storage, at
 
-BAD_INPUT, DAMAGED, STOPPED = 2, 3, 128 + signal.SIGTERM
+FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -102,10 +112,23 @@ def progress_bar() -> Iterator[Callable[[Point], None]]:
 
 def on_ray(config: RunConfig, run: Storage) -> Outcome:
     """Train on the connected or a private cluster."""
-    from mambaflow.distributed import connect, train_on_ray
+    from mambaflow.distributed import train_on_ray
 
-    with connect(config.scale.num_workers + 1), stoppable(run), progress_bar() as watch:
+    with stoppable(run), progress_bar() as watch:
         return train_on_ray(config, watch)
+
+
+@contextlib.contextmanager
+def cluster(config: RunConfig) -> Iterator[None]:
+    """The Ray to train on, if the run wants one: at RAY_ADDRESS, or private to this run."""
+    if not config.scale.ray:
+        yield
+        return
+    from mambaflow.distributed import check_room, connect
+
+    with connect(config.scale.num_workers + 1):
+        check_room(config.scale)
+        yield
 
 
 class ProcessWorld(World):
@@ -116,6 +139,7 @@ class ProcessWorld(World):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
         if device is not None:
             torch.cuda.set_device(device)
+        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if size > 1:
             dist.init_process_group("nccl" if use_gpu else "gloo")
         super().__init__(rank, size, device or torch.device("cpu"))
@@ -145,25 +169,39 @@ def show(config: RunConfig, run: Storage) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, train, show; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    leader = int(os.environ.get("RANK", "0")) == 0
-    try:
-        config = prepare(parse(sys.argv[1:] if argv is None else argv))
-        check_data(config)
-        run = open_run(config) if leader else at(config.storage).child(config.run_name)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    with contextlib.ExitStack() as stack:
+        try:
+            config = prepare(parse(sys.argv[1:] if argv is None else argv))
+            check_data(config)
+            stack.enter_context(cluster(config))
+            run = open_run(config) if leader() else at(config.storage).child(config.run_name)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return BAD_INPUT
+        return carry_out(config, run)
+
+
+def leader() -> bool:
+    """Whether this process speaks for the run: the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def carry_out(config: RunConfig, run: Storage) -> int:
+    """Train and show; returns the exit code."""
     resuming = f"--resume --run-name {config.run_name}"
     try:
         outcome = on_ray(config, run) if config.scale.ray else without_ray(config)
     except (ShardError, CheckpointError) as error:
         print(f"error: {error}\nmended? go on with {resuming}", file=sys.stderr)
         return DAMAGED
+    except RunFailed as error:
+        print(f"error: {error}\ngo on with {resuming}", file=sys.stderr)
+        return FAILED
     if outcome.status == "stopped":
-        if leader:
+        if leader():
             print(f"stopped after step {outcome.step}; go on with {resuming}")
         return STOPPED
-    if leader:
+    if leader():
         show(config, run)
     return 0
 

@@ -7,6 +7,7 @@ to save, and no row that it reads is another's.
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -15,11 +16,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mambaflow.config import ModelConfig, TrainConfig, require
-from mambaflow.pixels import choose, coordinates, to_rgb
+from mambaflow.pixels import choose, grid, to_rgb
 from mambaflow.randomness import normal, philox, uniform
 from mambaflow.shards import Recipe, Rows
 
 FEISTEL_ROUNDS = 6
+BLOCK = 2**13
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class RowOrder:
         require(rows > 0, f"rows (={rows}) must be positive; stage at least one image")
         require(window > 0, f"window (={window}) must be positive; use 2**20")
         self.rows, self.seed, self.window = rows, seed, min(window, rows)
+        self._block = lru_cache(maxsize=4)(self._make_block)
 
     def epoch(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """The epoch of each sample of the stream."""
@@ -78,6 +81,16 @@ class RowOrder:
         size = torch.where(window < whole, self.window, rest)
         return window * self.window + self._permute(inside, size, epoch, window)
 
+    def stretch(self, first: int, count: int) -> Int[np.ndarray, " count"]:
+        """The rows of `count` samples in a row, from blocks that serve many steps: a
+        permutation's rounds cost as much for one sample as for hundreds."""
+        blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
+        found = np.concatenate([self._block(b) for b in blocks])
+        return found[first - blocks[0] * BLOCK :][:count]
+
+    def _make_block(self, block: int) -> Int[np.ndarray, " rows"]:
+        return self.row(torch.arange(block * BLOCK, (block + 1) * BLOCK)).numpy()
+
     def _permute(
         self, place: Int[Tensor, " m"], size: int | Tensor, epoch: Tensor, salt: Tensor
     ) -> Int[Tensor, " m"]:
@@ -85,7 +98,7 @@ class RowOrder:
         size = torch.as_tensor(size).expand_as(place)
         bits = torch.frexp((size - 1).double()).exponent.long()
         half = ((bits + 1) // 2).clamp(min=1)  # of each place's own size, whoever is beside it
-        walking = place < size
+        walking = (place < size) & (size > 1)
         while bool(walking.any()):
             walked = self._feistel(place[walking], half[walking], epoch[walking], salt[walking])
             place = place.masked_scatter(walking, walked)
@@ -129,7 +142,11 @@ class Layout:
 
     def xy(self, index: Int[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
         """Where pixels are."""
-        xy = coordinates(index, self.size)
+        return self._places.index_select(0, index.reshape(-1)).view(*index.shape, 2)
+
+    @cached_property
+    def _places(self) -> Float[Tensor, "pixels 2"]:
+        xy = grid(self.size)
         corner = (xy * self.size - 0.5) / (self.size - 1)
         return corner if self.coordinates == "corner" else xy
 
@@ -185,7 +202,7 @@ class Batches:
         share = self.config.batch_size // self.world
         first = step * self.config.batch_size + self.rank * share
         number = torch.arange(first, first + share)
-        rows = self.reader.rows(self.order.row(number).numpy())
+        rows = self.reader.rows(self.order.stretch(first, share))
         index, colours = self._pixels(rows, number, self.queries(step))
         return self.layout.batch(index, colours, number)
 
@@ -194,6 +211,8 @@ class Batches:
         config = self.config
         most = config.max_queries or self.layout.target
         least = config.min_queries or most
+        if least == most:
+            return most
         draw = uniform(config.seed, "queries", 0, torch.tensor([step]), 1).item()
         return least + int(draw * (most - least + 1))
 

@@ -78,6 +78,8 @@ class ModelConfig:
     """The noisy query reaches the output past the attention, not only through it."""
     windows: bool = True
     """Gaussian windows of learned width in attention, and known colours among its values."""
+    surroundings: bool = True
+    """A known pixel enters the scan with planes fitted to the known colours around it."""
     start: Literal["plain", "gaussian"] = "gaussian"
     """The network predicts the velocity, or a correction to the exact answer for independent
     Gaussians around a smooth fill of the known pixels."""
@@ -120,6 +122,7 @@ ARCHITECTURES: dict[str, ModelConfig] = {
         readout="cross_attention",
         modulation="add",
         windows=False,
+        surroundings=False,
         start="plain",
     ),
     "v2": ModelConfig(),
@@ -277,11 +280,11 @@ def mission(arch: str) -> RunConfig:
 def first_run(arch: str) -> RunConfig:
     """A small model on the embedded sample: minutes on two cores, better than a linear fill."""
     run = mission(arch)
-    model = replace(run.model, d_model=128, num_layers=4)
+    model = replace(run.model, d_model=64, num_layers=4, num_heads=4)
     train = replace(
-        run.train, epochs=24, lr=1e-3, warmup_steps=30, ema_decay=0.995, share_at_zero=0.25,
-        masks="fresh", min_queries=100, max_queries=300, eval_every=400, eval_images=128,
-        test_images=256,
+        run.train, epochs=3, batch_size=16, lr=2e-3, warmup_steps=30, ema_decay=0.995,
+        share_at_zero=0.25, masks="fresh", min_queries=100, max_queries=300, eval_every=256,
+        eval_images=128, test_images=256, sample_steps=8,
     )  # fmt: skip
     return replace(run, recipe="first-run", model=model, train=train)
 

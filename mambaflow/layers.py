@@ -138,27 +138,92 @@ class Attention(nn.Module):
         return F.pad(heads, (0, -heads.shape[-1] % 8)) if heads.is_cuda else heads
 
 
-class Smoother(nn.Module):
-    """A fill of the known pixels that knows neither noise nor time: colours under each head's
-    window, mixed by a gate per query; and the features that it read on the way."""
+class Surroundings(nn.Module):
+    """The known colours around a place, as a plane fitted under each of several windows.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Local linear regression (Cleveland 1979; Fan & Gijbels 1996, section 3.2): with p the softmax
+    of -|x - y|^2 / 2 s^2 over known places y, the plane at x is E[c] + (x - E[y]) slope, where
+    slope = (Cov[y] + r s^2)^-1 Cov[y, c]. A mean alone would lean toward the side where more is
+    known. The widths s are learned, and so is r, which keeps a plane level whose window holds
+    one pixel. One attention over the moments of y and c: no n x k matrix is kept.
+    """
+
+    def __init__(self, width: int, windows: int) -> None:
         super().__init__()
-        self.attention = Attention(width, heads, windows=True)
-        self.gate = nn.Linear(width, heads)
+        self.log_width = nn.Parameter(torch.linspace(math.log(0.02), math.log(0.3), windows))
+        self.log_ridge = nn.Parameter(torch.full((windows,), math.log(0.3)))
+        self.features = nn.Linear(11 * windows, width)
+
+    def forward(
+        self,
+        xy: Float[Tensor, "b n 2"],
+        known_xy: Float[Tensor, "b k 2"],
+        known_rgb: Float[Tensor, "b k 3"],
+    ) -> tuple[Float[Tensor, "b n h 3"], Float[Tensor, "b n d"]]:
+        """The planes' colours at `xy`, and all that was seen there as a token."""
+        with torch.autocast(xy.device.type, enabled=False):  # moments cancel: bf16 would drown them
+            planes, slopes, offset = self._fit(xy - 0.5, known_xy - 0.5, known_rgb)
+        seen = torch.cat((planes, slopes.flatten(-2), offset), -1)
+        return planes, self.features(seen.flatten(2))
+
+    def _fit(
+        self, x: Float[Tensor, "b n 2"], y: Float[Tensor, "b k 2"], c: Float[Tensor, "b k 3"]
+    ) -> tuple[Float[Tensor, "b n h 3"], Float[Tensor, "b n h 2 3"], Float[Tensor, "b n h 2"]]:
+        """Planes, slopes per window width, and the offset E[y] - x in window widths."""
+        variance = torch.exp(2 * self.log_width)
+        mean_y, mean_c, yy, yc = self._moments(x, y, c, variance)
+        cov_yc = yc - mean_y[..., :, None] * mean_c[..., None, :]
+        cov_yy = yy - mean_y[..., :, None] * mean_y[..., None, :]
+        ridge = (self.log_ridge.exp() * variance)[:, None]
+        a, d = (cov_yy.diagonal(dim1=-2, dim2=-1) + ridge).unbind(-1)
+        b = cov_yy[..., 0, 1]
+        adjugate = torch.stack((d, -b, -b, a), -1).unflatten(-1, (2, 2))
+        slopes = adjugate @ cov_yc / (a * d - b * b)[..., None, None]
+        offset = mean_y - x[:, :, None]
+        planes = mean_c - (offset[..., None, :] @ slopes)[..., 0, :]
+        width = variance.sqrt()[:, None]
+        return planes, slopes * width[..., None], offset / width
+
+    def _moments(
+        self, x: Tensor, y: Tensor, c: Tensor, variance: Float[Tensor, " h"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E of y, c, y y' and y c' under each window, (b, n, h, ...)."""
+        yy, yc = y[..., :, None] * y[..., None, :], y[..., :, None] * c[..., None, :]
+        value = torch.cat((y, c, yy.flatten(-2), yc.flatten(-2)), -1)
+        key = torch.cat((y, -0.5 * y.square().sum(-1, keepdim=True)), -1)
+        query = F.pad(x, (0, 1), value=1.0)[:, None] / variance[:, None, None]
+        rows = value.shape[-1]
+        query, key = (F.pad(m, (0, rows - m.shape[-1])) for m in (query, key))
+        key, value = (m[:, None].expand(-1, len(variance), -1, -1) for m in (key, value))
+        found = F.scaled_dot_product_attention(query, key, value, scale=1.0).transpose(1, 2)
+        mean_y, mean_c, yy, yc = found.split((2, 3, 4, 6), -1)
+        return mean_y, mean_c, yy.unflatten(-1, (2, 2)), yc.unflatten(-1, (2, 3))
+
+
+class Smoother(nn.Module):
+    """A fill of the known pixels that knows neither noise nor time: planes under several windows,
+    mixed by a gate per query; and the features that it saw on the way."""
+
+    def __init__(self, width: int, windows: int) -> None:
+        super().__init__()
+        self.surroundings = Surroundings(width, windows)
+        self.gate = nn.Linear(width, windows)
         self.correction = nn.Linear(width, 3)
         nn.init.zeros_(self.correction.weight)
         nn.init.zeros_(self.correction.bias)
 
     def forward(
-        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], keys: Keys
+        self,
+        tokens: Float[Tensor, "b n d"],
+        xy: Float[Tensor, "b n 2"],
+        known_xy: Float[Tensor, "b k 2"],
+        known_rgb: Float[Tensor, "b k 3"],
     ) -> tuple[Float[Tensor, "b n 3"], Float[Tensor, "b n d"]]:
         """The fill and the features."""
-        found, colours = self.attention.read(tokens, xy, keys)
-        assert colours is not None
-        features = tokens + self.attention.out(found) + self.attention.colours(colours)
+        planes, seen = self.surroundings(xy, known_xy, known_rgb)
+        features = tokens + seen
         share = self.gate(features).float().softmax(-1)
-        fill = torch.einsum("bnh,bnhc->bnc", share, colours.unflatten(-1, (-1, 3)))
+        fill = torch.einsum("bnh,bnhc->bnc", share, planes)
         return fill + self.correction(F.silu(features)).float(), features
 
 

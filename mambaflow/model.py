@@ -16,6 +16,7 @@ from mambaflow.layers import (
     Modulation,
     PerceiverBlock,
     Smoother,
+    Surroundings,
     TimeEmbedding,
     mlp,
 )
@@ -189,6 +190,8 @@ class VelocityField(nn.Module):
         self.embed_query = nn.Linear(self.features.width, width)
         self.embed_colour = nn.Linear(3, width, bias=False)
         self.time = TimeEmbedding(width, config.time_scale)
+        if config.surroundings:
+            self.surroundings = Surroundings(width, config.num_heads)
         self.encoder = Encoder(config)
         self.readout = READOUTS[config.readout](config)
         self.norm = nn.LayerNorm(width)
@@ -209,6 +212,8 @@ class VelocityField(nn.Module):
         """The velocity field of these known pixels at these coordinates."""
         known_xy, known_rgb = self._in_order(given.known_xy, given.known_rgb)
         known = self.embed_known(torch.cat((self.features(known_xy), known_rgb), -1))
+        if self.config.surroundings:
+            known = known + self.surroundings(known_xy, known_xy, known_rgb)[1]
         query = self.embed_query(self.features(given.query_xy))
         if self.config.scan == "known":
             return self._reading(known_xy, known_rgb, self.encoder(known), given.query_xy, query)
@@ -232,8 +237,7 @@ class VelocityField(nn.Module):
         keys = self.readout.keys(memory, known_xy, known_rgb)
         if self.config.start == "plain":
             return lambda x, t: self._read(query, query_xy, keys, x, t, torch.ones_like(t))
-        read = self.smoother.attention.keys(memory, known_xy, known_rgb)
-        fill, features = self.smoother(query, query_xy, read)
+        fill, features = self.smoother(query, query_xy, known_xy, known_rgb)
         variance = self.log_variance.exp()
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:

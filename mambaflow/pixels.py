@@ -67,7 +67,7 @@ def grid(size: int) -> Float[Tensor, "pixels 2"]:
 
 def to_rgb(colours: UInt8[Tensor, "*m"]) -> Float[Tensor, "*m"]:
     """Bytes to [-1, 1]."""
-    return colours.float() / 127.5 - 1
+    return colours.float().div_(127.5).sub_(1)
 
 
 def to_uint8(rgb: Float[Tensor, "*m"]) -> UInt8[Tensor, "*m"]:

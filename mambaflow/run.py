@@ -13,6 +13,7 @@ Nothing here knows what started the workers: a World says who else there is.
 import io
 import json
 import logging
+import os
 import signal
 import tempfile
 import threading
@@ -60,6 +61,36 @@ class Outcome:
 
     status: str
     step: int
+
+
+class RunFailed(RuntimeError):
+    """A run that ended without a result; the message says why."""
+
+
+def share_cores(workers: int) -> None:
+    """Give this worker its share of the node's cores, or MAMBAFLOW_THREADS of them.
+
+    Launchers leave each worker one thread (OMP_NUM_THREADS=1) however many cores there are.
+
+    Args:
+        workers: how many workers this node has.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(
+        int(os.environ.get("MAMBAFLOW_THREADS") or max(1, (cores or 1) // workers))
+    )
+
+
+def check_storage(config: RunConfig) -> None:
+    """Refuse a run's folder that this worker's node does not share with the driver's.
+
+    Raises:
+        ValueError: the run's configuration is not there.
+    """
+    require(
+        at(config.storage).child(config.run_name).exists(CONFIG),
+        f"storage (={config.storage}) must be seen by every node; use a shared folder or s3://…",
+    )
 
 
 class World:

@@ -57,6 +57,14 @@ def test_the_row_of_a_sample_does_not_depend_on_what_is_asked_beside_it(rows, cu
     assert torch.equal(order.row(number), parts)
 
 
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 20000), first=st.integers(0, 40000), count=st.integers(1, 9000))
+def test_a_stretch_of_samples_has_the_rows_of_each(rows, first, count):
+    order = RowOrder(rows, 5)
+    each = order.row(torch.arange(first, first + count)).numpy()
+    assert np.array_equal(order.stretch(first, count), each)
+
+
 def test_a_thousand_million_rows_need_no_table():
     order = RowOrder(10**9, 3)
     number = torch.arange(10**9 - 1000, 10**9 + 1000)

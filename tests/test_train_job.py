@@ -42,6 +42,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "perceiver_iterations": (3, ""), "num_heads": (4, ""), "mlp_ratio": (3, ""),
     "frequencies": (32, ""), "max_frequency": (8.0, ""), "time_scale": (500.0, ""),
     "modulation": ("add", ""), "residual": (False, ""), "windows": (False, ""),
+    "surroundings": (False, ""),
     "start": ("plain", ""), "coordinates": ("corner", ""), "rgb_low": (0.0, ""),
     "epochs": (7, ""), "batch_size": (32, ""), "lr": (3e-4, ""), "warmup_steps": (9, ""),
     "weight_decay": (0.1, ""), "grad_clip": (0.5, ""), "ema_decay": (0.9, ""),
