@@ -136,9 +136,21 @@ def scan(
     D: Float[Tensor, " d"],
     z: Float[Tensor, "b n d"] | None = None,
 ) -> Float[Tensor, "b n d"]:
-    """The gated selective scan, float32 inside; see `ssm.selective_scan`."""
+    """The gated selective scan, float32 inside; see `ssm.selective_scan`.
+
+    Raises:
+        ValueError: an image whose tokens x channels the kernel cannot count in 32 bits.
+    """
     inputs = (_dense(u), _dense(dt), A.float(), _dense(B), _dense(C), D.float())
-    return _Scan.apply(*inputs, None if z is None else _dense(z))
+    inputs = (*inputs, None if z is None else _dense(z))
+    widest = max(x.stride(1) for x in inputs if x is not None and x.dim() == 3)
+    if u.shape[1] * widest >= 2**31:
+        raise ValueError(
+            f"{u.shape[1]} tokens in rows of {widest} numbers must stay below 2^31 numbers an "
+            "image; use backend='chunked'"
+        )
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return _Scan.apply(*inputs, keep)
 
 
 def _sizes(d: int, s: int) -> tuple[int, dict[str, int]]:
@@ -159,10 +171,10 @@ def _strides(*rows: Tensor | None) -> list[int]:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, z):
+    def forward(ctx, u, dt, A, B, C, D, z, keep):
         (b, n, d), s = u.shape, A.shape[1]
         A, D = A.contiguous(), D.contiguous()
-        y, keep = u.new_empty(b, n, d), any(ctx.needs_input_grad)
+        y = u.new_empty(b, n, d)
         kept = A.new_empty(b, triton.cdiv(n, CHUNK), d, s) if keep else y
         blocks, sizes = _sizes(d, s)
         _forward[b, blocks](
@@ -188,4 +200,4 @@ class _Scan(torch.autograd.Function):
             GATED=z is not None, **sizes,
         )  # fmt: skip
         dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
-        return du, ddt, dA.sum(0), dB, dC, dD.sum(0), None if z is None else dz
+        return du, ddt, dA.sum(0), dB, dC, dD.sum(0), None if z is None else dz, None
