@@ -141,8 +141,8 @@ def scan(
     Raises:
         ValueError: an image whose tokens x channels the kernel cannot count in 32 bits.
     """
-    inputs = (_dense(u), _dense(dt), A.float(), _dense(B), _dense(C), D.float())
-    inputs = (*inputs, None if z is None else _dense(z))
+    gate = None if z is None else _dense(z)
+    inputs = (_dense(u), _dense(dt), A.float(), _dense(B), _dense(C), D.float(), gate)
     widest = max(x.stride(1) for x in inputs if x is not None and x.dim() == 3)
     if u.shape[1] * widest >= 2**31:
         raise ValueError(
