@@ -1,0 +1,221 @@
+"""Training on real Ray clusters: the same numbers as without, and faults that it outlives.
+
+A cluster starts in about ten seconds, so that each test here carries several claims.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small import FLAGS, staged
+
+from mambaflow import checkpoint, distributed, run
+from mambaflow.config import RunConfig, ScaleConfig
+from mambaflow.distributed import cluster_address, ray
+from mambaflow.storage import at
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[1]
+TRAIN = [sys.executable, str(ROOT / "jobs/train.py")]
+ON_RAY = [flag for flag in FLAGS if flag != "--no-ray"]
+WEIGHTS = "averaged.safetensors"
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    return staged(tmp_path)
+
+
+@pytest.fixture
+def marked(monkeypatch) -> Iterator[str]:
+    """A mark in the environment of all that a test starts; whatever is left ends with it."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("MAMBAFLOW_TEST_MARK", mark)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    yield mark
+    for pid, _ in processes(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+def processes(mark: str) -> list[tuple[int, str]]:
+    """(pid, title) of the processes with a mark, this one apart."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                mark.encode() in (folder / "environ").read_bytes()
+                and int(folder.name) != os.getpid()
+            ):
+                found.append((int(folder.name), (folder / "cmdline").read_text()))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has just ended
+    return found
+
+
+def wait_for(what, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"nothing after {seconds} s")
+
+
+def finish(command: list[str], code: int = 0) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def final_weights(uri: str) -> bytes:
+    folder = at(uri)
+    return folder.read(f"{checkpoint.name(checkpoint.saved_steps(folder)[-1])}/{WEIGHTS}")
+
+
+def test_a_worker_on_ray_trains_bitwise_as_a_process_alone(shards, tmp_path, marked):
+    where = [f"--data={shards}", f"--storage={tmp_path / 'runs'}"]
+    home = tmp_path / "home"
+    home.mkdir()
+    os.environ["HOME"], before = str(home), os.environ["HOME"]
+    try:
+        said = finish([*TRAIN, *ON_RAY, *where, "--run-name=ray"])
+    finally:
+        os.environ["HOME"] = before
+    finish([*TRAIN, *FLAGS, *where, "--run-name=alone"])
+    assert final_weights(tmp_path / "runs/ray") == final_weights(tmp_path / "runs/alone")
+    assert "posterior mean" in said and "tensorboard --logdir" in said
+    assert not (home / ".ray").exists(), "a private cluster keeps its token to itself"
+    taken = finish([*TRAIN, *ON_RAY, *where, "--run-name=ray"], code=2)
+    assert "is taken by a finished run" in taken
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_undisturbed(
+    shards, tmp_path, bucket, marked
+):
+    flags = [*ON_RAY, "--epochs=60", "--eval-every=60", f"--data={shards}", "--num-workers=2"]
+    disturbed = at(f"{bucket}/runs/disturbed")
+    job = subprocess.Popen(
+        [*TRAIN, *flags, f"--storage={bucket}/runs", "--run-name=disturbed"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+    wait_for(lambda: job.poll() is not None or checkpoint.saved_steps(disturbed))
+    workers = [pid for pid, title in processes(marked) if title.startswith("ray::RayTrainWorker")]
+    assert len(workers) == 2 and checkpoint.saved_steps(disturbed)[-1] < 300
+    os.kill(workers[1], signal.SIGKILL)
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, said
+    assert "failed" in said and "resumed disturbed after step" in said, said
+    finish([*TRAIN, *flags, f"--storage={tmp_path / 'runs'}", "--run-name=straight"])
+    assert final_weights(disturbed.uri) == final_weights(tmp_path / "runs/straight")
+
+
+def test_damage_found_by_a_worker_ends_the_run_by_name_and_code(shards, tmp_path, marked):
+    last = sorted((shards / "train").glob("*.parquet"))[-1]
+    last.write_bytes(last.read_bytes()[:-9])
+    flags = [*ON_RAY, f"--data={shards}", f"--storage={tmp_path / 'runs'}", "--max-failures=1"]
+    said = finish([*TRAIN, *flags, "--run-name=damaged"], code=3)
+    assert f"shard {last} is damaged" in said and "go on with --resume" in said
+
+
+def test_an_account_of_failures_names_the_count_the_worker_and_the_cause():
+    cause = RuntimeError("Traceback …\n  line 3\nOSError: no space left on device")
+    error = ray.train.WorkerGroupError("lost", {1: cause})
+    said = distributed._account(error, ScaleConfig(max_failures=1))
+    assert said == (
+        "workers failed 2 times (max_failures=1); "
+        "the last time worker 1: OSError: no space left on device"
+    )
+
+
+@pytest.fixture
+def head(marked, monkeypatch) -> str:
+    """A long-lived cluster; RAY_ADDRESS is where jobs are submitted."""
+    ports = []
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    temp = f"/tmp/mf-{marked[:8]}"
+    subprocess.run(
+        [
+            Path(sys.executable).parent / "ray", "start", "--head", f"--port={ports[0]}",
+            f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}",
+            "--num-cpus=3", f"--temp-dir={temp}", "--disable-usage-stats",
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{ports[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    hello = [Path(sys.executable).parent / "ray", "job", "submit", "--", "true"]
+    wait_for(lambda: not subprocess.run(hello, capture_output=True, timeout=60).returncode)
+    return address
+
+
+def test_ray_jobs_run_stop_with_a_checkpoint_and_go_on(shards, tmp_path, head):
+    ray = str(Path(sys.executable).parent / "ray")
+    runs = tmp_path / "runs"
+    where = [f"--data={shards}", f"--storage={runs}", "--run-name=job"]
+    submit = [ray, "job", "submit"]
+    train = ["--", sys.executable, "jobs/train.py", *ON_RAY, *where]
+
+    endless = [*submit, "--no-wait", "--submission-id=long", "--working-dir=.", *train]
+    finish([*endless, "--epochs=100000"])
+    metrics = runs / "job/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    finish([ray, "job", "stop", "long"])
+    steps = checkpoint.saved_steps(at(runs / "job"))
+    assert steps and "STOPPED" in finish([ray, "job", "status", "long"])
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert steps[-1] >= last, "the checkpoint is of the last step"
+
+    # Literally as in README, from the checkout; a wrong flag ends the job with code 2.
+    said = finish([*submit, *train, "--batch-size=7", "--num-workers=2"], code=1)
+    assert "batch_size (=7) must be divisible" in said and "exit code 2" in said
+    said = finish(
+        [*submit, "--working-dir=.", *train, f"--epochs={steps[-1] // 5 + 4}", "--resume"]
+    )
+    assert "posterior mean" in said
+    assert run.reported_steps(at(runs / "job")) > steps[-1]
+
+
+def test_the_address_of_jobs_is_told_from_that_of_a_cluster(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ValueError, match="is where jobs are submitted; use `ray job submit"):
+        cluster_address()
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert cluster_address() == "local"
+
+
+def test_workers_share_the_cores_of_their_node(monkeypatch):
+    monkeypatch.delenv("MAMBAFLOW_THREADS", raising=False)
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    try:
+        run.share_cores(1)
+        assert torch.get_num_threads() == cores
+        run.share_cores(2 * cores)
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("MAMBAFLOW_THREADS", "3")
+        run.share_cores(1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_folder_that_a_node_does_not_share_is_refused(tmp_path):
+    config = RunConfig(storage=str(tmp_path), run_name="elsewhere", scale=ScaleConfig())
+    with pytest.raises(ValueError, match=r"must be seen by every node; use a shared folder or s3"):
+        run.check_storage(config)
