@@ -15,25 +15,31 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
-from mambaflow.batches import PixelBatch
+from mambaflow.batches import Batches, Layout, PixelBatch
 from mambaflow.config import ARCHITECTURES, TrainConfig, lookup, require
 from mambaflow.model import VelocityField, parameters
+from mambaflow.pixels import coordinates
 from mambaflow.report import Table, provenance
 from mambaflow.samplers import heun, mean, uniform_times
+from mambaflow.shards import ShardSet
 from mambaflow.ssm import Mamba, fastest, selective_scan
 from mambaflow.training import TrainState, fit
 
 Work = Callable[[], object]
+MASKS: tuple[Literal["strict", "fresh"], ...] = ("strict", "fresh")
+LOADED = 20  # batches in one round of `loader`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,8 @@ class BenchmarkConfig:
     """Rounds; in each, every rival runs once, and medians are compared."""
     threads: int = 0
     """Threads of torch; 0: as many as it takes by itself."""
+    data: str = "data/sample"
+    """Staged shards that `loader` reads."""
     out: str = ""
     """Write the numbers here as JSON too."""
 
@@ -307,22 +315,67 @@ def measure_memory(config: BenchmarkConfig) -> list[Table]:
     ]
 
 
-def measure_loader(config: BenchmarkConfig) -> list[Table]:
-    """Making a batch's randomness: order, masks, noise and times."""
-    from mambaflow.batches import RowOrder
-    from mambaflow.pixels import choose
+def per_item(shards: ShardSet, queries: int, batch_size: int) -> Iterator[object]:
+    """The usual way: torchvision's CIFAR10 items, a Dataset that picks each one's pixels, and a
+    DataLoader with two workers; epochs without end."""
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.datasets import CIFAR10
+    from torchvision.transforms import ToTensor
 
-    order, b = RowOrder(50_000, 0), config.batch_size
-    number, batch = torch.arange(b), random_batch(config, config.queries)
-    rivals: dict[str, Work] = {
-        "order": lambda: order.row(number),
-        "fresh masks": lambda: choose(0, "train", number, 32, 204, config.queries, draw=1),
-        "noise": lambda: batch.noise(0),
-        "torch.randn of the same size": lambda: torch.randn(b, config.queries, 3),
-    }
+    rows = shards.rows(np.arange(len(shards)))
+    if rows.images is None:
+        raise ValueError(f"data (={shards.storage.uri}) must be staged with --full-images")
+    known, size = shards.recipe.known, shards.recipe.size
+    whole, labels = rows.images.reshape(-1, size, size, 3), rows.labels.tolist()
+
+    class Images(CIFAR10):
+        def __init__(self) -> None:  # its items, without its download
+            self.data, self.targets = whole, labels
+            self.transform, self.target_transform = ToTensor(), None
+
+    class Sparse(Dataset):
+        images = Images()
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+            image, _ = self.images[i]
+            chosen = torch.from_numpy(np.random.RandomState(42 + i).permutation(size * size))
+            xy, rgb = coordinates(chosen, size), image.flatten(1).t()[chosen]
+            return xy[:known], rgb[:known], xy[known:][:queries], rgb[known:][:queries]
+
+    while True:
+        yield from DataLoader(Sparse(), batch_size, shuffle=True, num_workers=2, drop_last=True)
+
+
+def reading(batches: Batches) -> Work:
+    """The next few batches, again and again."""
+    step = count()
+    return lambda: [batches[next(step)] for _ in range(LOADED)]
+
+
+def measure_loader(config: BenchmarkConfig) -> list[Table]:
+    """Batches from staged shards against the per-item way, and against what training takes."""
+    shards = ShardSet(config.data, "train")
+    layout, b = Layout.of(shards.recipe, ARCHITECTURES[config.arch]), config.batch_size
+    usual = per_item(shards, config.queries, b)
+    state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
+    training = fit(state, Fixed(random_batch(config, config.queries)), step_config(config), 10**9)
+    rivals: dict[str, Work] = {"training step": lambda: next(training)}
+    for masks in MASKS:
+        batches = Batches(shards, layout, TrainConfig(batch_size=b, masks=masks))
+        rivals[f"batches, {masks} masks"] = reading(batches)
+    rivals["CIFAR10 + Dataset + DataLoader, 2 workers"] = lambda: [
+        next(usual) for _ in range(LOADED)
+    ]
     times = race(rivals, config.repeats, config.device)
-    rows = [[k, f"{1e3 * v:.3f}", f"{1e6 * v / b:.1f}"] for k, v in times.items()]
-    return [Table(["part", "ms a batch", "µs a sample"], rows, f"batch {b}")]
+    rates = {k: b * (1 if k == "training step" else LOADED) / v for k, v in times.items()}
+    rows = [[k, f"{v:,.0f}", f"{v / rates['training step']:,.0f}"] for k, v in rates.items()]
+    heading = ["what", "samples/s", "/ training"]
+    return [
+        Table(heading, rows, f"{config.arch}, batch {b}, {len(shards):,} images of {config.data}")
+    ]
 
 
 PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
@@ -339,7 +392,11 @@ def main(argv: list[str] | None = None) -> int:
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tables = PARTS[config.what](config)
+    try:
+        tables = PARTS[config.what](config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for table in tables:
         print(table)
     print(
