@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 8 jobs/train.py --no-ray --use-gpu --num-workers 8
 
 Exit codes: 0 done; 1 failed; 2 bad input, nothing changed; 3 a shard or all checkpoints were
-found damaged on the way: mend them, then go on with --resume; 143 stopped on request (SIGTERM, or
-a file named STOP in the run's folder) with a checkpoint saved: go on with --resume.
+found damaged on the way: mend them, then go on with --resume; 143 stopped on request (SIGTERM,
+Ctrl-C on Ray, or a file named STOP in the run's folder) with a checkpoint saved: go on with
+--resume.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from mambaflow.staging import stage_once
 from mambaflow.storage import Storage, at
 
 FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
+log = logging.getLogger(__name__)
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -85,17 +87,19 @@ def prepare(config: RunConfig) -> RunConfig:
 
 @contextlib.contextmanager
 def stoppable(run: Storage) -> Iterator[None]:
-    """SIGTERM asks the run to stop; a second one ends the driver at once."""
+    """SIGTERM or Ctrl-C asks the run to stop; a second one ends the driver at once."""
 
     def ask(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        run.write(STOP, b"SIGTERM\n")
+        signal.signal(number, signal.SIG_DFL)
+        log.info("stopping with a checkpoint; the same once more ends this at once")
+        run.write(STOP, signal.Signals(number).name.encode() + b"\n")
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
