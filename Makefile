@@ -8,7 +8,7 @@ ARCH ?= v2
 RUN ?= first-$(ARCH)-$(shell date +%Y%m%d-%H%M%S)
 FLAGS ?=
 
-.PHONY: train test lint env benchmark
+.PHONY: train test lint env
 
 env: $(VENV)/.ready
 

@@ -356,7 +356,7 @@ def test_workers_that_restored_different_steps_do_not_start(data, tmp_path):
         train(config, Apart(0, 2, CPU))
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "MAMBAFLOW_THREADS": "1"}
 TWO = ScaleConfig(num_workers=2, ray=False)
 
 
