@@ -125,18 +125,19 @@ def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:
     try:
         if port.isdigit():
             socket.create_connection((host, int(port)), REACH_S).close()
-        ray.init(
-            logging_level=logging.WARNING, log_to_driver=False, runtime_env=runtime_env, **settings
-        )
-    except ray.exceptions.AuthenticationError as error:
-        raise PermissionError(
-            f"the cluster at RAY_ADDRESS (={address}) asks for a token; set RAY_AUTH_MODE=token "
-            "and RAY_AUTH_TOKEN_PATH as on its head"
-        ) from error
     except OSError as error:
         raise ConnectionError(
             f"no Ray cluster answers at RAY_ADDRESS (={address}): {error}; start one with "
             "`ray start --head`, or unset it for a private Ray on this machine"
+        ) from error
+    try:
+        ray.init(
+            logging_level=logging.WARNING, log_to_driver=False, runtime_env=runtime_env, **settings
+        )
+    except (ray.exceptions.AuthenticationError, ConnectionError) as error:
+        raise ConnectionError(
+            f"Ray at RAY_ADDRESS (={address}) does not let us in: {error}; start it with `ray "
+            "start --head`, and set RAY_AUTH_MODE, and RAY_AUTH_TOKEN_PATH for token, as there"
         ) from error
 
 
