@@ -7,13 +7,15 @@
 Exit codes: 0 done; 1 failed; 2 bad input, nothing changed; 3 a shard or all checkpoints were
 found damaged on the way: mend them, then go on with --resume; 143 stopped on request (SIGTERM,
 Ctrl-C on Ray, or a file named STOP in the run's folder) with a checkpoint saved: go on with
---resume.
+--resume. `ray job stop` grants 3 s before it kills; for a large model submit the job with
+--runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'.
 """
 
 import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -74,6 +76,13 @@ def prepare(config: RunConfig) -> RunConfig:
         config.scale.ray or not config.scale.use_gpu or torch.cuda.is_available(),
         "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
     )
+    if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "") and not re.match(
+        r"/|~|\w+://", config.storage
+    ):
+        log.warning(
+            "storage (=%s) is in Ray's copy of --working-dir, which Ray removes; use an absolute "
+            "path that the nodes share, or s3://…", config.storage,
+        )  # fmt: skip
     name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     data = stage_once(config.data) if config.data in EMBEDDED else config.data
     return replace(
