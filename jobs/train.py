@@ -76,13 +76,7 @@ def prepare(config: RunConfig) -> RunConfig:
         config.scale.ray or not config.scale.use_gpu or torch.cuda.is_available(),
         "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
     )
-    if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "") and not re.match(
-        r"/|~|\w+://", config.storage
-    ):
-        log.warning(
-            "storage (=%s) is in Ray's copy of --working-dir, which Ray removes; use an absolute "
-            "path that the nodes share, or s3://…", config.storage,
-        )  # fmt: skip
+    warn_of_a_copy(config.storage)
     name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     data = stage_once(config.data) if config.data in EMBEDDED else config.data
     return replace(
@@ -92,6 +86,17 @@ def prepare(config: RunConfig) -> RunConfig:
         data=at(data).uri,
         command=" ".join(["python", *sys.argv]),
     )
+
+
+def warn_of_a_copy(storage: str) -> None:
+    """Say so if a job of Ray would keep its run in the copy of --working-dir that it runs in."""
+    copied = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    if copied and not re.match(r"/|~|\w+://", storage):
+        log.warning(
+            "storage (=%s) is in Ray's copy of --working-dir, which Ray removes in time; "
+            "use an absolute path that the nodes share, or s3://…",
+            storage,
+        )
 
 
 @contextlib.contextmanager
