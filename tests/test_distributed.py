@@ -121,6 +121,33 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_undisturbed(
     assert final_weights(disturbed.uri) == final_weights(tmp_path / "runs/straight")
 
 
+def test_two_elastic_runs_each_on_its_own_ray_stop_at_ctrl_c_with_a_checkpoint(
+    shards, tmp_path, marked
+):
+    runs = tmp_path / "runs"
+    flags = [*ON_RAY, f"--data={shards}", f"--storage={runs}", "--epochs=100000"]
+    elastic = ["--num-workers=2", "--min-workers=1"]
+    jobs = {
+        name: subprocess.Popen(
+            [*TRAIN, *flags, *elastic, f"--run-name={name}"], text=True, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )
+        for name in ("one", "other")
+    }  # fmt: skip
+    metrics = {name: runs / name / "metrics.jsonl" for name in jobs}
+    wait_for(lambda: all(m.exists() and m.read_text().count("\n") > 3 for m in metrics.values()))
+    titles = [title for _, title in processes(marked)]
+    assert sum(title.startswith("ray::RayTrainWorker") for title in titles) == 4
+    for job in jobs.values():
+        assert job.poll() is None, "both run at once"
+        os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    for name, job in jobs.items():
+        said, _ = job.communicate(timeout=120)
+        assert job.returncode == 128 + signal.SIGTERM, said
+        step = checkpoint.saved_steps(at(runs / name))[-1]
+        assert f"stopped after step {step}; go on with --resume --run-name {name}" in said
+
+
 def test_damage_found_by_a_worker_ends_the_run_by_name_and_code(shards, tmp_path, marked):
     last = sorted((shards / "train").glob("*.parquet"))[-1]
     last.write_bytes(last.read_bytes()[:-9])
