@@ -33,7 +33,7 @@ from mambaflow.model import VelocityField, parameters
 from mambaflow.pixels import coordinates
 from mambaflow.report import Table, provenance
 from mambaflow.samplers import heun, mean, uniform_times
-from mambaflow.shards import ShardSet
+from mambaflow.shard_set import ShardSet
 from mambaflow.ssm import Mamba, fastest, selective_scan
 from mambaflow.training import TrainState, fit
 

@@ -6,6 +6,7 @@ worker makes its own slice of any step's batch from nothing but the step: there 
 to save, and no row that it reads is another's.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
@@ -36,9 +37,11 @@ class PixelBatch:
     """Place of each sample in the stream: what its noise and time are functions of."""
 
     def to(self, device: torch.device | str) -> "PixelBatch":
-        """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        """The same batch on another device; to a GPU through pinned memory, without waiting."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        if torch.device(device).type == "cuda":
+            parts = {k: v if v.is_cuda else v.pin_memory() for k, v in parts.items()}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items()})
 
     def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
         """x_0 of each sample."""
@@ -120,9 +123,14 @@ class RowOrder:
 class RowReader(Protocol):
     """Shards, as far as batches need them."""
 
+    @property
+    def window(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def rows(self, row_numbers: np.ndarray) -> Rows: ...
+
+    def expect(self, row_numbers: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ class Batches:
         )
         self.reader, self.layout, self.config = reader, layout, config
         self.rank, self.world = rank, world
-        self.order = RowOrder(len(reader), config.seed)
+        self.order = RowOrder(len(reader), config.seed, reader.window)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -203,6 +211,8 @@ class Batches:
         first = step * self.config.batch_size + self.rank * share
         number = torch.arange(first, first + share)
         rows = self.reader.rows(self.order.stretch(first, share))
+        if self.order.window < self.order.rows:  # the shards of the next window, in good time
+            self.reader.expect(self.order.stretch(first + self.order.window, share))
         index, colours = self._pixels(rows, number, self.queries(step))
         return self.layout.batch(index, colours, number)
 
@@ -243,3 +253,31 @@ class Batches:
                 draw=draw + 1,
             )  # fmt: skip
         return index
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Batches by step."""
+
+    def __getitem__(self, step: int) -> PixelBatch: ...
+
+
+class Ahead:
+    """The next steps' batches, made in a thread and on their way to the GPU while one trains.
+
+    Not for training on CPU: there a second thread takes from the first what it gives, and more,
+    since OpenMP's threads no longer wait for work when there are more of them than cores.
+    """
+
+    def __init__(self, stream: Stream, device: torch.device, depth: int = 8) -> None:
+        self.stream, self.device, self.depth = stream, device, depth
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._coming: dict[int, Future[PixelBatch]] = {}
+
+    def __getitem__(self, step: int) -> PixelBatch:
+        wanted, coming = range(step, step + self.depth), self._coming
+        self._coming = {n: coming.get(n) or self._pool.submit(self._make, n) for n in wanted}
+        return self._coming.pop(step).result()
+
+    def _make(self, step: int) -> PixelBatch:
+        return self.stream[step].to(self.device)

@@ -30,12 +30,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mambaflow import checkpoint
-from mambaflow.batches import Batches, Layout
+from mambaflow.batches import Ahead, Batches, Layout, Stream
 from mambaflow.checkpoint import Index
 from mambaflow.config import RunConfig, differences, from_json, require, to_dict, to_json
 from mambaflow.evaluation import Holdout, final_report, validate
 from mambaflow.report import RunLog
-from mambaflow.shards import ShardSet
+from mambaflow.shard_set import ShardSet
 from mambaflow.storage import Storage, at
 from mambaflow.training import Forward, Progress, TrainState, fit
 
@@ -334,7 +334,8 @@ def train(config: RunConfig, world: World) -> Outcome:
     _require_together(state.step, world)
     worker = Worker(config, world, run, state, layout, steps)
     try:
-        outcome = worker.train(batches)
+        on_cpu = world.device.type == "cpu"
+        outcome = worker.train(batches if on_cpu else Ahead(batches, world.device))
         if outcome.status == "finished":
             worker.report()
     finally:
@@ -374,11 +375,17 @@ class Worker:
             self.book = Logbook(run, state.step)
             held_out = ShardSet(config.data, "validation")
             self.held_out = Holdout.read(held_out, layout, config.train.eval_images)
-        self._clock, self._clock_step = time.perf_counter(), state.step
+        self._start_clock()
 
-    def train(self, batches: Batches) -> Outcome:
+    def _start_clock(self) -> None:
+        self._clock, self._clock_step, self._waited = time.perf_counter(), self.state.step, 0.0
+
+    def train(self, batches: Stream) -> Outcome:
         """Train to the end, or until somebody asks to stop."""
         forward = self.world.wrap(self.state.model)
+        if self.first:
+            name, size = self.config.run_name, self.world.size
+            log.info("training %s with %d workers after step %d", name, size, self.state.step)
         stopped = False
         with self.stopwatch.listening():
             for progress in fit(self.state, batches, self.config.train, self.steps, forward):
@@ -390,21 +397,22 @@ class Worker:
 
     def _watch(self, progress: Progress, stopped: bool) -> None:
         config, last = self.config.train, progress.step == self.steps
+        self._waited += progress.waited
         if progress.step % config.log_every == 0 or last:
             self._log(progress)
         due = progress.step % config.eval_every == 0 or last
         if due or stopped:
             self._save(progress.step, validating=due)
-            self._clock, self._clock_step = time.perf_counter(), progress.step
+            self._start_clock()
 
     def _log(self, progress: Progress) -> None:
         loss = self.world.total(progress.loss.clone()).item() / self.world.size
         if self.book is None:
             return
-        now = time.perf_counter()
-        done = (progress.step - self._clock_step) * self.config.train.batch_size
-        rate = done / (now - self._clock)
-        self._clock, self._clock_step = now, progress.step
+        seconds = time.perf_counter() - self._clock
+        rate = (progress.step - self._clock_step) * self.config.train.batch_size / seconds
+        stall = self._waited / seconds
+        self._start_clock()
         self.book.log.scalars(
             progress.step,
             {
@@ -412,6 +420,7 @@ class Worker:
                 "train/lr": progress.lr,
                 "train/grad_norm": progress.grad_norm.item(),
                 "train/samples_per_second": rate,
+                "train/input_stall": stall,
             },
         )
         self.world.pin(Point(progress.step, self.steps, loss, rate))

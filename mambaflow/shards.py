@@ -11,27 +11,20 @@ then the asked ones; and, in held-out splits or where staged so, image uint8[3 s
 import hashlib
 import io
 import json
-import logging
-import os
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
 from jaxtyping import Int, UInt8, UInt16
 
 from mambaflow.pixels import choose
-from mambaflow.storage import Storage, at
+from mambaflow.storage import Storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 RECIPE_KEY = b"mambaflow"
-MEMORY_BYTES = 2**31
-log = logging.getLogger(__name__)
 
 
 class ShardError(ValueError):
@@ -267,123 +260,3 @@ def read_manifest(split: Storage) -> Manifest:
     if about["hash"] != recipe.hash or about["rows"] != sum(s.rows for s in shards):
         raise ShardError(f"{where} contradicts itself; stage the data again")
     return Manifest(recipe, shards)
-
-
-class ShardSet:
-    """A split's rows by number, opening only the shards that hold them.
-
-    Open shards lie side by side in one piece of memory, so that a batch is one gather per
-    column. Beyond `memory` bytes the one unused for longest makes room. Shards in S3 are fetched
-    once per node, into a cache that its processes share.
-    """
-
-    def __init__(
-        self, uri: str, split: str, *, cache: Path | None = None, memory: int = MEMORY_BYTES
-    ) -> None:
-        self.storage = at(uri).child(split)
-        self.manifest = read_manifest(self.storage)
-        self.cache = cache or Path(tempfile.gettempdir()) / f"mambaflow-shards-{os.getuid()}"
-        rows = np.array([shard.rows for shard in self.manifest.shards], np.int64)
-        self._ends, self._starts = rows.cumsum(), rows.cumsum() - rows
-        self._stride = max(1, int(rows.max(initial=0)))
-        slot_bytes = self._stride * Rows.blank(1, self.recipe).nbytes
-        self.capacity = min(max(1, memory // slot_bytes), max(1, len(rows)))
-        """Shards that may be open at once."""
-        self._open = Rows.blank(self.capacity * self._stride, self.recipe)
-        self._slots = np.full(len(rows), -1)
-        self._used = np.zeros(len(rows), np.int64)
-        self._clock = 0
-
-    @property
-    def recipe(self) -> Recipe:
-        """How the split was staged."""
-        return self.manifest.recipe
-
-    @property
-    def opened(self) -> list[int]:
-        """The shards that are open."""
-        return np.flatnonzero(self._slots >= 0).tolist()
-
-    def __len__(self) -> int:
-        return self.manifest.rows
-
-    def rows(self, row_numbers: Int[np.ndarray, " m"]) -> Rows:
-        """Rows in the order asked for.
-
-        Raises:
-            ValueError: a number beyond the rows of the split.
-            ShardError: a shard that is missing or damaged.
-        """
-        if len(row_numbers) and not (0 <= row_numbers.min() and row_numbers.max() < len(self)):
-            raise ValueError(
-                f"row_numbers ({row_numbers.min()} to {row_numbers.max()}) must be in "
-                f"[0, {len(self)}), the rows of {self.storage.uri}"
-            )
-        shards = np.searchsorted(self._ends, row_numbers, side="right")
-        wanted = np.unique(shards)
-        if len(wanted) > self.capacity:
-            return self._in_turns(row_numbers, shards)
-        self._admit(wanted)
-        inside = row_numbers - self._starts[shards]
-        return self._open.take(self._slots[shards] * self._stride + inside)
-
-    def _in_turns(self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray) -> Rows:
-        """Rows of more shards than may be open at once, some shards after the others."""
-        found = Rows.blank(len(row_numbers), self.recipe)
-        order, first = np.argsort(shards, kind="stable"), 0
-        for some in np.array_split(order, 2):
-            found.put(first, self.rows(row_numbers[some]))
-            first += len(some)
-        return found.take(np.argsort(order))
-
-    def _admit(self, wanted: Int[np.ndarray, " s"]) -> None:
-        """Open the shards that are not open yet."""
-        self._clock += 1
-        self._used[wanted] = self._clock
-        for number in wanted[self._slots[wanted] < 0].tolist():
-            rows = self._verified(self.manifest.shards[number])
-            slot = self._free_slot()
-            self._open.put(slot * self._stride, rows)
-            self._slots[number] = slot
-
-    def _free_slot(self) -> int:
-        opened = np.flatnonzero(self._slots >= 0)
-        if len(opened) < self.capacity:
-            return int(np.setdiff1d(np.arange(self.capacity), self._slots[opened])[0])
-        oldest = opened[self._used[opened].argmin()]
-        slot = int(self._slots[oldest])
-        self._slots[oldest] = -1
-        return slot
-
-    def _verified(self, info: ShardInfo) -> Rows:
-        where = f"{self.storage.uri}/{info.name}"
-        try:
-            data = self._fetch(info)
-        except FileNotFoundError as error:
-            raise ShardError(f"shard {where} is listed and not there; stage again") from error
-        digest = hashlib.sha256(data).hexdigest()
-        if len(data) != info.bytes or digest != info.sha256:
-            raise ShardError(
-                f"shard {where} is damaged: {len(data)} bytes with sha256 {digest[:12]}…, the "
-                f"manifest says {info.bytes} with {info.sha256[:12]}…; stage the data again"
-            )
-        rows, recipe = from_bytes(data, where)
-        if len(rows) != info.rows or recipe != self.recipe:
-            raise ShardError(
-                f"shard {where} has {len(rows)} rows of recipe {recipe.hash}, the manifest says "
-                f"{info.rows} of {self.recipe.hash}; stage the data again"
-            )
-        return rows
-
-    def _fetch(self, info: ShardInfo) -> bytes:
-        """A shard's bytes, through the node's cache where it is far away."""
-        if self.storage.is_local:
-            return self.storage.read(info.name)
-        path = self.cache / f"{info.sha256}.parquet"
-        self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            data = path.read_bytes() if path.exists() else b""
-            if hashlib.sha256(data).hexdigest() != info.sha256:
-                self.storage.download(info.name, path)
-                data = path.read_bytes()
-        return data

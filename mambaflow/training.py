@@ -3,16 +3,16 @@ log, save or stop. It knows nothing of Ray, of files, or of who else is training
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambaflow import flow
-from mambaflow.batches import PixelBatch
+from mambaflow.batches import PixelBatch, Stream
 from mambaflow.config import ModelConfig, TrainConfig
 from mambaflow.model import VelocityField
 
@@ -81,13 +81,8 @@ class Progress:
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
     lr: float
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """Batches by step."""
-
-    def __getitem__(self, step: int) -> PixelBatch: ...
+    waited: float
+    """Seconds that the step stood still for its batch."""
 
 
 Forward = Callable[[PixelBatch, Tensor, Tensor], Tensor]
@@ -110,7 +105,9 @@ def fit(
     device = next(state.model.parameters()).device
     forward = forward or state.model
     while state.step < steps:
+        start = time.perf_counter()
         batch = batches[state.step].to(device)
+        waited = time.perf_counter() - start
         lr = schedule(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -121,7 +118,7 @@ def fit(
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.average(config.ema_decay)
-        yield Progress(state.step, value.detach(), norm.detach(), lr)
+        yield Progress(state.step, value.detach(), norm.detach(), lr, waited)
 
 
 def loss(forward: Forward, batch: PixelBatch, config: TrainConfig) -> Float[Tensor, ""]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambaflow.batches import Batches, Layout, RowOrder
+from mambaflow.batches import Ahead, Batches, Layout, RowOrder
 from mambaflow.config import TrainConfig
 from mambaflow.shards import Rows
 
@@ -18,9 +18,13 @@ class Reader:
 
     def __init__(self, count: int, images: bool = True) -> None:
         self.count, self.images, self.seen = count, images, []
+        self.window, self.expected = count, []
 
     def __len__(self) -> int:
         return self.count
+
+    def expect(self, numbers: np.ndarray) -> None:
+        self.expected.extend(numbers.tolist())
 
     def rows(self, numbers: np.ndarray) -> Rows:
         self.seen.extend(numbers.tolist())
@@ -154,3 +158,36 @@ def test_a_layout_places_and_colours_as_the_model_was_told(coordinates, low):
     rgb = layout.rgb(colours)
     torch.testing.assert_close(rgb, torch.tensor([[[low, 1.0, low + (1 - low) * 0.2]]]))
     torch.testing.assert_close(layout.image(rgb), colours / 255)
+
+
+def test_rows_are_expected_one_window_before_they_are_asked_for():
+    reader = Reader(40)
+    reader.window = 8
+    batches = Batches(reader, Layout(SIZE, KNOWN, TARGET), TrainConfig(batch_size=4))
+    for step in range(12):
+        batches[step]
+    assert reader.expected[:40] == reader.seen[8:48]
+    assert set(reader.seen[:8]) == set(range(min(reader.seen[:8]), max(reader.seen[:8]) + 1))
+
+
+def test_rows_that_are_all_open_are_not_expected():
+    batches = stream(TrainConfig(batch_size=10))
+    batches[0], batches[5]
+    assert batches.reader.expected == []
+
+
+def test_batches_made_ahead_are_the_same_and_ready_before_they_are_asked_for():
+    config = TrainConfig(batch_size=10)
+    alone, ahead = stream(config), Ahead(stream(config), torch.device("cpu"), depth=3)
+    for step in (4, 5, 6, 9):
+        got, want = ahead[step], alone[step]
+        assert torch.equal(got.query_rgb, want.query_rgb) and torch.equal(got.number, want.number)
+    assert len(ahead.stream.reader.seen) // 10 >= 6, "steps 4 to 9, made in order"
+    assert sorted(ahead._coming) == [10, 11]
+
+
+def test_a_batch_that_cannot_be_made_fails_where_it_is_asked_for():
+    ahead = Ahead(stream(TrainConfig(batch_size=10, masks="fresh")), torch.device("cpu"), depth=2)
+    ahead.stream.reader.images = False
+    with pytest.raises(ValueError, match="needs whole training images"):
+        ahead[0]

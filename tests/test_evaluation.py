@@ -29,7 +29,7 @@ from mambaflow.evaluation import (
 from mambaflow.metrics import PERFECT_DB
 from mambaflow.model import VelocityField
 from mambaflow.samplers import mean
-from mambaflow.shards import ShardSet
+from mambaflow.shard_set import ShardSet
 from mambaflow.sources import open_source
 from mambaflow.staging import StageConfig, in_process, stage
 

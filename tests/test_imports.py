@@ -13,7 +13,7 @@ LEVELS = [
     {"config", "randomness", "native", "samplers", "metrics", "report", "baselines", "flow"},
     {"storage", "pixels", "sources", "native_scan", "triton_scan"},
     {"shards", "layers", "ssm"},
-    {"staging", "model", "batches"},
+    {"staging", "model", "batches", "shard_set"},
     {"training", "evaluation"},
     {"checkpoint"},
     {"run"},

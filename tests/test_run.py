@@ -25,7 +25,7 @@ from mambaflow.batches import Batches
 from mambaflow.config import RunConfig, ScaleConfig, to_json
 from mambaflow.evaluation import Holdout
 from mambaflow.run import Outcome, World, open_run, reported_steps, train
-from mambaflow.shards import ShardSet
+from mambaflow.shard_set import ShardSet
 from mambaflow.storage import at
 
 ROOT = Path(__file__).parents[1]

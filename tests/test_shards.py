@@ -1,10 +1,6 @@
 """Shards: a round trip for any recipe, and no damage that goes unnamed."""
 
-import hashlib
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,61 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_shards import RECIPE, pictures, published, rows_of, same
 
 from mambaflow.pixels import choose
 from mambaflow.shards import (
     MANIFEST,
-    Manifest,
     Recipe,
     ShardError,
-    ShardInfo,
-    ShardSet,
     encode,
     from_bytes,
     read_manifest,
-    shard_name,
     to_bytes,
-    write_manifest,
 )
 from mambaflow.storage import at
-
-RECIPE = Recipe(
-    source="test", split="train", size=6, known=7, target=7, mask_seed=3, full_images=True,
-    rows_per_shard=10,
-)  # fmt: skip
-
-
-def pictures(count, size, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
-
-
-def rows_of(recipe, first=0, count=10):
-    ids = np.arange(first, first + count)
-    images = pictures(first + count, recipe.size)[first:]
-    return encode(images, ids % 128, ids, recipe)
-
-
-def published(root, recipe=RECIPE, counts=(10, 10, 4)):
-    """A split in shards of so many rows."""
-    split, infos, first = at(root).child(recipe.split), [], 0
-    for number, count in enumerate(counts):
-        data = to_bytes(rows_of(recipe, first, count), recipe)
-        split.write(shard_name(number), data)
-        infos.append(ShardInfo(shard_name(number), count, len(data), digest(data)))
-        first += count
-    write_manifest(split, Manifest(recipe, infos))
-    return root
-
-
-def digest(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def same(one, other):
-    for name in ("ids", "labels", "index", "rgb", "images"):
-        a, b = getattr(one, name), getattr(other, name)
-        assert (a is None) == (b is None)
-        assert a is None or np.array_equal(a, b), name
 
 
 @st.composite
@@ -136,22 +90,6 @@ def test_every_truncation_of_a_shard_is_refused_by_name():
             from_bytes(data[:length], "SOME/NAME")
 
 
-def test_every_flipped_byte_is_refused_by_name(tmp_path):
-    root = published(tmp_path / "data", counts=(10, 10))
-    file = tmp_path / "data" / "train" / shard_name(1)
-    data = file.read_bytes()
-    for place in {*range(0, len(data), 61), 0, len(data) - 1}:
-        changed = bytearray(data)
-        changed[place] ^= 1 << place % 8
-        file.write_bytes(changed)
-        shards = ShardSet(str(root), "train")
-        shards.rows(np.arange(10))  # the other one is good
-        with pytest.raises(ShardError, match=r"train/shard-00001\.parquet is damaged: .*stage"):
-            shards.rows(np.array([3, 12]))
-    file.write_bytes(data)
-    same(ShardSet(str(root), "train").rows(np.arange(20)), rows_of(RECIPE, 0, 20))
-
-
 def replaced(table, name, column):
     return table.set_column(table.column_names.index(name), name, column)
 
@@ -190,29 +128,6 @@ def test_a_shard_that_breaks_a_rule_is_refused_by_name_and_rule(wrong):
         from_bytes(sink.getvalue().to_pybytes(), "SOME/NAME")
 
 
-def test_a_shard_with_another_recipe_or_fewer_rows_than_the_manifest_says_is_refused(tmp_path):
-    for changed in (
-        lambda: to_bytes(rows_of(replace(RECIPE, mask_seed=4)), replace(RECIPE, mask_seed=4)),
-        lambda: to_bytes(rows_of(RECIPE, 0, 9), RECIPE),
-    ):
-        published(tmp_path, counts=(10,))
-        split, data = at(tmp_path).child("train"), changed()
-        split.write(shard_name(0), data)
-        info = ShardInfo(shard_name(0), 10, len(data), digest(data))
-        write_manifest(split, Manifest(RECIPE, [info]))
-        with pytest.raises(ShardError, match=r"shard-00000.parquet has \d+ rows of recipe"):
-            ShardSet(str(tmp_path), "train").rows(np.arange(2))
-
-
-def test_a_listed_shard_that_is_gone_is_refused_by_name(tmp_path):
-    published(tmp_path)
-    (tmp_path / "train" / shard_name(2)).unlink()
-    shards = ShardSet(str(tmp_path), "train")
-    shards.rows(np.arange(20))
-    with pytest.raises(ShardError, match=r"shard-00002.parquet is listed and not there; stage"):
-        shards.rows(np.array([20]))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -233,110 +148,3 @@ def test_a_manifest_that_cannot_be_trusted_is_refused_by_name(tmp_path, change, 
     assert file.read_bytes() != before
     with pytest.raises(ShardError, match=rf"train/manifest.json {message}"):
         read_manifest(at(tmp_path).child("train"))
-
-
-def test_a_split_that_is_not_staged_is_refused_with_a_cure(tmp_path):
-    with pytest.raises(ShardError, match=r"train/manifest.json is not there: .*run jobs/stage.py"):
-        ShardSet(str(tmp_path), "train")
-
-
-@given(
-    numbers=st.lists(st.integers(0, 23), max_size=40),
-    memory=st.sampled_from([0, 3000, 6000, 2**31]),
-)
-@settings(deadline=None, max_examples=60)
-def test_rows_come_in_the_order_asked_for_whatever_fits_in_memory(split_root, numbers, memory):
-    shards = ShardSet(split_root, "train", memory=memory)
-    everything = rows_of(RECIPE, 0, 24)
-    wanted = np.array(numbers, np.int64)
-    for _ in range(2):
-        same(shards.rows(wanted), everything.take(wanted))
-        assert len(shards.opened) <= shards.capacity
-    touched = {0 if n < 10 else 1 if n < 20 else 2 for n in numbers}
-    if shards.capacity == 3:
-        assert set(shards.opened) == touched  # and no shard that was not needed
-
-
-@pytest.fixture(scope="module")
-def split_root(tmp_path_factory):
-    return str(published(tmp_path_factory.mktemp("shards")))
-
-
-def test_the_shard_unused_for_longest_makes_room(split_root):
-    row = ShardSet(split_root, "train").rows(np.arange(1)).nbytes
-    shards = ShardSet(split_root, "train", memory=2 * 10 * row)
-    assert shards.capacity == 2
-    for number, opened in ((0, [0]), (10, [0, 1]), (1, [0, 1]), (20, [0, 2]), (11, [1, 2])):
-        shards.rows(np.array([number]))
-        assert shards.opened == opened
-
-
-def test_rows_are_copies_that_the_caller_may_change(split_root):
-    shards = ShardSet(split_root, "train")
-    shards.rows(np.arange(5)).rgb[:] = 0
-    same(shards.rows(np.arange(5)), rows_of(RECIPE, 0, 5))
-
-
-@pytest.mark.parametrize("numbers", [[-1], [24], [0, 99]])
-def test_rows_beyond_the_split_are_refused(split_root, numbers):
-    with pytest.raises(ValueError, match=r"row_numbers \(.*must be in \[0, 24\), the rows of "):
-        ShardSet(split_root, "train").rows(np.array(numbers))
-
-
-def test_a_shard_without_rows_is_stepped_over(tmp_path):
-    published(tmp_path, counts=(3, 0, 2))
-    same(ShardSet(str(tmp_path), "train").rows(np.arange(5)), rows_of(RECIPE, 0, 5))
-
-
-def read_all(arguments):
-    uri, cache, environment = arguments
-    os.environ.update(environment)
-    return ShardSet(uri, "train", cache=cache).rows(np.arange(24)).rgb
-
-
-@pytest.mark.s3
-def test_many_processes_share_one_copy_of_far_shards(bucket, tmp_path):
-    published(bucket)
-    far = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context) as pool:
-        found = list(pool.map(read_all, [(bucket, tmp_path / "cache", far)] * 6))
-    for rgb in found:
-        assert np.array_equal(rgb, rows_of(RECIPE, 0, 24).rgb)
-    assert len(list((tmp_path / "cache").glob("*.parquet"))) == 3
-    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.s3
-def test_a_far_shard_is_fetched_once_and_a_damaged_copy_again(bucket, tmp_path, monkeypatch):
-    published(bucket)
-    fetched = []
-    download = type(at(bucket)).download
-    monkeypatch.setattr(
-        type(at(bucket)),
-        "download",
-        lambda self, key, path: fetched.append(key) or download(self, key, path),
-    )
-
-    def read():
-        fetched.clear()
-        same(ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(24)), rows_of(RECIPE, 0, 24))
-        return fetched
-
-    assert len(read()) == 3
-    assert read() == []
-    next(tmp_path.glob("*.parquet")).write_bytes(b"cut off")
-    assert len(read()) == 1
-
-
-@pytest.mark.s3
-def test_a_far_shard_that_is_damaged_is_refused_until_it_is_mended(bucket, tmp_path):
-    published(bucket)
-    split = at(bucket).child("train")
-    data = split.read(shard_name(0))
-    split.write(shard_name(0), data[:-1] + b"!")
-    for _ in range(2):
-        with pytest.raises(ShardError, match=rf"{bucket}/train/shard-00000.parquet is damaged"):
-            ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(3))
-    split.write(shard_name(0), data)
-    same(ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(3)), rows_of(RECIPE, 0, 3))

@@ -13,7 +13,8 @@ from test_sources import encoded, pictures, write_folder, write_parquet
 
 from jobs import stage as job
 from mambaflow import staging
-from mambaflow.shards import MANIFEST, ShardError, ShardSet, shard_name
+from mambaflow.shard_set import ShardSet
+from mambaflow.shards import MANIFEST, ShardError, shard_name
 from mambaflow.sources import SourceError, open_source
 from mambaflow.staging import CLAIM, StageConfig, in_process, make, plan, stage, stage_once
 from mambaflow.storage import StorageError, at

@@ -1,0 +1,54 @@
+"""A small split of shards, for tests."""
+
+import hashlib
+
+import numpy as np
+
+from mambaflow.shards import (
+    Manifest,
+    Recipe,
+    ShardInfo,
+    encode,
+    shard_name,
+    to_bytes,
+    write_manifest,
+)
+from mambaflow.storage import at
+
+RECIPE = Recipe(
+    source="test", split="train", size=6, known=7, target=7, mask_seed=3, full_images=True,
+    rows_per_shard=10,
+)  # fmt: skip
+
+
+def pictures(count, size, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def rows_of(recipe, first=0, count=10):
+    ids = np.arange(first, first + count)
+    images = pictures(first + count, recipe.size)[first:]
+    return encode(images, ids % 128, ids, recipe)
+
+
+def published(root, recipe=RECIPE, counts=(10, 10, 4)):
+    """A split in shards of so many rows."""
+    split, infos, first = at(root).child(recipe.split), [], 0
+    for number, count in enumerate(counts):
+        data = to_bytes(rows_of(recipe, first, count), recipe)
+        split.write(shard_name(number), data)
+        infos.append(ShardInfo(shard_name(number), count, len(data), digest(data)))
+        first += count
+    write_manifest(split, Manifest(recipe, infos))
+    return root
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def same(one, other):
+    for name in ("ids", "labels", "index", "rgb", "images"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None) == (b is None)
+        assert a is None or np.array_equal(a, b), name
