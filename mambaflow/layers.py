@@ -279,9 +279,10 @@ class PerceiverBlock(nn.Module):
         asked, gate = self._enter(tokens, 0, modulation)
         read = gate * self.cross(asked, xy, keys)
         tokens = tokens + read if self.residual else read
-        asked, gate = self._enter(tokens, 1, modulation)
-        heard = self.among(asked, xy, self.among.keys(asked, xy, rgb))
-        tokens = tokens + awake * gate * heard
+        if torch.is_grad_enabled() or awake.any():  # a posterior mean is spared the n^2 of it
+            asked, gate = self._enter(tokens, 1, modulation)
+            heard = self.among(asked, xy, self.among.keys(asked, xy, rgb))
+            tokens = tokens + awake * gate * heard
         asked, gate = self._enter(tokens, 2, modulation)
         return tokens + gate * self.mlp(asked)
 

@@ -106,6 +106,8 @@ class ShardSet:
         self._ends, self._starts = rows.cumsum(), rows.cumsum() - rows
         self._stride = max(1, int(rows.max(initial=0)))
         slot_bytes = self._stride * Rows.blank(1, self.recipe).nbytes
+        self.open_bytes = slot_bytes * len(rows)
+        """Memory that all shards would take."""
         self.capacity = min(max(1, memory // slot_bytes), max(1, len(rows)))
         """Shards that may be open at once."""
         self._open = Rows.blank(self.capacity * self._stride, self.recipe)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted(p.stem for p in (ROOT / "mambaflow").glob("*.py") if p.stem != "__init__")
+FILES = sorted(p for p in (ROOT / "mambaflow").rglob("*.py") if p.stem != "__init__")
+LIBRARY = {p.relative_to(ROOT / "mambaflow").with_suffix("").as_posix(): p for p in FILES}
 
 # Each room above those it may import; rooms on one line may import one another's lines below.
 LEVELS = [
@@ -18,6 +19,9 @@ LEVELS = [
     {"checkpoint"},
     {"run"},
     {"distributed"},
+    {"benchmarks/bench"},
+    {"benchmarks/scan"},
+    {f"benchmarks/{part}" for part in ("step", "sample", "loader", "stall", "memory", "ray_cost")},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 ONLY = {"ray": {"distributed"}, "boto3": {"storage"}, "botocore": {"storage"}, "submitit": set()}
@@ -36,20 +40,20 @@ def imported(path: Path) -> set[str]:
 
 
 def rooms(names: set[str]) -> set[str]:
-    parts = [n.split(".") for n in names if n.startswith("mambaflow.")]
-    return {p[1] for p in parts} & set(LIBRARY)
+    parts = [n.split(".")[1:] for n in names if n.startswith("mambaflow.")]
+    return {"/".join(p[:depth]) for p in parts for depth in (1, 2)} & set(LIBRARY)
 
 
 @pytest.mark.parametrize("room", LIBRARY)
 def test_a_room_imports_only_rooms_below_it(room):
-    used = rooms(imported(ROOT / "mambaflow" / f"{room}.py"))
+    used = rooms(imported(LIBRARY[room]))
     wrong = {other for other in used if LEVEL[other] >= LEVEL[room]}
     assert not wrong, f"{room} imports {wrong}"
 
 
 @pytest.mark.parametrize("room", LIBRARY)
 def test_services_are_known_to_one_room_alone(room):
-    top = {name.split(".")[0] for name in imported(ROOT / "mambaflow" / f"{room}.py")}
+    top = {name.split(".")[0] for name in imported(LIBRARY[room])}
     for package, allowed in ONLY.items():
         assert package not in top or room in allowed, f"{room} imports {package}"
     assert not top & {"jobs", "cluster", "tune"}
@@ -57,7 +61,7 @@ def test_services_are_known_to_one_room_alone(room):
 
 def test_samplers_and_metrics_need_only_torch():
     for room in ("samplers", "metrics"):
-        names = {n.split(".")[0] for n in imported(ROOT / "mambaflow" / f"{room}.py")}
+        names = {n.split(".")[0] for n in imported(LIBRARY[room])}
         assert names <= {"torch", "jaxtyping", "math", "dataclasses", "collections", "typing"}
 
 

@@ -74,6 +74,19 @@ def test_the_posterior_mean_depends_on_the_known_pixels_alone():
     )
 
 
+def test_a_posterior_mean_is_spared_the_attention_among_queries_and_is_the_same():
+    model, given, heard = stirred(SMALL), asked(), []
+    model.readout.blocks[0].among.register_forward_hook(lambda *_: heard.append(True))
+    x = torch.randn(2, 13, 3)
+    whole = model.given(given)(x, torch.zeros(2))
+    assert heard.pop() and not heard
+    with torch.no_grad():
+        spared = model.given(given)(x, torch.zeros(2))
+        assert not heard
+        model.given(given)(x, torch.tensor([0.0, 0.5]))
+    assert heard and torch.equal(spared, whole)
+
+
 def replace_queries(given: Asked, query_xy: Tensor) -> Asked:
     return Asked(given.known_xy, given.known_rgb, query_xy)
 

@@ -1,0 +1,102 @@
+"""What every measurement shares: its settings, made-up input, and a race in turns."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mambaflow.batches import PixelBatch
+from mambaflow.config import ARCHITECTURES, TrainConfig, lookup, require
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What to measure, and on what."""
+
+    what: Literal["scan", "step", "sample", "loader", "stall", "memory", "ray"] = "scan"
+    """The part to measure."""
+    arch: str = "v2"
+    """Architecture: v1 or v2."""
+    batch_size: int = 16
+    """Images in a batch."""
+    queries: int = 204
+    """Pixels asked for in training."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of the matrix products."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    repeats: int = 7
+    """Rounds; in each, every rival runs once, and medians are compared."""
+    threads: int = 0
+    """Threads of torch; 0: as many as it takes by itself."""
+    sizes: tuple[int, ...] = (32, 64)
+    """Sides of the images that `sample` completes."""
+    steps: int = 8
+    """Intervals of every sampler in `sample`."""
+    data: str = "data/sample"
+    """Staged shards that `loader`, `stall` and `ray` read."""
+    out: str = ""
+    """Write the numbers here as JSON too."""
+
+    def __post_init__(self) -> None:
+        lookup(ARCHITECTURES, self.arch, "arch")
+        for name in ("batch_size", "queries", "repeats", "steps"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
+        require(
+            self.device == "cpu" or torch.cuda.is_available(),
+            f"device (={self.device!r}) is not here: torch sees no GPU; use --device cpu",
+        )
+
+
+def race(rivals: dict[str, Work], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each rival; they take turns, so that drift of the machine hits all.
+
+    Those that take over a second run in three rounds only.
+    """
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for i in range(repeats + 1):
+        for name, work in rivals.items():
+            if i > 3 and times[name][-1] > 1:
+                continue
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def against(times: dict[str, float], base: str) -> list[list[str]]:
+    """Rows: rival, milliseconds, ratio to the base."""
+    return [[k, f"{1e3 * v:.2f}", f"{v / times[base]:.3f}"] for k, v in times.items()]
+
+
+def random_batch(config: BenchmarkConfig, queries: int, known: int = 204) -> PixelBatch:
+    """A batch of made-up pixels."""
+    torch.manual_seed(1)
+    b = config.batch_size
+    known_xy, xy = torch.rand(b, known, 2), torch.rand(b, queries, 2)
+    rgb = [torch.rand(b, m, 3) * 2 - 1 for m in (known, queries)]
+    return PixelBatch(known_xy, rgb[0], xy, rgb[1], torch.arange(b)).to(config.device)
+
+
+class Fixed:
+    """The same batch at every step."""
+
+    def __init__(self, batch: PixelBatch) -> None:
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> PixelBatch:
+        return self.batch
+
+
+def step_config(config: BenchmarkConfig) -> TrainConfig:
+    """Training as the step benchmark does it."""
+    return TrainConfig(batch_size=config.batch_size, precision=config.precision)

@@ -1,0 +1,56 @@
+"""Peak memory and time of one call as its grid grows."""
+
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from mambaflow.benchmarks.bench import BenchmarkConfig, Work, race, random_batch
+from mambaflow.benchmarks.scan import scan_inputs
+from mambaflow.config import ARCHITECTURES
+from mambaflow.model import VelocityField
+from mambaflow.report import Table
+from mambaflow.ssm import selective_scan
+
+
+def one_call(config: BenchmarkConfig, size: int) -> tuple[float, float]:
+    """Seconds of one call for a size x size query, and this process's peak memory in GiB."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    model = VelocityField(ARCHITECTURES[config.arch]).to(config.device).eval()
+    batch = random_batch(BenchmarkConfig(batch_size=1, device=config.device), size * size)
+    noise = torch.randn_like(batch.query_rgb)
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.given(batch)(noise, torch.full((1,), 0.5, device=config.device))
+    if config.device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return time.perf_counter() - start, peak
+
+
+def long_scan(config: BenchmarkConfig, n: int) -> float:
+    """Seconds of the scan alone over n tokens of one image, at the block's width."""
+    model = ARCHITECTURES[config.arch]
+    one = BenchmarkConfig(batch_size=1, device=config.device)
+    inputs = scan_inputs(one, n, model.d_model * model.expand, model.d_state)
+    with torch.no_grad():
+        works: dict[str, Work] = {"scan": lambda: selective_scan(*inputs)}
+        return race(works, config.repeats, config.device)["scan"]
+
+
+def measure(config: BenchmarkConfig) -> list[Table]:
+    """Peak memory and time of one call on growing grids, and the time of the scan on its own."""
+    rows = []
+    for size in (32, 64, 128, 256):  # a peak never falls: each size in a process of its own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            seconds, peak = fresh.submit(one_call, config, size).result()
+        rows.append([f"{size} x {size}", f"{seconds:.2f}", f"{peak:.2f}"])
+    scans = {n: long_scan(config, n) for n in (1024, 4096, 16384, 65536)}
+    times = [[f"{n:,}", f"{1e3 * t:.2f}", f"{1e6 * t / n:.3f}"] for n, t in scans.items()]
+    return [
+        Table(["query", "s a call", "peak GiB"], rows, f"{config.arch}, 204 known pixels"),
+        Table(["tokens", "ms", "µs a token"], times, f"{config.arch}: one scan, forward, b 1"),
+    ]

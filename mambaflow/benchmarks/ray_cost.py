@@ -1,0 +1,139 @@
+"""What training on Ray costs: jobs/train.py with one worker against the same without Ray.
+
+The two train at the same time and are stopped and let go in turns of a few seconds, Ray's own
+processes with their worker, so that both see the same machine: its speed may drift by more than
+the difference that is sought.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mambaflow.benchmarks.bench import BenchmarkConfig
+from mambaflow.report import Table
+
+TURN_S, SETTLE_S, START_S = 4.0, 0.5, 180.0
+WARM_POINTS = 10
+FOREVER = str(10**6)
+RECIPE = ["--recipe=first-run"]
+
+
+class Job:
+    """A training run in processes of its own, which can be stopped and let go."""
+
+    def __init__(self, name: str, storage: str, config: BenchmarkConfig, threads: int) -> None:
+        command = [
+            sys.executable, "-m", "jobs.train", *RECIPE, "--arch", config.arch,
+            "--data", config.data, "--storage", storage, "--run-name", name,
+            "--batch-size", str(config.batch_size), "--epochs", FOREVER, "--log-every=1",
+            "--eval-every", FOREVER, "--ray" if name == "ray" else "--no-ray",
+        ]  # fmt: skip
+        self.curve = Path(storage) / name / "metrics.jsonl"
+        self.batch_size = config.batch_size
+        self.log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log,
+            env=os.environ | {"MAMBAFLOW_THREADS": str(threads)},
+        )  # fmt: skip
+        self._await_steps()
+        self.pids = family(self.process.pid)
+
+    def _await_steps(self) -> None:
+        deadline = time.monotonic() + START_S
+        while len(self.points()) < WARM_POINTS:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.log.seek(0)
+                raise RuntimeError(f"training did not begin: {self.log.read().decode()[-2000:]}")
+            time.sleep(0.2)
+
+    def points(self) -> list[tuple[float, int]]:
+        """(time, step) of each step so far."""
+        if not self.curve.exists():
+            return []
+        lines = self.curve.read_text().splitlines()
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [(p["time"], p["step"]) for p in found if "train/loss" in p]
+
+    def send(self, number: int) -> None:
+        """A signal to every process of the job."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def turn(self) -> float:
+        """Samples a second while the job has the machine to itself for a turn."""
+        self.send(signal.SIGCONT)
+        time.sleep(SETTLE_S)
+        start = time.time()
+        time.sleep(TURN_S)
+        end = time.time()
+        self.send(signal.SIGSTOP)
+        inside = [p for p in self.points() if start <= p[0] <= end]
+        (first, a), (last, b) = inside[0], inside[-1]
+        return self.batch_size * (b - a) / (last - first)
+
+    def end(self) -> None:
+        """End the job, and with it a private Ray."""
+        self.send(signal.SIGCONT)
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=60)
+        self.send(signal.SIGKILL)
+        self.log.close()
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+@contextlib.contextmanager
+def training(name: str, config: BenchmarkConfig, threads: int) -> Iterator[Job]:
+    """A job that has taken its first steps and waits for its turn."""
+    with tempfile.TemporaryDirectory(prefix="mambaflow-") as storage:
+        job = Job(name, storage, config, threads)
+        job.send(signal.SIGSTOP)
+        try:
+            yield job
+        finally:
+            job.end()
+
+
+def turns(config: BenchmarkConfig, threads: int) -> tuple[list[float], list[float]]:
+    """Samples a second of each turn, with Ray and without."""
+    found: tuple[list[float], list[float]] = ([], [])
+    with training("ray", config, threads) as one, training("bare", config, threads) as other:
+        for _ in range(config.repeats):
+            found[0].append(one.turn())
+            found[1].append(other.turn())
+    return found
+
+
+def measure(config: BenchmarkConfig) -> list[Table]:
+    """With every core in training, and with one left to Ray."""
+    cores = config.threads or len(os.sched_getaffinity(0))
+    rows = []
+    for threads in dict.fromkeys((cores, max(cores - 1, 1))):
+        with_ray, without = turns(config, threads)
+        ratio = statistics.median(a / b for a, b in zip(with_ray, without, strict=True))
+        medians = (statistics.median(rates) for rates in (with_ray, without))
+        rows.append([f"{threads}", *(f"{m:.1f}" for m in medians), f"{ratio:.3f}"])
+    heading = ["threads", "samples/s on Ray", "without", "ratio"]
+    caption = f"{config.arch}, first-run size, {config.repeats} turns of {TURN_S:.0f} s each"
+    return [Table(heading, rows, caption)]

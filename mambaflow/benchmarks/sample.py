@@ -1,0 +1,63 @@
+"""Completing images: every sampler, at growing sizes, from the same known pixels."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mambaflow.batches import PixelBatch
+from mambaflow.benchmarks.bench import BenchmarkConfig, Work, race, random_batch
+from mambaflow.config import ARCHITECTURES
+from mambaflow.model import Velocity, VelocityField
+from mambaflow.report import Table
+from mambaflow.samplers import Counted, ddim, heun, mean, midpoint, sde, uniform_times
+
+KNOWN = 204
+
+
+def solvers(noise: Tensor, steps: int) -> dict[str, Callable[[Velocity], Tensor]]:
+    """Every way from noise to colours."""
+    times = uniform_times(steps)
+    return {
+        "posterior mean": lambda v: mean(v, noise),
+        f"ddim, {steps} steps": lambda v: ddim(v, noise, times),
+        f"sde, {steps} steps": lambda v: sde(v, noise, times, lambda _: torch.randn_like(noise)),
+        f"midpoint, {steps} steps": lambda v: midpoint(v, noise, times),
+        f"heun, {steps} steps": lambda v: heun(v, noise, times),
+    }
+
+
+def measure(config: BenchmarkConfig) -> list[Table]:
+    """Seconds a batch and images a second; a batch has as many points at every size."""
+    model = VelocityField(ARCHITECTURES[config.arch]).to(config.device).eval()
+    return [_at_size(config, model, size) for size in config.sizes]
+
+
+def _at_size(config: BenchmarkConfig, model: VelocityField, size: int) -> Table:
+    images = max(1, config.batch_size * 32 * 32 // size**2)
+    queries = size**2 - KNOWN * (size == 32)  # a larger image is asked for whole
+    batch = random_batch(replace(config, batch_size=images), queries, KNOWN)
+    ways = solvers(torch.randn_like(batch.query_rgb), config.steps)
+    rivals: dict[str, Work] = {
+        name: partial(_complete, model, batch, solve) for name, solve in ways.items()
+    }
+    with torch.no_grad():
+        times = race(rivals, config.repeats, config.device)
+    rows = [[k, f"{calls(ways[k])}", f"{v:.3f}", f"{images / v:.3g}"] for k, v in times.items()]
+    caption = f"{config.arch}, {size} x {size}, {images} images at once, {queries} points each"
+    return Table(["sampler", "calls", "s", "images/s"], rows, caption)
+
+
+def _complete(
+    model: VelocityField, batch: PixelBatch, solve: Callable[[Velocity], Tensor]
+) -> Tensor:
+    return solve(model.given(batch))
+
+
+def calls(solve: Callable[[Velocity], Tensor]) -> int:
+    """How often a sampler asks for the velocity."""
+    counted = Counted(lambda x, t: torch.zeros_like(x))
+    solve(counted)
+    return counted.calls

@@ -1,0 +1,127 @@
+"""jobs/benchmark.py: what it prints is what it measured."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from small import FLAGS, staged
+
+import jobs.benchmark as job
+from mambaflow.benchmarks import loader, ray_cost, sample, stall
+from mambaflow.benchmarks.bench import BenchmarkConfig, against, race
+
+SMALL = ["--batch-size=1", "--queries=4", "--repeats=1"]
+
+
+def test_rivals_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    order, clock = [], [0.0]
+    costs = {"a": iter([50.0, 1, 2, 3]), "b": iter([70.0, 10, 20, 30])}
+
+    def rival(name):
+        def work():
+            order.append(name)
+            clock[0] += next(costs[name])
+
+        return work
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert race({name: rival(name) for name in costs}, 3, "cpu") == {"a": 2, "b": 20}
+    assert "".join(order) == "abababab"
+
+
+def test_ratios_are_to_the_base():
+    assert against({"a": 0.5, "b": 0.125}, "a") == [
+        ["a", "500.00", "1.000"],
+        ["b", "125.00", "0.250"],
+    ]
+
+
+@pytest.mark.parametrize("what", ["scan", "step", "sample"])
+def test_a_part_is_measured_and_written_as_it_is_printed(what, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    flags = ["--what", what, "--out", str(out), "--sizes", "16", "--steps", "2", *SMALL]
+    assert job.main(flags) == 0
+    printed = capsys.readouterr().out
+    tables = json.loads(out.read_text())
+    for cell in (cell for table in tables for row in table["rows"] for cell in row):
+        assert cell in printed
+    seconds = [float(row[1].replace(",", "")) for row in tables[0]["rows"]]
+    assert all(value > 0 for value in seconds)
+
+
+def test_what_cannot_be_measured_is_refused(capsys):
+    assert job.main(["--what=loader", "--data=/nowhere", *SMALL]) == 2
+    assert "manifest.json is not there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        job.main(["--what=nothing"])
+
+
+def test_a_sampler_is_charged_for_every_call_it_makes():
+    noise = torch.zeros(1, 3, 3)
+    ways = sample.solvers(noise, 8)
+    found = {name.split(",")[0]: sample.calls(solve) for name, solve in ways.items()}
+    assert found == {"posterior mean": 1, "ddim": 8, "sde": 16, "midpoint": 16, "heun": 16}
+
+
+def test_the_usual_way_gives_the_pixels_of_the_same_images(tmp_path):
+    data = staged(tmp_path, full_images=True)
+    shards = stall.ShardSet(str(data), "train")
+    xy, rgb, asked_xy, asked_rgb = next(loader.per_item(shards, 5, 4))
+    assert xy.shape == (4, shards.recipe.known, 2) and asked_rgb.shape == (4, 5, 3)
+    size = shards.recipe.size
+    whole = shards.rows(np.arange(len(shards))).images.reshape(-1, size, size, 3)
+    place = (xy[0, 0] * size - 0.5).round().long()
+    column = whole[:, place[1], place[0]] / 255
+    assert np.isclose(column, rgb[0, 0].numpy(), atol=1e-6).all(-1).any()
+
+
+def test_fetching_on_demand_differs_in_when_and_not_in_what(tmp_path):
+    data = str(staged(tmp_path))
+    ahead, late = (kind(data, "train") for kind in (stall.ShardSet, stall.OnDemand))
+    late.expect(np.arange(len(late)))
+    assert not late._fetcher._coming
+    numbers = np.arange(len(late))[::-1].copy()
+    assert np.array_equal(ahead.rows(numbers).rgb, late.rows(numbers).rgb)
+
+
+def test_a_family_is_a_process_and_all_below_it():
+    code = (
+        "import subprocess as s; p = s.Popen(['sleep', '9']); print(p.pid, flush=1); p.wait()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert ray_cost.family(parent.pid) == [parent.pid, child]
+        for pid in (child, parent.pid):
+            ray_cost.os.kill(pid, ray_cost.signal.SIGKILL)
+
+
+def test_one_job_trains_at_a_time_and_its_rate_is_of_its_own_turn(tmp_path, monkeypatch):
+    data = str(staged(tmp_path))
+    ours = ("--epochs", "--log-every", "--eval-every", "--batch-size", "--no-ray")
+    monkeypatch.setattr(ray_cost, "RECIPE", [f for f in FLAGS if not f.startswith(ours)])
+    monkeypatch.setattr(ray_cost, "TURN_S", 1.0)
+    config = BenchmarkConfig(data=data, batch_size=8)
+    with (
+        ray_cost.training("one", config, 1) as one,
+        ray_cost.training("other", config, 1) as other,
+    ):
+        before = other.points()
+        rate = one.turn()
+        assert other.points() == before and not one.process.poll()
+        (first, a), (last, b) = one.points()[10], one.points()[-1]
+        assert 0 < rate and other.turn() > 0 and b > a and last > first
+    assert one.process.poll() is not None and other.process.poll() is not None
+
+
+def test_a_job_that_cannot_begin_says_why(tmp_path):
+    config = BenchmarkConfig(data=str(staged(tmp_path)), batch_size=8)
+    with (
+        pytest.raises(RuntimeError, match="training did not begin: .*max_queries"),
+        ray_cost.training("bare", config, 1),
+    ):
+        pass
