@@ -80,6 +80,7 @@ COLLECTIVE_TIMEOUT_S = 600
 CONTROLLER_FAILURES = 5
 PATIENCE_S, SOON_S = 300.0, 5.0
 WATCH_S = 0.5
+GROWTH_S = 60.0
 log = logging.getLogger(__name__)
 
 # What a worker needs of the driver's environment, whichever node it starts on.
@@ -311,17 +312,22 @@ def _trainer(config: RunConfig, board: Any, scratch: str) -> Any:
     scale = config.scale
     workers = scale.num_workers if not scale.min_workers else (scale.min_workers, scale.num_workers)
     settings = {"run": to_dict(config), "board": board}
+    # A run that grows repeats the steps since its last checkpoint: not at every node that joins.
+    growth = float(os.environ.get("MAMBAFLOW_GROWTH_S") or GROWTH_S)
     api: Any = ray.train  # Ray's type hints are those of Train V1, and V2 is what runs
     return api.torch.TorchTrainer(
         work,
         train_loop_config=settings,
         torch_config=api.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=scale.use_gpu),
+        scaling_config=api.ScalingConfig(
+            num_workers=workers, use_gpu=scale.use_gpu, elastic_resize_monitor_interval_s=growth
+        ),
         run_config=api.RunConfig(
             name=config.run_name,
             storage_path=scratch,
             failure_config=api.FailureConfig(
-                max_failures=scale.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=scale.max_failures,
+                controller_failure_limit=CONTROLLER_FAILURES + scale.max_failures,
             ),
             callbacks=[Failures(board)],
             logging_config=api.LoggingConfig("WARNING"),

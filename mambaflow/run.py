@@ -385,7 +385,7 @@ class Worker:
         forward = self.world.wrap(self.state.model)
         if self.first:
             name, size = self.config.run_name, self.world.size
-            log.info("training %s with %d workers after step %d", name, size, self.state.step)
+            log.info("training %s after step %d; workers: %d", name, self.state.step, size)
         stopped = False
         with self.stopwatch.listening():
             for progress in fit(self.state, batches, self.config.train, self.steps, forward):

@@ -103,7 +103,7 @@ def fit(
     """
     schedule = Schedule.of(config, steps)
     device = next(state.model.parameters()).device
-    forward = forward or state.model
+    forward = state.model if forward is None else forward
     while state.step < steps:
         start = time.perf_counter()
         batch = batches[state.step].to(device)

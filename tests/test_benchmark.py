@@ -89,9 +89,7 @@ def test_fetching_on_demand_differs_in_when_and_not_in_what(tmp_path):
 
 
 def test_a_family_is_a_process_and_all_below_it():
-    code = (
-        "import subprocess as s; p = s.Popen(['sleep', '9']); print(p.pid, flush=1); p.wait()"
-    )
+    code = "import subprocess as s; p = s.Popen(['sleep', '9']); print(p.pid, flush=1); p.wait()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())

@@ -3,8 +3,10 @@
 A cluster starts in about ten seconds, so that each test here carries several claims.
 """
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,8 +47,16 @@ def marked(monkeypatch) -> Iterator[str]:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     yield mark
-    for pid, _ in processes(mark):
-        os.kill(pid, signal.SIGKILL)
+    kill(mark)
+
+
+def kill(mark: str) -> list[str]:
+    """SIGKILL to the processes with a mark; the titles of those that there were."""
+    found = processes(mark)
+    for pid, _ in found:
+        with contextlib.suppress(ProcessLookupError):  # ended with one before it
+            os.kill(pid, signal.SIGKILL)
+    return [title for _, title in found]
 
 
 def processes(mark: str) -> list[tuple[int, str]]:
@@ -177,26 +187,32 @@ PORTS = (
 )  # fmt: skip
 
 
+def start_node(*flags: str, **environment: str) -> None:
+    """A node of a cluster: processes that outlive this call, with more in their environment."""
+    command = [Path(sys.executable).parent / "ray", "start", "--disable-usage-stats", *flags]
+    env = os.environ | {"RAY_AUTH_MODE": "disabled"} | environment
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env=env)
+
+
+def start_head(mark: str, *flags: str) -> dict[str, int]:
+    """The first node of a cluster; its ports by their names."""
+    ports = {}
+    for name in PORTS:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports[name] = probe.getsockname()[1]
+    chosen = [f"--{name}={port}" for name, port in ports.items()]
+    start_node("--head", *chosen, f"--temp-dir=/tmp/mf-{mark[:8]}", *flags)
+    return ports
+
+
 @pytest.fixture
 def head(marked, monkeypatch) -> str:
     """A long-lived cluster; RAY_ADDRESS is where jobs are submitted."""
-    ports = []
-    for _ in PORTS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
-    temp = f"/tmp/mf-{marked[:8]}"
-    subprocess.run(
-        [
-            Path(sys.executable).parent / "ray", "start", "--head",
-            *(f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)),
-            "--num-cpus=3", f"--temp-dir={temp}", "--disable-usage-stats",
-        ],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{ports[1]}"
+    ports = start_head(marked, "--num-cpus=3")
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     hello = [Path(sys.executable).parent / "ray", "job", "submit", "--", "true"]
     wait_for(lambda: not subprocess.run(hello, capture_output=True, timeout=60).returncode)
@@ -228,6 +244,104 @@ def test_ray_jobs_run_stop_with_a_checkpoint_and_go_on(shards, tmp_path, head):
     )
     assert "posterior mean" in said
     assert run.reported_steps(at(runs / "job")) > steps[-1]
+
+
+# A connection refused five times in 2.5 s is a dead node (Ray's own: half a minute); a slow answer
+# is none. What waits for a lost node is given up after 5 s (60), and growth is thought of every
+# second (60).
+HASTE = {
+    "RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "10000", "RAY_health_check_failure_threshold": "5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "MAMBAFLOW_GROWTH_S": "1",
+}  # fmt: skip
+
+# Ray Train learns of nodes from an actor that looks for them every 20 s, a number that nothing
+# sets; whoever asks it to recompute makes it look.
+LOOK = """
+import time, ray
+ray.init("auto", log_to_driver=False)
+while True:
+    time.sleep(1)
+    try:
+        actor = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
+        ray.get(actor.get_reserved_resources.remote("", recompute=True), timeout=10)
+    except (ValueError, ray.exceptions.GetTimeoutError):
+        pass  # no run has begun
+"""
+
+
+@pytest.fixture
+def growing(marked, monkeypatch) -> str:
+    """The address of a cluster of one node, to which others come and go, and are soon missed."""
+    for name, value in HASTE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ports = start_head(marked, "--num-cpus=1", "--include-dashboard=false")
+    address = f"127.0.0.1:{ports['port']}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    subprocess.Popen([sys.executable, "-c", LOOK], stderr=subprocess.DEVNULL)
+    return address
+
+
+def add_node(head: str) -> str:
+    """One more node, of one CPU; the mark of its processes, its workers among them."""
+    mark = uuid.uuid4().hex
+    start_node(f"--address={head}", "--num-cpus=1", NODE_MARK=mark)
+    return mark
+
+
+def starts(job: subprocess.Popen, output: Path, count: int) -> list[tuple[int, int]]:
+    """(step, workers) of each time that training began, once there are `count`, in its words."""
+
+    def found() -> list[tuple[int, int]]:
+        lines = re.findall(r"training \w+ after step (\d+); workers: (\d+)", output.read_text())
+        return [(int(step), int(workers)) for step, workers in lines]
+
+    wait_for(lambda: job.poll() is not None or len(found()) >= count)
+    assert job.poll() is None, output.read_text()
+    return found()
+
+
+def curve(run: Path, tag: str) -> list[tuple[int, float]]:
+    """What was logged under a tag, by step, in the order of the file."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line[tag]) for line in lines if tag in line]
+
+
+def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
+    shards, tmp_path, growing
+):
+    # A report waits for Ray's next look, twice a second: its 40 checkpoints make the run last,
+    # whatever the speed of the machine.
+    steps, runs, output = 80, tmp_path / "runs", tmp_path / "output"
+    flags = [f"--data={shards}", f"--storage={runs}", f"--epochs={steps // 5}", "--eval-every=2"]
+    elastic = [*TRAIN, *ON_RAY, *flags, "--run-name=elastic", "--num-workers=2", "--min-workers=1"]
+    node = add_node(growing)
+    with output.open("w") as file:
+        job = subprocess.Popen(elastic, stdout=file, stderr=file, cwd=ROOT)
+
+    assert starts(job, output, 1) == [(0, 2)]
+    saved = wait_for(lambda: checkpoint.saved_steps(at(runs / "elastic")))
+    lost = kill(node)
+    assert sum(title.startswith("ray::RayTrainWorker") for title in lost) == 1
+    assert any("raylet/raylet" in title for title in lost)
+    straight = subprocess.Popen([*TRAIN, *FLAGS, *flags, "--run-name=straight"], cwd=ROOT)
+    resumed, workers = starts(job, output, 2)[1]
+    assert workers == 1 and saved[-1] <= resumed < steps
+
+    came = add_node(growing)
+    grown, workers = starts(job, output, 3)[2]
+    assert workers == 2 and resumed < grown < steps
+    working = [title for _, title in processes(came) if title.startswith("ray::RayTrainWorker")]
+    assert len(working) == 1
+    assert job.wait(120) == 0, output.read_text()
+    assert output.read_text().count("; workers: ") == 3
+    assert run.reported_steps(at(runs / "elastic")) == steps
+    assert straight.wait(120) == 0
+    for tag, every in (("train/loss", 4), ("val/psnr", 2)):
+        logged, expected = curve(runs / "elastic", tag), curve(runs / "straight", tag)
+        assert [step for step, _ in logged] == list(range(every, steps + 1, every))
+        assert dict(logged) == pytest.approx(dict(expected), rel=1e-3)
 
 
 def test_the_address_of_jobs_is_told_from_that_of_a_cluster(monkeypatch):
