@@ -21,6 +21,7 @@ import tyro
 
 from mambaflow.benchmarks import loader, memory, ray_cost, sample, scan, stall, step
 from mambaflow.benchmarks.bench import BenchmarkConfig
+from mambaflow.process import keep_memory
 from mambaflow.report import Table, provenance
 
 PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
+    keep_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     try:

@@ -29,21 +29,14 @@ from tqdm import tqdm
 
 from mambaflow.checkpoint import CheckpointError
 from mambaflow.config import RECIPES, RunConfig, lookup, require
-from mambaflow.run import (
-    STOP,
-    Outcome,
-    Point,
-    RunFailed,
-    World,
-    check_data,
-    open_run,
-    share_cores,
-    train,
-)
+from mambaflow.process import keep_memory, share_cores
+from mambaflow.run import Outcome, RunFailed, check_data, open_run, train
 from mambaflow.shards import ShardError
 from mambaflow.sources import EMBEDDED
 from mambaflow.staging import stage_once
+from mambaflow.stopwatch import STOP
 from mambaflow.storage import Storage, at
+from mambaflow.world import Point, World
 
 FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
 log = logging.getLogger(__name__)
@@ -158,6 +151,7 @@ class ProcessWorld(World):
         if device is not None:
             torch.cuda.set_device(device)
         share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_memory()
         if size > 1:
             dist.init_process_group("nccl" if use_gpu else "gloo")
         super().__init__(rank, size, device or torch.device("cpu"))

@@ -63,17 +63,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 
 from mambaflow.checkpoint import CheckpointError  # noqa: E402
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, require, to_dict  # noqa: E402
-from mambaflow.run import (  # noqa: E402
-    Outcome,
-    Point,
-    RunFailed,
-    World,
-    check_storage,
-    share_cores,
-    train,
-)
+from mambaflow.process import KEEP_MEMORY, share_cores  # noqa: E402
+from mambaflow.run import Outcome, RunFailed, check_storage, train  # noqa: E402
 from mambaflow.shards import ShardError  # noqa: E402
 from mambaflow.training import Forward  # noqa: E402
+from mambaflow.world import Point, World  # noqa: E402
 
 REACH_S = 10
 COLLECTIVE_TIMEOUT_S = 600
@@ -86,8 +80,9 @@ log = logging.getLogger(__name__)
 # What a worker needs of the driver's environment, whichever node it starts on.
 FORWARDED = ("AWS_", "MAMBAFLOW_", "RAY_TRAIN_", "RAY_ADDRESS")
 
-# How Ray Train behaves unless the environment says otherwise.
+# How Ray Train and its workers behave unless the environment says otherwise.
 SETTINGS = {
+    **KEEP_MEMORY,
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next one
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints each line twice otherwise
 }

@@ -13,46 +13,28 @@ Nothing here knows what started the workers: a World says who else there is.
 import io
 import json
 import logging
-import os
-import signal
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
 
 from mambaflow import checkpoint
 from mambaflow.batches import Ahead, Batches, Layout, Stream
 from mambaflow.checkpoint import Index
 from mambaflow.config import RunConfig, differences, from_json, require, to_dict, to_json
 from mambaflow.evaluation import Holdout, final_report, validate
-from mambaflow.report import RunLog
+from mambaflow.logbook import Logbook
 from mambaflow.shard_set import ShardSet
+from mambaflow.stopwatch import STOP, Stopwatch
 from mambaflow.storage import Storage, at
-from mambaflow.training import Forward, Progress, TrainState, fit
+from mambaflow.training import Progress, TrainState, fit
+from mambaflow.world import Point, World
 
 BEST = "val/psnr"
-CONFIG, STOP, RESULTS = "config.json", "STOP", "report/results.json"
-STOP_POLL_S = 1.0
+CONFIG, RESULTS = "config.json", "report/results.json"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a run is: what a progress bar shows."""
-
-    step: int
-    steps: int
-    loss: float
-    samples_per_second: float
 
 
 @dataclass(frozen=True)
@@ -67,20 +49,6 @@ class RunFailed(RuntimeError):
     """A run that ended without a result; the message says why."""
 
 
-def share_cores(workers: int) -> None:
-    """Give this worker its share of the node's cores, or MAMBAFLOW_THREADS of them.
-
-    Launchers leave each worker one thread (OMP_NUM_THREADS=1) however many cores there are.
-
-    Args:
-        workers: how many workers this node has.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(
-        int(os.environ.get("MAMBAFLOW_THREADS") or max(1, (cores or 1) // workers))
-    )
-
-
 def check_storage(config: RunConfig) -> None:
     """Refuse a run's folder that this worker's node does not share with the driver's.
 
@@ -91,116 +59,6 @@ def check_storage(config: RunConfig) -> None:
         at(config.storage).child(config.run_name).exists(CONFIG),
         f"storage (={config.storage}) must be seen by every node; use a shared folder or s3://…",
     )
-
-
-class World:
-    """Who trains together. This one is a process alone, or one of those that torchrun started."""
-
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
-
-    def wrap(self, model: nn.Module) -> Forward:
-        """The model with its gradients averaged over the workers."""
-        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
-
-    def reported(self, scores: dict[str, float], uri: str) -> None:
-        """Called by every worker after a checkpoint is in place."""
-
-    def pin(self, point: Point) -> None:
-        """Called by the first worker with news."""
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over the workers."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-
-class Stopwatch:
-    """Whether somebody asked to stop; every worker gets the same answer at the same step.
-
-    The first worker looks for SIGTERM and for the file STOP. Its answer travels while the next
-    step runs, so that no step waits for it.
-    """
-
-    def __init__(self, world: World, run: Storage) -> None:
-        self.world, self.run = world, run
-        self.asked = False
-        self._looked = time.monotonic()
-        self._travelling: tuple[Tensor, dist.Work | None] | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGTERM as a request; only a process's main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-
-    def stop(self) -> bool:
-        """Whether to stop after this step."""
-        self._look()
-        if self.world.size == 1:
-            return self.asked
-        answer = self._arrived()
-        flag = torch.tensor(float(self.asked), device=self.world.device)
-        self._travelling = (flag, dist.all_reduce(flag, async_op=True))
-        return answer
-
-    def _arrived(self) -> bool:
-        if self._travelling is None:
-            return False
-        flag, work = self._travelling
-        if work is not None:
-            work.wait()
-        return bool(flag.item())
-
-    def _look(self) -> None:
-        now = time.monotonic()
-        if self.world.rank == 0 and now - self._looked > STOP_POLL_S:
-            self._looked = now
-            self.asked = self.asked or self.run.exists(STOP)
-
-
-class Logbook:
-    """The first worker's curves and pictures: a RunLog in the run's folder, or, when the run is
-    in S3, in a scratch folder that `push` copies there."""
-
-    def __init__(self, run: Storage, step: int) -> None:
-        self.run = run
-        self._scratch: tempfile.TemporaryDirectory | None = None
-        if run.is_local:
-            folder = Path(run.path)
-        else:
-            self._scratch = tempfile.TemporaryDirectory(prefix="mambaflow-")
-            folder = Path(self._scratch.name)
-            if run.exists("metrics.jsonl"):
-                run.download("metrics.jsonl", folder / "metrics.jsonl")
-        self.folder = folder
-        self.log = RunLog(folder, step)
-
-    def push(self) -> None:
-        """Make everything logged so far last."""
-        self.log.flush()
-        if self._scratch is None:
-            return
-        for file in sorted(self.folder.rglob("*")):
-            if file.is_file():
-                self.run.upload(file, file.relative_to(self.folder).as_posix())
-
-    def close(self) -> None:
-        """Push, and give the scratch folder back."""
-        self.push()
-        self.log.close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
 
 
 def reported_steps(run: Storage) -> int | None:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from small import FLAGS, staged
 
 from mambaflow import checkpoint, distributed, run
@@ -350,21 +349,6 @@ def test_the_address_of_jobs_is_told_from_that_of_a_cluster(monkeypatch):
         cluster_address()
     monkeypatch.setenv("RAY_ADDRESS", "")
     assert cluster_address() == "local"
-
-
-def test_workers_share_the_cores_of_their_node(monkeypatch):
-    monkeypatch.delenv("MAMBAFLOW_THREADS", raising=False)
-    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    try:
-        run.share_cores(1)
-        assert torch.get_num_threads() == cores
-        run.share_cores(2 * cores)
-        assert torch.get_num_threads() == 1
-        monkeypatch.setenv("MAMBAFLOW_THREADS", "3")
-        run.share_cores(1)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_run_folder_that_a_node_does_not_share_is_refused(tmp_path):

@@ -11,12 +11,23 @@ LIBRARY = {p.relative_to(ROOT / "mambaflow").with_suffix("").as_posix(): p for p
 
 # Each room above those it may import; rooms on one line may import one another's lines below.
 LEVELS = [
-    {"config", "randomness", "native", "samplers", "metrics", "report", "baselines", "flow"},
-    {"storage", "pixels", "sources", "native_scan", "triton_scan"},
+    {
+        "config",
+        "randomness",
+        "native",
+        "samplers",
+        "metrics",
+        "report",
+        "baselines",
+        "flow",
+        "process",
+    },
+    {"storage", "process", "pixels", "sources", "native_scan", "triton_scan"},
     {"shards", "layers", "ssm"},
     {"staging", "model", "batches", "shard_set"},
-    {"training", "evaluation"},
-    {"checkpoint"},
+    {"training", "evaluation", "logbook"},
+    {"checkpoint", "world"},
+    {"stopwatch"},
     {"run"},
     {"distributed"},
     {"benchmarks/bench"},

@@ -20,16 +20,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import mambaflow.run as run_module
-from mambaflow import checkpoint
+from mambaflow import checkpoint, stopwatch
 from mambaflow.batches import Batches
 from mambaflow.config import RunConfig, ScaleConfig, to_json
 from mambaflow.evaluation import Holdout
-from mambaflow.run import Outcome, World, open_run, reported_steps, train
+from mambaflow.run import Outcome, open_run, reported_steps, train
 from mambaflow.shard_set import ShardSet
 from mambaflow.storage import at
+from mambaflow.world import World
 
 ROOT = Path(__file__).parents[1]
-VOLATILE = {"time", "train/samples_per_second", "test/seconds"}
+VOLATILE = {"time", "train/samples_per_second", "train/input_stall", "test/seconds"}
 
 
 class Killed(BaseException):
@@ -69,7 +70,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
     """Look for STOP after every step."""
-    monkeypatch.setattr(run_module, "STOP_POLL_S", -1.0)
+    monkeypatch.setattr(stopwatch, "STOP_POLL_S", -1.0)
 
 
 def start(
@@ -447,11 +448,12 @@ import torch.distributed as dist
 from dataclasses import replace
 from pathlib import Path
 import mambaflow.run as run_module
+from mambaflow import stopwatch
 from jobs.train import ProcessWorld
 from mambaflow.config import from_json
 config = from_json(sys.argv[1])
 folder = Path(config.storage) / config.run_name
-run_module.STOP_POLL_S = -1.0
+stopwatch.STOP_POLL_S = -1.0
 batches = []
 
 class Scripted(ProcessWorld):

@@ -422,7 +422,7 @@ def test_a_run_without_a_name_is_called_after_its_architecture_and_the_time(plac
 
 
 def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, monkeypatch):
-    monkeypatch.setattr("mambaflow.run.STOP_POLL_S", -1.0)
+    monkeypatch.setattr("mambaflow.stopwatch.STOP_POLL_S", -1.0)
     fit = job.train
 
     def stopping(config: RunConfig, world: job.World) -> job.Outcome:

@@ -1,0 +1,46 @@
+"""What a worker's process takes of its machine: cores and memory."""
+
+import ctypes
+import os
+import platform
+
+import torch
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def share_cores(workers: int) -> None:
+    """Give this worker its share of the node's cores, or MAMBAFLOW_THREADS of them.
+
+    Launchers leave each worker one thread (OMP_NUM_THREADS=1) however many cores there are.
+
+    Args:
+        workers: how many workers this node has.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(
+        int(os.environ.get("MAMBAFLOW_THREADS") or max(1, (cores or 1) // workers))
+    )
+
+
+# `keep_memory` for a process that trains in a thread, in the environment that it starts with: the
+# memory that glibc gives to threads other than the first is another, which it cannot keep.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+
+
+def keep_memory() -> bool:
+    """Have the allocator keep what it is given back, and say whether it is one that can.
+
+    glibc asks the system for every tensor above 32 MiB, and returns it: the pages of each are
+    zeroed and mapped anew at every step, 80,000 of them in V1's on CPU.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    wanted = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+    return all([mallopt(name, value) == 1 for name, value in wanted.items()])
