@@ -50,6 +50,7 @@ def shown(tasks: list[Task], config: StageConfig, source: Source) -> Iterator[Do
 def main(argv: list[str] | None = None) -> int:
     """Parse, stage, say what was done; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
     config = tyro.cli(StageConfig, args=argv, description=__doc__)
     try:
         source = open_source(config.source)

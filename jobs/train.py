@@ -181,6 +181,7 @@ def show(config: RunConfig, run: Storage) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, train, show; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
     with contextlib.ExitStack() as stack:
         try:
             config = prepare(parse(sys.argv[1:] if argv is None else argv))

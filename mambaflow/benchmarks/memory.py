@@ -15,7 +15,7 @@ from mambaflow.report import Table
 from mambaflow.ssm import selective_scan
 
 
-def one_call(config: BenchmarkConfig, size: int) -> tuple[float, float]:
+def one_call(config: BenchmarkConfig, size: int, t: float) -> tuple[float, float]:
     """Seconds of one call for a size x size query, and this process's peak memory in GiB."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
     model = VelocityField(ARCHITECTURES[config.arch]).to(config.device).eval()
@@ -23,7 +23,7 @@ def one_call(config: BenchmarkConfig, size: int) -> tuple[float, float]:
     noise = torch.randn_like(batch.query_rgb)
     start = time.perf_counter()
     with torch.no_grad():
-        model.given(batch)(noise, torch.full((1,), 0.5, device=config.device))
+        model.given(batch)(noise, torch.full((1,), t, device=config.device))
     if config.device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
@@ -44,13 +44,17 @@ def long_scan(config: BenchmarkConfig, n: int) -> float:
 def measure(config: BenchmarkConfig) -> list[Table]:
     """Peak memory and time of one call on growing grids, and the time of the scan on its own."""
     rows = []
-    for size in (32, 64, 128, 256):  # a peak never falls: each size in a process of its own
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            seconds, peak = fresh.submit(one_call, config, size).result()
-        rows.append([f"{size} x {size}", f"{seconds:.2f}", f"{peak:.2f}"])
+    for size in (32, 64, 128, 256):
+        row = [f"{size} x {size}"]
+        for t in (0.0, 0.5):  # a peak never falls: each in a process of its own
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                seconds, peak = fresh.submit(one_call, config, size, t).result()
+            row += [f"{seconds:.2f}", f"{peak:.2f}"]
+        rows.append(row)
     scans = {n: long_scan(config, n) for n in (1024, 4096, 16384, 65536)}
     times = [[f"{n:,}", f"{1e3 * t:.2f}", f"{1e6 * t / n:.3f}"] for n, t in scans.items()]
+    heading = ["query", "posterior mean, s", "peak GiB", "a call of a sampler, s", "peak GiB"]
     return [
-        Table(["query", "s a call", "peak GiB"], rows, f"{config.arch}, 204 known pixels"),
+        Table(heading, rows, f"{config.arch}, 204 known pixels"),
         Table(["tokens", "ms", "µs a token"], times, f"{config.arch}: one scan, forward, b 1"),
     ]
