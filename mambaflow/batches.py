@@ -262,6 +262,12 @@ class Stream(Protocol):
     def __getitem__(self, step: int) -> PixelBatch: ...
 
 
+def _work_for(device: torch.device) -> None:
+    """Have this thread use a worker's own GPU; pinning would open another one on the first."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class Ahead:
     """The next steps' batches, made in a thread and on their way to the GPU while one trains.
 
@@ -271,7 +277,7 @@ class Ahead:
 
     def __init__(self, stream: Stream, device: torch.device, depth: int = 8) -> None:
         self.stream, self.device, self.depth = stream, device, depth
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._pool = ThreadPoolExecutor(1, "batches", _work_for, (device,))
         self._coming: dict[int, Future[PixelBatch]] = {}
 
     def __getitem__(self, step: int) -> PixelBatch:

@@ -1,8 +1,9 @@
 """The one room that imports Ray: a cluster to work on, and training on it.
 
 Ray's own defaults are replaced where they are known to hurt: authentication is stated, never
-guessed; every wait and every retry is bounded; a worker reports only at checkpoints, since a
-report is a barrier across all workers and takes as long as the controller's next poll.
+guessed; every wait and every retry is bounded, but for an elastic run's, which waits for nodes as
+long as it has fewer than its least; a worker reports only at checkpoints, since a report is a
+barrier across all workers and takes as long as the controller's next poll.
 
 Ray hears of scores and addresses, and keeps no checkpoints: its own book of them would list the
 ones that we prune, and then refuse to resume. What a run keeps is in its storage, put there and
