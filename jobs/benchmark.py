@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         provenance(
             " ".join(["python", *sys.argv]),
-            "made up",
+            config.data if config.what in ("loader", "stall", "ray") else "made up",
             0,
             threads=torch.get_num_threads(),
             torch=torch.__version__,

@@ -40,7 +40,7 @@ class PixelBatch:
         """The same batch on another device; to a GPU through pinned memory, without waiting."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         if torch.device(device).type == "cuda":
-            parts = {k: v if v.is_cuda else v.pin_memory() for k, v in parts.items()}
+            parts = {k: v if v.is_cuda else v.contiguous().pin_memory() for k, v in parts.items()}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items()})
 
     def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
@@ -59,8 +59,8 @@ class RowOrder:
     A permutation without a table: a Feistel network over the smallest even number of bits
     that holds the rows, walked until it lands inside (Black & Rogaway 2002). Rows are shuffled
     within windows of `window` rows and windows among themselves, so that only the shards of one
-    window are open at a time; with one window, which is the rule up to a million rows, the
-    shuffle is over all. Memory does not grow with the number of rows.
+    window are open at a time; with one window, which is the rule while all shards fit in
+    shard_set.MEMORY_BYTES, the shuffle is over all. Memory does not grow with the number of rows.
     """
 
     def __init__(self, rows: int, seed: int, window: int = 2**20) -> None:
@@ -271,19 +271,27 @@ def _work_for(device: torch.device) -> None:
 class Ahead:
     """The next steps' batches, made in a thread and on their way to the GPU while one trains.
 
-    Not for training on CPU: there a second thread takes from the first what it gives, and more,
-    since OpenMP's threads no longer wait for work when there are more of them than cores.
+    Not for training on CPU: a second thread there needs the same cores, and with more OpenMP
+    threads than cores each of them sleeps at every barrier.
+
+    Args:
+        steps: there are no batches from this step on.
     """
 
-    def __init__(self, stream: Stream, device: torch.device, depth: int = 8) -> None:
-        self.stream, self.device, self.depth = stream, device, depth
+    def __init__(self, stream: Stream, device: torch.device, steps: int, depth: int = 8) -> None:
+        self.stream, self.device, self.steps, self.depth = stream, device, steps, depth
         self._pool = ThreadPoolExecutor(1, "batches", _work_for, (device,))
         self._coming: dict[int, Future[PixelBatch]] = {}
 
     def __getitem__(self, step: int) -> PixelBatch:
-        wanted, coming = range(step, step + self.depth), self._coming
+        wanted = range(step, max(step + 1, min(step + self.depth, self.steps)))
+        coming = self._coming
         self._coming = {n: coming.get(n) or self._pool.submit(self._make, n) for n in wanted}
         return self._coming.pop(step).result()
 
     def _make(self, step: int) -> PixelBatch:
         return self.stream[step].to(self.device)
+
+    def close(self) -> None:
+        """Leave what is not made yet."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,8 +1,8 @@
 """The one room that imports Ray: a cluster to work on, and training on it.
 
 Ray's own defaults are replaced where they are known to hurt: authentication is stated, never
-guessed; every wait and every retry is bounded, but for an elastic run's, which waits for nodes as
-long as it has fewer than its least; a worker reports only at checkpoints, since a report is a
+guessed; every wait and every retry is bounded, except that an elastic run waits without limit
+while it has fewer than min_workers; a worker reports only at checkpoints, since a report is a
 barrier across all workers and takes as long as the controller's next poll.
 
 Ray hears of scores and addresses, and keeps no checkpoints: its own book of them would list the
@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -143,7 +144,7 @@ def _environment(address: str) -> dict[str, str]:
     a variable that is given twice."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     known = job.get("runtime_env", {}).get("env_vars", {})
-    given = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED)}
+    given = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in SETTINGS}
     if address in (LOCAL, "auto"):
         given.pop("RAY_ADDRESS", None)
     return {k: v for k, v in (SETTINGS | given).items() if k not in known}
@@ -153,10 +154,21 @@ def check_room(scale: ScaleConfig) -> None:
     """Refuse more workers than a private cluster can ever hold; a shared one may still grow.
 
     Raises:
-        ValueError: num_workers exceeds this machine's cores or GPUs.
+        ValueError: num_workers exceeds this machine's cores or GPUs; MAMBAFLOW_GROWTH_S is no
+            number of seconds.
     """
+    _growth_s()
     if cluster_address() == LOCAL:
         require(not _missing(scale), _missing(scale))
+
+
+def _growth_s() -> float:
+    """Seconds between two looks for nodes to grow on. A run that grows repeats the steps since
+    its last checkpoint, so that it does not follow every node that joins."""
+    text = os.environ.get("MAMBAFLOW_GROWTH_S") or str(GROWTH_S)
+    good = re.fullmatch(r"\d+(\.\d+)?", text) is not None
+    require(good, f"MAMBAFLOW_GROWTH_S (={text!r}) must be a number of seconds; use 60")
+    return float(text)
 
 
 def _missing(scale: ScaleConfig) -> str:
@@ -308,21 +320,22 @@ def _trainer(config: RunConfig, board: Any, scratch: str) -> Any:
     scale = config.scale
     workers = scale.num_workers if not scale.min_workers else (scale.min_workers, scale.num_workers)
     settings = {"run": to_dict(config), "board": board}
-    # A run that grows repeats the steps since its last checkpoint: not at every node that joins.
-    growth = float(os.environ.get("MAMBAFLOW_GROWTH_S") or GROWTH_S)
     api: Any = ray.train  # Ray's type hints are those of Train V1, and V2 is what runs
     return api.torch.TorchTrainer(
         work,
         train_loop_config=settings,
         torch_config=api.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=api.ScalingConfig(
-            num_workers=workers, use_gpu=scale.use_gpu, elastic_resize_monitor_interval_s=growth
+            num_workers=workers,
+            use_gpu=scale.use_gpu,
+            elastic_resize_monitor_interval_s=_growth_s(),
         ),
         run_config=api.RunConfig(
             name=config.run_name,
             storage_path=scratch,
             failure_config=api.FailureConfig(
                 max_failures=scale.max_failures,
+                # A lost node costs one of each where its place is waited for in vain.
                 controller_failure_limit=CONTROLLER_FAILURES + scale.max_failures,
             ),
             callbacks=[Failures(board)],

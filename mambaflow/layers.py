@@ -272,14 +272,15 @@ class PerceiverBlock(nn.Module):
         rgb: Float[Tensor, "b n 3"],
         keys: Keys,
         modulation: Float[Tensor, "3 3 b 1 d"] | None,
-        awake: Float[Tensor, "b 1 1"],
+        awake: Float[Tensor, "b 1 1"] | None,
     ) -> Float[Tensor, "b n d"]:
         """`rgb`: the noisy colours shown; `awake`: 0 where they say nothing, at t = 0, so that
-        what is asked beside a pixel cannot change its posterior mean."""
+        what is asked beside a pixel cannot change its posterior mean; None: nowhere, and the
+        attention among queries is spared."""
         asked, gate = self._enter(tokens, 0, modulation)
         read = gate * self.cross(asked, xy, keys)
         tokens = tokens + read if self.residual else read
-        if torch.is_grad_enabled() or awake.any():  # a posterior mean is spared the n^2 of it
+        if awake is not None:
             asked, gate = self._enter(tokens, 1, modulation)
             heard = self.among(asked, xy, self.among.keys(asked, xy, rgb))
             tokens = tokens + awake * gate * heard

@@ -102,7 +102,7 @@ class CrossReadout(nn.Module):
         rgb: Float[Tensor, "b n 3"],
         keys: list[Keys],
         time: Tensor,
-        awake: Float[Tensor, "b 1 1"],
+        awake: Float[Tensor, "b 1 1"] | None,
     ) -> Float[Tensor, "b n d"]:
         read = self.cross(tokens, xy, keys[0])
         tokens = tokens + read if self.residual else read
@@ -138,7 +138,7 @@ class Perceiver(nn.Module):
         rgb: Float[Tensor, "b n 3"],
         keys: list[Keys],
         time: Tensor,
-        awake: Float[Tensor, "b 1 1"],
+        awake: Float[Tensor, "b 1 1"] | None,
     ) -> Float[Tensor, "b n d"]:
         adaln = self.modulation
         modulations = [None] * len(self.blocks) if adaln is None else adaln(time)
@@ -245,7 +245,8 @@ class VelocityField(nn.Module):
             # Below t = 0.1 a noisy colour tells less than 0.1 % of its variance: it fades out.
             awake = torch.tanh(10 * t)
             shown = awake[:, None, None] * shown
-            return start + factor * self._read(features, query_xy, keys, shown, t, awake)
+            heard = awake if torch.is_grad_enabled() or awake.any() else None
+            return start + factor * self._read(features, query_xy, keys, shown, t, heard)
 
         return velocity
 
@@ -281,7 +282,13 @@ class VelocityField(nn.Module):
         return order, order.argsort(-1)
 
     def _read(
-        self, query: Tensor, xy: Tensor, keys: list[Keys], x: Tensor, t: Tensor, awake: Tensor
+        self,
+        query: Tensor,
+        xy: Tensor,
+        keys: list[Keys],
+        x: Tensor,
+        t: Tensor,
+        awake: Tensor | None,
     ) -> Float[Tensor, "b n 3"]:
         tokens = query + self.embed_colour(x)
         if self.config.modulation == "add":
@@ -289,10 +296,17 @@ class VelocityField(nn.Module):
         return self._out(tokens, xy, keys, x, t, awake)
 
     def _out(
-        self, tokens: Tensor, xy: Tensor, keys: list[Keys], x: Tensor, t: Tensor, awake: Tensor
+        self,
+        tokens: Tensor,
+        xy: Tensor,
+        keys: list[Keys],
+        x: Tensor,
+        t: Tensor,
+        awake: Tensor | None,
     ) -> Float[Tensor, "b n 3"]:
         time = self.time(t) if self.config.modulation == "adaln" else tokens.new_zeros(())
-        tokens = self.readout(tokens, xy, x, keys, time, awake[:, None, None])
+        heard = None if awake is None else awake[:, None, None]
+        tokens = self.readout(tokens, xy, x, keys, time, heard)
         return self.head(self.norm(tokens)).float()
 
 

@@ -24,8 +24,8 @@ def share_cores(workers: int) -> None:
     )
 
 
-# `keep_memory` for a process that trains in a thread, in the environment that it starts with: the
-# memory that glibc gives to threads other than the first is another, which it cannot keep.
+# `keep_memory` for a process that trains in a thread, in the environment that it starts with:
+# threads other than the first allocate from arenas of their own, which keep no large block.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -34,7 +34,7 @@ KEEP_MEMORY = {
 
 
 def keep_memory() -> bool:
-    """Have the allocator keep what it is given back, and say whether it is one that can.
+    """Have the allocator keep what it is given back; False where it is not glibc's.
 
     glibc asks the system for every tensor above 32 MiB, and returns it: the pages of each are
     zeroed and mapped anew at every step, 80,000 of them in V1's on CPU.

@@ -10,6 +10,7 @@
 Nothing here knows what started the workers: a World says who else there is.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -192,12 +193,12 @@ def train(config: RunConfig, world: World) -> Outcome:
     _require_together(state.step, world)
     worker = Worker(config, world, run, state, layout, steps)
     try:
-        on_cpu = world.device.type == "cpu"
-        outcome = worker.train(batches if on_cpu else Ahead(batches, world.device))
+        outcome = worker.train(batches)
         if outcome.status == "finished":
             worker.report()
     finally:
         worker.close()
+        shards.close()
     return outcome
 
 
@@ -238,8 +239,14 @@ class Worker:
     def _start_clock(self) -> None:
         self._clock, self._clock_step, self._waited = time.perf_counter(), self.state.step, 0.0
 
-    def train(self, batches: Stream) -> Outcome:
+    def train(self, batches: Batches) -> Outcome:
         """Train to the end, or until somebody asks to stop."""
+        if self.world.device.type == "cpu":
+            return self._train(batches)
+        with contextlib.closing(Ahead(batches, self.world.device, self.steps)) as ahead:
+            return self._train(ahead)
+
+    def _train(self, batches: Stream) -> Outcome:
         forward = self.world.wrap(self.state.model)
         if self.first:
             name, size = self.config.run_name, self.world.size

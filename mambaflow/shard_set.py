@@ -52,7 +52,13 @@ class Fetcher:
             ShardError: it is missing or damaged.
         """
         coming = self._coming.pop(number, None)
-        return coming.result() if coming else self._verified(self.manifest.shards[number])
+        if coming is None or coming.exception() is not None:  # what failed then may do now
+            return self._verified(self.manifest.shards[number])
+        return coming.result()
+
+    def close(self) -> None:
+        """Fetch no more; without this the end of the process waits for all that was begun."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _verified(self, info: ShardInfo) -> Rows:
         where = f"{self.storage.uri}/{info.name}"
@@ -122,7 +128,8 @@ class ShardSet:
 
     @property
     def window(self) -> int:
-        """Rows, one after the other, whose shards may be open together, wherever they begin."""
+        """Rows, one after the other, whose shards may be open together, wherever they begin; when
+        only one shard may be open, as many rows as the smallest has."""
         rows = [shard.rows for shard in self.manifest.shards if shard.rows]
         if self.capacity >= len(rows):
             return max(1, len(self))
@@ -160,6 +167,10 @@ class ShardSet:
         """Begin to fetch, in the background, the shards of rows that will be asked for."""
         shards = np.unique(np.searchsorted(self._ends, row_numbers, side="right"))
         self._fetcher.begin(shards[self._slots[shards] < 0].tolist(), self.capacity)
+
+    def close(self) -> None:
+        """Leave what was expected."""
+        self._fetcher.close()
 
     def _in_turns(self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray) -> Rows:
         """Rows of more shards than may be open at once, some shards after the others."""

@@ -82,7 +82,7 @@ class Progress:
     grad_norm: Float[Tensor, ""]
     lr: float
     waited: float
-    """Seconds that the step stood still for its batch."""
+    """Seconds that this process stood still for its batch; a GPU may have had work left."""
 
 
 Forward = Callable[[PixelBatch, Tensor, Tensor], Tensor]

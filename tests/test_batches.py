@@ -178,16 +178,19 @@ def test_rows_that_are_all_open_are_not_expected():
 
 def test_batches_made_ahead_are_the_same_and_ready_before_they_are_asked_for():
     config = TrainConfig(batch_size=10)
-    alone, ahead = stream(config), Ahead(stream(config), torch.device("cpu"), depth=3)
+    alone, ahead = stream(config), Ahead(stream(config), torch.device("cpu"), steps=11, depth=3)
     for step in (4, 5, 6, 9):
         got, want = ahead[step], alone[step]
         assert torch.equal(got.query_rgb, want.query_rgb) and torch.equal(got.number, want.number)
     assert len(ahead.stream.reader.seen) // 10 >= 6, "steps 4 to 9, made in order"
-    assert sorted(ahead._coming) == [10, 11]
+    assert sorted(ahead._coming) == [10], "and none beyond the last"
+    ahead.close()
 
 
 def test_a_batch_that_cannot_be_made_fails_where_it_is_asked_for():
-    ahead = Ahead(stream(TrainConfig(batch_size=10, masks="fresh")), torch.device("cpu"), depth=2)
+    ahead = Ahead(
+        stream(TrainConfig(batch_size=10, masks="fresh")), torch.device("cpu"), 9, depth=2
+    )
     ahead.stream.reader.images = False
     with pytest.raises(ValueError, match="needs whole training images"):
         ahead[0]

@@ -40,17 +40,19 @@ def test_ratios_are_to_the_base():
     ]
 
 
-@pytest.mark.parametrize("what", ["scan", "step", "sample"])
+@pytest.mark.parametrize("what", ["scan", "step", "sample", "loader", "stall"])
 def test_a_part_is_measured_and_written_as_it_is_printed(what, tmp_path, capsys):
-    out = tmp_path / "numbers.json"
-    flags = ["--what", what, "--out", str(out), "--sizes", "16", "--steps", "2", *SMALL]
+    out, data = tmp_path / "numbers.json", str(staged(tmp_path))
+    flags = ["--what", what, "--out", str(out), "--sizes", "16", "--steps", "2", "--data", data]
+    flags += SMALL
     assert job.main(flags) == 0
     printed = capsys.readouterr().out
     tables = json.loads(out.read_text())
     for cell in (cell for table in tables for row in table["rows"] for cell in row):
         assert cell in printed
-    seconds = [float(row[1].replace(",", "")) for row in tables[0]["rows"]]
-    assert all(value > 0 for value in seconds)
+    measured = [float(row[-1].replace(",", "")) for row in tables[0]["rows"]]
+    assert max(measured) > 0 and min(measured) >= 0
+    assert (data if what in ("loader", "stall") else "made up") in printed.splitlines()[-1]
 
 
 def test_what_cannot_be_measured_is_refused(capsys):
@@ -93,7 +95,7 @@ def test_a_family_is_a_process_and_all_below_it():
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
-        assert ray_cost.family(parent.pid) == [parent.pid, child]
+        assert {pid for pid, _ in ray_cost.family(parent.pid)} == {parent.pid, child}
         for pid in (child, parent.pid):
             ray_cost.os.kill(pid, ray_cost.signal.SIGKILL)
 
@@ -110,10 +112,26 @@ def test_one_job_trains_at_a_time_and_its_rate_is_of_its_own_turn(tmp_path, monk
     ):
         before = other.points()
         rate = one.turn()
-        assert other.points() == before and not one.process.poll()
+        assert other.points() == before and one.process.poll() is None
         (first, a), (last, b) = one.points()[10], one.points()[-1]
         assert 0 < rate and other.turn() > 0 and b > a and last > first
     assert one.process.poll() is not None and other.process.poll() is not None
+
+
+def test_a_job_that_does_not_begin_in_time_is_ended(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(ray_cost, "START_S", 0.0)
+    monkeypatch.setattr(ray_cost, "END_S", 0.5)
+    start = ray_cost.subprocess.Popen
+    monkeypatch.setattr(
+        ray_cost.subprocess, "Popen", lambda *a, **k: begun.append(start(*a, **k)) or begun[-1]
+    )
+    with (
+        pytest.raises(RuntimeError, match="training did not begin"),
+        ray_cost.training("bare", BenchmarkConfig(data=str(tmp_path)), 1),
+    ):
+        pass
+    assert begun[0].poll() is not None
 
 
 def test_a_job_that_cannot_begin_says_why(tmp_path):

@@ -20,7 +20,6 @@ LEVELS = [
         "report",
         "baselines",
         "flow",
-        "process",
     },
     {"storage", "process", "pixels", "sources", "native_scan", "triton_scan"},
     {"shards", "layers", "ssm"},
@@ -34,6 +33,7 @@ LEVELS = [
     {"benchmarks/scan"},
     {f"benchmarks/{part}" for part in ("step", "sample", "loader", "stall", "memory", "ray_cost")},
 ]
+assert sum(map(len, LEVELS)) == len(set().union(*LEVELS))
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 ONLY = {"ray": {"distributed"}, "boto3": {"storage"}, "botocore": {"storage"}, "submitit": set()}
 

@@ -231,8 +231,36 @@ def test_a_damaged_shard_that_was_expected_is_refused_when_it_is_asked_for(tmp_p
         shards.rows(np.arange(10, 12))
 
 
+def test_a_fetch_that_failed_is_tried_again_when_its_rows_are_asked_for(tmp_path):
+    root = published(tmp_path)
+    whole = (tmp_path / "train" / shard_name(1)).read_bytes()
+    (tmp_path / "train" / shard_name(1)).write_bytes(b"cut off")
+    shards = ShardSet(str(root), "train")
+    shards.expect(np.arange(10, 12))
+    assert isinstance(shards._fetcher._coming[1].exception(30), ShardError)
+    (tmp_path / "train" / shard_name(1)).write_bytes(whole)
+    same(shards.rows(np.arange(10, 12)), rows_of(RECIPE, 10, 2))
+
+
+def test_a_closed_set_leaves_what_it_expected(tmp_path, monkeypatch):
+    begun, going = [], threading.Event()
+
+    def slow(self, info):
+        begun.append(info.name)
+        going.wait(30)
+
+    monkeypatch.setattr(Fetcher, "_verified", slow)
+    shards = ShardSet(str(published(tmp_path, counts=[1] * 40)), "train")
+    shards.expect(np.arange(40))
+    threading.Timer(0.5, going.set).start()
+    shards.close()
+    assert 1 <= len(begun) <= 8 < len(shards._fetcher._coming)
+
+
 @pytest.mark.s3
-def test_training_never_asks_for_a_far_shard_that_is_not_here_yet(bucket, tmp_path, monkeypatch):
+def test_training_never_asks_for_a_far_shard_whose_fetch_has_not_begun(
+    bucket, tmp_path, monkeypatch
+):
     published(bucket, counts=[10] * 12)
     shards = ShardSet(bucket, "train", cache=tmp_path, memory=3 * 10 * row_bytes(bucket))
     late, begin, take = [], Fetcher.begin, Fetcher.take

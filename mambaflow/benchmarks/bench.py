@@ -31,7 +31,7 @@ class BenchmarkConfig:
     device: str = "cpu"
     """cpu or cuda."""
     repeats: int = 7
-    """Rounds; in each, every rival runs once, and medians are compared."""
+    """Rounds; in each, every rival runs once, and medians are compared (slow ones: three)."""
     threads: int = 0
     """Threads of torch; 0: as many as it takes by itself."""
     sizes: tuple[int, ...] = (32, 64)

@@ -20,10 +20,11 @@ from pathlib import Path
 from mambaflow.benchmarks.bench import BenchmarkConfig
 from mambaflow.report import Table
 
-TURN_S, SETTLE_S, START_S = 4.0, 0.5, 180.0
+TURN_S, SETTLE_S, START_S, END_S = 4.0, 0.5, 180.0, 60.0
 WARM_POINTS = 10
 FOREVER = str(10**6)
 RECIPE = ["--recipe=first-run"]
+CLUSTER = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
 class Job:
@@ -39,14 +40,20 @@ class Job:
         self.curve = Path(storage) / name / "metrics.jsonl"
         self.batch_size = config.batch_size
         self.log = tempfile.TemporaryFile()
+        # A Ray of its own: the processes of another would not stop for the rival's turn.
+        ours = {k: v for k, v in os.environ.items() if k not in CLUSTER}
         self.process = subprocess.Popen(
             command, stdout=self.log, stderr=self.log,
-            env=os.environ | {"MAMBAFLOW_THREADS": str(threads)},
+            env=ours | {"MAMBAFLOW_THREADS": str(threads)},
         )  # fmt: skip
-        self._await_steps()
-        self.pids = family(self.process.pid)
+        self._members: set[tuple[int, str]] = set()
 
-    def _await_steps(self) -> None:
+    def begin(self) -> None:
+        """Wait for the first steps.
+
+        Raises:
+            RuntimeError: training ended, or did not begin in time.
+        """
         deadline = time.monotonic() + START_S
         while len(self.points()) < WARM_POINTS:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -63,9 +70,11 @@ class Job:
         return [(p["time"], p["step"]) for p in found if "train/loss" in p]
 
     def send(self, number: int) -> None:
-        """A signal to every process of the job."""
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
+        """A signal to every process that the job has had, and none to one that has its number."""
+        if self.process.poll() is None:
+            self._members |= family(self.process.pid)
+        for pid, _ in self._members & set(processes().values()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
 
     def turn(self) -> float:
@@ -77,6 +86,8 @@ class Job:
         end = time.time()
         self.send(signal.SIGSTOP)
         inside = [p for p in self.points() if start <= p[0] <= end]
+        if len(inside) < 2:
+            raise RuntimeError(f"{len(inside)} steps in {TURN_S} s; use a smaller --batch-size")
         (first, a), (last, b) = inside[0], inside[-1]
         return self.batch_size * (b - a) / (last - first)
 
@@ -84,23 +95,31 @@ class Job:
         """End the job, and with it a private Ray."""
         self.send(signal.SIGCONT)
         self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=60)
-        self.send(signal.SIGKILL)
-        self.log.close()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=END_S)
+        finally:
+            self.send(signal.SIGKILL)
+            self.process.wait()
+            self.log.close()
 
 
-def family(pid: int) -> list[int]:
-    """A process and its descendants."""
-    children: dict[int, list[int]] = {}
+def processes() -> dict[tuple[int, int], tuple[int, str]]:
+    """(parent, process) of every process to its number and the time that it started."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:
-        found += children.get(one, [])
+            fields, pid = stat.read_text().rpartition(")")[2].split(), int(stat.parent.name)
+            found[int(fields[1]), pid] = pid, fields[19]
     return found
+
+
+def family(pid: int) -> set[tuple[int, str]]:
+    """A process and its descendants, by number and start."""
+    everyone, found = processes(), {pid}
+    while more := {child for parent, child in everyone if parent in found} - found:
+        found |= more
+    return {member for (_, one), member in everyone.items() if one in found}
 
 
 @contextlib.contextmanager
@@ -108,8 +127,9 @@ def training(name: str, config: BenchmarkConfig, threads: int) -> Iterator[Job]:
     """A job that has taken its first steps and waits for its turn."""
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as storage:
         job = Job(name, storage, config, threads)
-        job.send(signal.SIGSTOP)
         try:
+            job.begin()
+            job.send(signal.SIGSTOP)
             yield job
         finally:
             job.end()
@@ -127,6 +147,7 @@ def turns(config: BenchmarkConfig, threads: int) -> tuple[list[float], list[floa
 
 def measure(config: BenchmarkConfig) -> list[Table]:
     """With every core in training, and with one left to Ray."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # lets all go first
     cores = config.threads or len(os.sched_getaffinity(0))
     rows = []
     for threads in dict.fromkeys((cores, max(cores - 1, 1))):
@@ -135,5 +156,8 @@ def measure(config: BenchmarkConfig) -> list[Table]:
         medians = (statistics.median(rates) for rates in (with_ray, without))
         rows.append([f"{threads}", *(f"{m:.1f}" for m in medians), f"{ratio:.3f}"])
     heading = ["threads", "samples/s on Ray", "without", "ratio"]
-    caption = f"{config.arch}, first-run size, {config.repeats} turns of {TURN_S:.0f} s each"
+    caption = (
+        f"{config.arch}, first-run size, {config.repeats} turns of {TURN_S:.0f} s each; medians, "
+        "of the rates and of the ratios of neighbouring turns"
+    )
     return [Table(heading, rows, caption)]

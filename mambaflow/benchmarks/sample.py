@@ -30,7 +30,7 @@ def solvers(noise: Tensor, steps: int) -> dict[str, Callable[[Velocity], Tensor]
 
 
 def measure(config: BenchmarkConfig) -> list[Table]:
-    """Seconds a batch and images a second; a batch has as many points at every size."""
+    """Seconds a batch and images a second; a batch has about as many points at every size."""
     model = VelocityField(ARCHITECTURES[config.arch]).to(config.device).eval()
     return [_at_size(config, model, size) for size in config.sizes]
 

@@ -30,7 +30,9 @@ class OnDemand(ShardSet):
 def waits(config: BenchmarkConfig, kind: type[ShardSet]) -> tuple[list[float], float]:
     """Seconds that each step of one epoch waited for its batch, and seconds of the epoch."""
     recipe = RECIPES["first-run"](config.arch)
-    train = replace(recipe.train, batch_size=config.batch_size, masks="strict", max_queries=204)
+    train = replace(
+        recipe.train, batch_size=config.batch_size, masks="strict", max_queries=config.queries
+    )
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as cache:
         whole = ShardSet(config.data, "train")
         shards = len(whole.manifest.shards)
@@ -41,7 +43,9 @@ def waits(config: BenchmarkConfig, kind: type[ShardSet]) -> tuple[list[float], f
         start = time.perf_counter()
         steps = fit(state, batches, train, batches.steps_per_epoch)
         found = [progress.waited for progress in steps]
-        return found, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        reader.close()
+        return found, seconds
 
 
 def measure(config: BenchmarkConfig) -> list[Table]:
