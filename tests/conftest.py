@@ -10,9 +10,15 @@ from pathlib import Path
 
 import boto3
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 KEY, SECRET = "TESTKEYID", "TESTSECRET"
 START_S = 30
+
+# TensorBoard reads the event files of a folder in the order of their names, which end in the
+# second and in a count of the process's files: of one second, the 10th would come before the 9th.
+# A run that goes on in another process, as all but those of tests do, never meets this.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
 def _free_port() -> int:

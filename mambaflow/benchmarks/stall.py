@@ -31,7 +31,11 @@ def waits(config: BenchmarkConfig, kind: type[ShardSet]) -> tuple[list[float], f
     """Seconds that each step of one epoch waited for its batch, and seconds of the epoch."""
     recipe = RECIPES["first-run"](config.arch)
     train = replace(
-        recipe.train, batch_size=config.batch_size, masks="strict", max_queries=config.queries
+        recipe.train,
+        batch_size=config.batch_size,
+        masks="strict",
+        min_queries=0,
+        max_queries=config.queries,
     )
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as cache:
         whole = ShardSet(config.data, "train")
