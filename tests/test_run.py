@@ -428,7 +428,6 @@ def test_a_failed_job_exits_1_with_a_traceback_and_keeps_its_last_checkpoint(dat
         "        raise OSError(28, 'No space left on device')\n"
         "    return step(self, *a)\n"
         "torch.optim.AdamW.step = full\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
