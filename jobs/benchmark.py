@@ -7,6 +7,8 @@
     python jobs/benchmark.py --what stall     waiting for shards (s3://…), fetched ahead or not
     python jobs/benchmark.py --what memory    peak memory and time up to a 256 x 256 query
     python jobs/benchmark.py --what ray       what training on Ray costs
+    python jobs/benchmark.py --what reference --reference CHECKOUT
+                                              a training step against the reference repository's
 
 Works on CPU and GPU; prints tables and writes JSON. Exit codes: 0 done, 1 failed, 2 bad input.
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from mambaflow.benchmarks import loader, memory, ray_cost, sample, scan, stall, step
+from mambaflow.benchmarks import loader, memory, ray_cost, reference, sample, scan, stall, step
 from mambaflow.benchmarks.bench import BenchmarkConfig
 from mambaflow.process import keep_memory
 from mambaflow.report import Table, provenance
@@ -32,6 +34,7 @@ PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
     "stall": stall.measure,
     "memory": memory.measure,
     "ray": ray_cost.measure,
+    "reference": reference.measure,
 }
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from mambaflow.checkpoint import CheckpointError
 from mambaflow.config import RECIPES, RunConfig, lookup, require
+from mambaflow.native import NativeError, compiler
 from mambaflow.process import keep_memory, share_cores
 from mambaflow.run import Outcome, RunFailed, check_data, open_run, train
 from mambaflow.shards import ShardError
@@ -69,6 +70,8 @@ def prepare(config: RunConfig) -> RunConfig:
         config.scale.ray or not config.scale.use_gpu or torch.cuda.is_available(),
         "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
     )
+    if config.scale.compile != "off":
+        _require_compiler(config.scale.compile)
     warn_of_a_copy(config.storage)
     name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     data = stage_once(config.data) if config.data in EMBEDDED else config.data
@@ -79,6 +82,15 @@ def prepare(config: RunConfig) -> RunConfig:
         data=at(data).uri,
         command=" ".join(["python", *sys.argv]),
     )
+
+
+def _require_compiler(how: str) -> None:
+    try:
+        compiler()
+    except NativeError as error:
+        raise ValueError(
+            f"compile (={how!r}) needs a compiler: {error}; or --compile off"
+        ) from error
 
 
 def warn_of_a_copy(storage: str) -> None:

@@ -8,7 +8,7 @@ to save, and no row that it reads is another's.
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cache, lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mambaflow.columns import Columns, pick, send
 from mambaflow.config import ModelConfig, TrainConfig, require
 from mambaflow.pixels import choose, grid, to_rgb
 from mambaflow.randomness import normal, philox, uniform
@@ -34,23 +35,23 @@ class PixelBatch:
     query_xy: Float[Tensor, "b n 2"]
     query_rgb: Float[Tensor, "b n 3"]
     number: Int[Tensor, " b"]
-    """Place of each sample in the stream: what its noise and time are functions of."""
+    """Place of each sample in the stream: what its noise and time are functions of. On CPU always,
+    where they are drawn: a GPU would need a hundred small kernels for them."""
 
     def to(self, device: torch.device | str) -> "PixelBatch":
         """The same batch on another device; to a GPU through pinned memory, without waiting."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        if torch.device(device).type == "cuda":
-            parts = {k: v if v.is_cuda else v.contiguous().pin_memory() for k, v in parts.items()}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items()})
+        moved = {f.name: send(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **moved | {"number": self.number})
 
     def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
         """x_0 of each sample."""
         b, n, _ = self.query_xy.shape
-        return normal(seed, "noise", 0, self.number, 3 * n).view(b, n, 3)
+        drawn = normal(seed, "noise", 0, self.number, 3 * n).view(b, n, 3)
+        return send(drawn, self.query_xy.device)
 
     def times(self, seed: int) -> Float[Tensor, " b"]:
         """The uniform draw from which the time of each sample is made."""
-        return uniform(seed, "time", 0, self.number, 1)[:, 0]
+        return send(uniform(seed, "time", 0, self.number, 1)[:, 0], self.query_xy.device)
 
 
 class RowOrder:
@@ -150,13 +151,8 @@ class Layout:
 
     def xy(self, index: Int[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
         """Where pixels are."""
-        return self._places.index_select(0, index.reshape(-1)).view(*index.shape, 2)
-
-    @cached_property
-    def _places(self) -> Float[Tensor, "pixels 2"]:
-        xy = grid(self.size)
-        corner = (xy * self.size - 0.5) / (self.size - 1)
-        return corner if self.coordinates == "corner" else xy
+        places = _places(self.size, self.coordinates, index.device)
+        return places.index_select(0, index.reshape(-1)).view(*index.shape, 2)
 
     def rgb(self, colours: UInt8[Tensor, "b n 3"]) -> Float[Tensor, "b n 3"]:
         """What colours are."""
@@ -178,11 +174,28 @@ class Layout:
         return PixelBatch(xy[:, :k], rgb[:, :k], xy[:, k:], rgb[:, k:], number)
 
 
+@cache
+def _places(size: int, coordinates: str, device: torch.device) -> Float[Tensor, "pixels 2"]:
+    xy = grid(size)
+    corner = (xy * size - 0.5) / (size - 1)
+    return (corner if coordinates == "corner" else xy).to(device)
+
+
 class Batches:
-    """This worker's slice of each step's batch: `batches[step]`."""
+    """This worker's slice of each step's batch: `batches[step]`.
+
+    Args:
+        resident: all rows of the reader, on the device where batches are to be made.
+    """
 
     def __init__(
-        self, reader: RowReader, layout: Layout, config: TrainConfig, rank: int = 0, world: int = 1
+        self,
+        reader: RowReader,
+        layout: Layout,
+        config: TrainConfig,
+        rank: int = 0,
+        world: int = 1,
+        resident: Columns | None = None,
     ) -> None:
         require(
             config.batch_size % world == 0,
@@ -198,7 +211,7 @@ class Batches:
             + (" or --masks fresh" if config.masks == "strict" else ""),
         )
         self.reader, self.layout, self.config = reader, layout, config
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.resident = rank, world, resident
         self.order = RowOrder(len(reader), config.seed, reader.window)
 
     @property
@@ -209,12 +222,18 @@ class Batches:
     def __getitem__(self, step: int) -> PixelBatch:
         share = self.config.batch_size // self.world
         first = step * self.config.batch_size + self.rank * share
-        number = torch.arange(first, first + share)
-        rows = self.reader.rows(self.order.stretch(first, share))
+        rows = self._rows(first, share)
+        index, colours = self._pixels(rows, first, self.queries(step))
+        return self.layout.batch(index, colours, torch.arange(first, first + share))
+
+    def _rows(self, first: int, share: int) -> Columns:
+        numbers = self.order.stretch(first, share)
+        if self.resident is not None:
+            return self.resident.take(numbers)
+        rows = Columns.of(self.reader.rows(numbers))
         if self.order.window < self.order.rows:  # the shards of the next window, in good time
             self.reader.expect(self.order.stretch(first + self.order.window, share))
-        index, colours = self._pixels(rows, number, self.queries(step))
-        return self.layout.batch(index, colours, number)
+        return rows
 
     def queries(self, step: int) -> int:
         """How many pixels are asked in this step."""
@@ -227,32 +246,29 @@ class Batches:
         return least + int(draw * (most - least + 1))
 
     def _pixels(
-        self, rows: Rows, number: Int[Tensor, " b"], n: int
+        self, rows: Columns, first: int, n: int
     ) -> tuple[Int[Tensor, "b m"], UInt8[Tensor, "b m 3"]]:
         if self.config.masks == "strict":
-            index = torch.from_numpy(rows.index.astype(np.int64))
-            colours = torch.from_numpy(rows.rgb).view(*index.shape, 3)
             m = self.layout.known + n
-            return index[:, :m], colours[:, :m]
+            return rows.index[:, :m], rows.rgb[:, :m]
         if rows.images is None:
             raise ValueError(
                 "masks (='fresh') needs whole training images, and these shards hold only the "
                 "staged pixels; stage again with --full-images, or use --masks strict"
             )
-        index = self._fresh(torch.from_numpy(rows.ids), self.order.epoch(number), n)
-        images = torch.from_numpy(rows.images).view(len(index), -1, 3)
-        return index, images.gather(1, index[..., None].expand(-1, -1, 3))
+        index = send(self._fresh(rows.ids, first, n), rows.images.device)
+        return index, pick(rows.images, index)
 
-    def _fresh(self, ids: Tensor, epoch: Tensor, n: int) -> Int[Tensor, "b m"]:
+    def _fresh(self, ids: Int[Tensor, " b"], first: int, n: int) -> Int[Tensor, "b m"]:
         """Masks of this epoch, of the run's own seed: the staged ones are another stream."""
-        index = torch.empty((len(ids), self.layout.known + n), dtype=torch.int64)
-        for draw in epoch.unique().tolist():  # a batch across two epochs has two
-            here = epoch == draw
-            index[here] = choose(
-                self.config.seed, "train", ids[here], self.layout.size, self.layout.known, n,
-                draw=draw + 1,
-            )  # fmt: skip
-        return index
+        chosen, config, layout = [], self.config, self.layout
+        while len(ids):  # a batch across two epochs has two
+            epoch, place = divmod(first, self.order.rows)
+            left = self.order.rows - place
+            chosen.append(choose(config.seed, "train", ids[:left], layout.size, layout.known, n,
+                                 draw=epoch + 1))  # fmt: skip
+            ids, first = ids[left:], first + left
+        return torch.cat(chosen)
 
 
 @runtime_checkable

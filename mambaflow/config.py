@@ -204,6 +204,9 @@ class ScaleConfig:
     """Train through Ray Train; --no-ray: in this process, or in those that torchrun started."""
     max_failures: int = 3
     """Times that lost workers are replaced before the run fails."""
+    compile: Literal["off", "on", "graphs"] = "off"
+    """torch.compile of the network, a minute or two at the start: on, or graphs, which also
+    records a step's kernels as CUDA graphs and needs a GPU and one number of queries."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_workers")
@@ -214,6 +217,10 @@ class ScaleConfig:
         require(
             self.max_failures >= 0,
             f"max_failures (={self.max_failures}) must not be negative; use 0 to fail at once",
+        )
+        require(
+            self.compile != "graphs" or self.use_gpu,
+            "compile (='graphs') needs a GPU; use --use-gpu, or --compile on",
         )
 
     @property
@@ -257,6 +264,12 @@ class RunConfig:
         )
         for world in self.scale.world_sizes:
             _divides(self.train.batch_size, world)
+        least, most = self.train.min_queries or self.train.max_queries, self.train.max_queries
+        require(
+            self.scale.compile != "graphs" or least == most,
+            f"compile (='graphs') records steps of one size: min_queries (={least}) must be "
+            f"max_queries (={most}); use --compile on, or --min-queries {most}",
+        )
 
 
 def _divides(batch_size: int, world: int) -> None:

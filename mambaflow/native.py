@@ -1,6 +1,6 @@
 """The compiled kernels: built on first use, kept in the user's cache, and shared by processes.
 
-The source needs a C++17 compiler and nothing else: no headers of Python or torch, so that one
+The sources need a C++17 compiler and nothing else: no headers of Python or torch, so that one
 build serves every version of both. The name of the built file holds the hash of everything that
 it depends on. Set MAMBAFLOW_NATIVE=0 to do without, CXX for another compiler, and
 MAMBAFLOW_CACHE for another place.
@@ -20,13 +20,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-SOURCE = Path(__file__).parent / "csrc" / "scan.cpp"
+SOURCES = [Path(__file__).parent / "csrc" / name for name in ("scan.cpp", "words.cpp")]
 FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-std=c++17", "-shared", "-fPIC",
 )  # fmt: skip
 BUILD_TIMEOUT_S = 300
-LANES, MAX_STATES, MAX_TAPS = 16, 64, 8  # as in scan.cpp; loading compares them
+LANES, CHUNK, MAX_STATES, MAX_TAPS = 16, 16, 64, 8  # as in scan.cpp; loading compares them
+PLACES = 2**16  # of pixels that can be ranked, as in words.cpp
 SEAL = ".sha256"
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,11 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("MAMBAFLOW_NATIVE") == "0":
         return None
     try:
-        return _load(_built())
+        return _load(build("kernels", SOURCES, FLAGS))
     except (NativeError, OSError) as error:
-        log.warning("no native CPU kernels, the scan falls back to slower torch code: %s", error)
+        log.warning(
+            "no native CPU kernels, the scan and masks fall back to slower torch code: %s", error
+        )
         return None
 
 
@@ -53,7 +56,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MAMBAFLOW_CACHE") or Path(base) / "mambaflow")
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The C++ compiler of this machine.
+
+    Raises:
+        NativeError: there is none.
+    """
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         if name and (path := shutil.which(name)):
             return path
@@ -68,20 +76,26 @@ def _processor() -> str:
     return "\n".join(sorted(set(named))) or platform.processor()
 
 
-def _built() -> Path:
-    """The shared library, built if it is not there."""
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    parts = (SOURCE.read_text(), version.stdout, " ".join(FLAGS), _processor(), platform.machine())
+def build(kind: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
+    """The shared library of these sources, built if it is not there.
+
+    Raises:
+        NativeError: there is no compiler, or it failed.
+        OSError: no folder can hold it.
+    """
+    cxx = compiler()
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
+    texts = [path.read_text() for path in sources]
+    parts = (*texts, version.stdout, " ".join(flags), _processor(), platform.machine())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    name = f"scan-{key}.so"
+    name, command = f"{kind}-{key}.so", [cxx, *flags, *map(str, sources), "-o"]
     try:
-        return _built_in(cache_folder(), name, compiler)
+        return _built_in(cache_folder(), name, command)
     except OSError as error:
         folder = _private_folder()
         log.warning("%s cannot hold the compiled kernels (%s): using %s; set MAMBAFLOW_CACHE to "
                     "a folder that can", cache_folder(), error, folder)  # fmt: skip
-        return _built_in(folder, name, compiler)
+        return _built_in(folder, name, command)
 
 
 def _private_folder() -> Path:
@@ -95,7 +109,7 @@ def _private_folder() -> Path:
     return folder
 
 
-def _built_in(folder: Path, name: str, compiler: str) -> Path:
+def _built_in(folder: Path, name: str, command: list[str]) -> Path:
     """The library in this folder; one process builds, others wait."""
     path = folder / name
     if _whole(path):
@@ -105,22 +119,22 @@ def _built_in(folder: Path, name: str, compiler: str) -> Path:
         if not _whole(path):  # another process may have built it meanwhile
             for left in folder.glob(f"{name}.building-*"):  # by a process killed at this
                 shutil.rmtree(left, ignore_errors=True)
-            _build(compiler, path)
+            _compile(command, path)
     return path
 
 
-def _build(compiler: str, path: Path) -> None:
+def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.building-") as folder:
-        made = Path(folder) / "scan.so"
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        made = Path(folder) / "made.so"
+        whole = [*command, str(made)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+                whole, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise NativeError(f"{compiler} took over {BUILD_TIMEOUT_S} s") from error
+            raise NativeError(f"{whole[0]} took over {BUILD_TIMEOUT_S} s") from error
         if done.returncode or not made.exists():
-            raise NativeError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-500:]}")
+            raise NativeError(f"`{' '.join(whole)}` failed: {done.stderr.strip()[-500:]}")
         seal = made.with_suffix(SEAL)
         seal.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         os.replace(made, path)
@@ -137,7 +151,8 @@ def _whole(path: Path) -> bool:
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    limits = loaded.mambaflow_lanes(), loaded.mambaflow_states(), loaded.mambaflow_taps()
-    if limits != (LANES, MAX_STATES, MAX_TAPS):
+    names = ("lanes", "chunk", "states", "taps", "places")
+    limits = tuple(getattr(loaded, f"mambaflow_{name}")() for name in names)
+    if limits != (LANES, CHUNK, MAX_STATES, MAX_TAPS, PLACES):
         raise NativeError(f"{path} was built for other sizes, {limits}; remove it")
     return loaded

@@ -1,4 +1,5 @@
-"""The compiled scan and convolution as functions that torch can differentiate."""
+"""The compiled scan and convolution as operators of torch: differentiable, and whole to
+torch.compile, which looks into neither."""
 
 import ctypes
 
@@ -6,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mambaflow.native import LANES, MAX_STATES, MAX_TAPS, NativeError, library
+from mambaflow.native import CHUNK, LANES, MAX_STATES, MAX_TAPS, NativeError, library
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
@@ -17,7 +17,12 @@ GROUPS = 16  # images x groups of channels in the backward pass: enough to share
 def serves(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
     """Whether there are compiled kernels for this: on CPU, not double, within their sizes."""
     fits = states <= MAX_STATES and taps <= MAX_TAPS
-    return x.device.type == "cpu" and x.dtype in KINDS and fits and library() is not None
+    return x.device.type == "cpu" and x.dtype in KINDS and fits and _built()
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return library() is not None
 
 
 def scan(
@@ -37,7 +42,7 @@ def scan(
     within("states of A", A.shape[-1], MAX_STATES)
     check(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
     given = [None if x is None else _dense(x) for x in (u, dt, A, B, C, D, z)]
-    return _Scan.apply(*given, _wanted(*given)).to(u.dtype)
+    return _scan(*given, _wanted(*given))[0].to(u.dtype)
 
 
 def conv(
@@ -51,7 +56,7 @@ def conv(
     within("taps of weight", weight.shape[-1], MAX_TAPS)
     check(x=x, weight=weight, bias=bias)
     turned = weight.squeeze(1).t().float().contiguous()
-    return _Conv.apply(_dense(x), turned, bias.float().contiguous()).to(x.dtype)
+    return _conv(_dense(x), turned, bias.float().contiguous()).to(x.dtype)
 
 
 def inner(
@@ -71,7 +76,7 @@ def inner(
     given = xz, weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
     names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
     check(**dict(zip(names, given, strict=True)))
-    return _Inner.apply(*given, _wanted(*given))
+    return _inner(*given, _wanted(*given))[0]
 
 
 def within(what: str, number: int, most: int) -> None:
@@ -120,15 +125,20 @@ def _shape(numbers: list[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """The output, and where `keep`, the states at the start of every chunk."""
+def _blank(u: Tensor, states: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """Room for the output and, where `keep`, for the states at the start of every chunk."""
+    b, n, d = u.shape
+    kept = (b, -(-n // CHUNK), -(-d // LANES), states, LANES) if keep else (0,)
+    return u.new_empty(b, n, d), u.new_empty(kept)
+
+
+def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor]:
+    """The output, and what is kept of the states."""
     (b, n, d), s = u.shape, A.shape[1]
-    kernels, y, kept = _kernels(), u.new_empty(b, n, d), None
-    if keep:
-        kept = u.new_empty(b, -(-n // kernels.mambaflow_chunk()), -(-d // LANES), s, LANES)
+    y, kept = _blank(u, s, keep)
     shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
-    given = [_pointer(x) for x in (u, dt, A, B, C, D, z, y, kept)]
-    kernels.mambaflow_scan_forward(shape, *given, torch.get_num_threads())
+    given = [_pointer(x) for x in (u, dt, A, B, C, D, z, y, kept if keep else None)]
+    _kernels().mambaflow_scan_forward(shape, *given, torch.get_num_threads())
     return y, kept
 
 
@@ -168,60 +178,168 @@ def _conv_backward(x, weight, bias, dy, dx) -> tuple[Tensor, Tensor]:
     return dweight.sum(0), dbias.sum(0)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, z, keep):
-        given = u, dt, A.contiguous(), B, C, D.contiguous(), z
-        y, kept = _scan_forward(*given, keep)
-        ctx.save_for_backward(*given, kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        u, dt, A, B, C, D, z, kept = ctx.saved_tensors
-        dz = None if z is None else u.new_empty(u.shape)
-        return *_scan_backward(u, dt, A, B, C, D, z, kept, dy, dz), dz, None
+@torch.library.custom_op("mambaflow::scan", mutates_args=())
+def _scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return _scan_forward(u, dt, A.contiguous(), B, C, D.contiguous(), z, keep)
 
 
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
-        return _conv_forward(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors
-        dx = x.new_empty(x.shape)
-        return dx, *_conv_backward(x, weight, bias, dy, dx)
+@_scan.register_fake
+def _(u, dt, A, B, C, D, z, keep):
+    return _blank(u, A.shape[1], keep)
 
 
-class _Inner(torch.autograd.Function):
-    """`inner`, with its gradients written where they are wanted, not joined and added later."""
+@torch.library.custom_op("mambaflow::scan_backward", mutates_args=())
+def _scan_gradients(
+    dy: Tensor,
+    kept: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+) -> list[Tensor]:
+    dz = torch.empty_like(u, memory_format=torch.contiguous_format)
+    found = _scan_backward(
+        u, dt, A.contiguous(), B, C, D.contiguous(), z, kept, dy, None if z is None else dz
+    )
+    return [*found] if z is None else [*found, dz]
 
-    @staticmethod
-    def forward(ctx, xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
-        x, z = xz.chunk(2, -1)
-        u = _conv_forward(x, weight, bias)
-        ranks = F.linear(u, to_ranks)
-        low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
-        dt = F.linear(low, to_dt, dt_bias)
-        y, kept = _scan_forward(u, dt, A, B, C, D, z, keep)
-        ctx.save_for_backward(xz, weight, bias, to_ranks, to_dt, A, D, u, ranks, dt, kept)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        xz, weight, bias, to_ranks, to_dt, A, D, u, ranks, dt, kept = ctx.saved_tensors
-        dxz = torch.empty_like(xz)
-        (x, z), (dx, dz) = xz.chunk(2, -1), dxz.chunk(2, -1)
-        low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
-        du, ddt, dA, dB, dC, dD = _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz)
-        du, ddt, u, low = (v.flatten(0, 1) for v in (du, ddt, u, low))
-        dranks = torch.cat((ddt @ to_dt, dB.flatten(0, 1), dC.flatten(0, 1)), -1)
-        du.addmm_(dranks, to_ranks)
-        dweight, dbias = _conv_backward(x, weight, bias, du, dx)
-        return dxz, dweight, dbias, dranks.t() @ u, ddt.t() @ low, ddt.sum(0), dA, dD, None
+@_scan_gradients.register_fake
+def _(dy, kept, *inputs):
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
+
+
+def _keep_scan(ctx, inputs, output) -> None:
+    *given, _ = inputs
+    _, kept = output
+    ctx.save_for_backward(kept, *given)
+    _only_first(ctx, output)
+
+
+def _through_scan(ctx, dy, _):
+    found = _scan_gradients(dy, *ctx.saved_tensors)
+    return *found, *[None] * (8 - len(found))
+
+
+_scan.register_autograd(_through_scan, setup_context=_keep_scan)
+
+
+@torch.library.custom_op("mambaflow::conv", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _conv_forward(x, weight, bias)
+
+
+@_conv.register_fake
+def _(x, weight, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mambaflow::conv_backward", mutates_args=())
+def _conv_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    return dx, *_conv_backward(x, weight, bias, dy, dx)
+
+
+@_conv_gradients.register_fake
+def _(dy, *inputs):
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+_conv.register_autograd(
+    lambda ctx, dy: _conv_gradients(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@torch.library.custom_op("mambaflow::inner", mutates_args=())
+def _inner(
+    xz: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    to_ranks: Tensor,
+    to_dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, and what its backward pass needs of the way there."""
+    x, z = xz.chunk(2, -1)
+    u = _conv_forward(x, weight, bias)
+    ranks = F.linear(u, to_ranks)
+    low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
+    dt = F.linear(low, to_dt, dt_bias)
+    y, kept = _scan_forward(u, dt, A, B, C, D, z, keep)
+    return y, kept, u, ranks, dt
+
+
+@_inner.register_fake
+def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
+    u = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+    ranks = xz.new_empty(*xz.shape[:2], to_ranks.shape[0])
+    return *_blank(u, A.shape[1], keep), u, ranks, torch.empty_like(u)
+
+
+@torch.library.custom_op("mambaflow::inner_backward", mutates_args=())
+def _inner_gradients(
+    dy: Tensor,
+    kept: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    dt: Tensor,
+    xz: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    to_ranks: Tensor,
+    to_dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+) -> list[Tensor]:
+    """The gradients written where they are wanted, not joined and added later."""
+    dxz = xz.new_empty(xz.shape)
+    (x, z), (dx, dz) = xz.chunk(2, -1), dxz.chunk(2, -1)
+    low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
+    du, ddt, dA, dB, dC, dD = _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz)
+    du, ddt, u, low = (v.flatten(0, 1) for v in (du, ddt, u, low))
+    dranks = torch.cat((ddt @ to_dt, dB.flatten(0, 1), dC.flatten(0, 1)), -1)
+    du.addmm_(dranks, to_ranks)
+    dweight, dbias = _conv_backward(x, weight, bias, du, dx)
+    return [dxz, dweight, dbias, dranks.t() @ u, ddt.t() @ low, ddt.sum(0), dA, dD]
+
+
+@_inner_gradients.register_fake
+def _(dy, kept, u, ranks, dt, *inputs):
+    return [x.new_empty(x.shape) for x in inputs]
+
+
+def _keep_inner(ctx, inputs, output) -> None:
+    *given, _ = inputs
+    ctx.save_for_backward(*output[1:], *given)
+    _only_first(ctx, output)
+
+
+def _only_first(ctx, output) -> None:
+    """The first output alone has a gradient; nothing is made of zeros for the others."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+_inner.register_autograd(
+    lambda ctx, dy, *_: (*_inner_gradients(dy, *ctx.saved_tensors), None),
+    setup_context=_keep_inner,
+)

@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mambaflow import native_words
+from mambaflow.native import PLACES
 from mambaflow.randomness import words
 
 KEY_BITS = 10
-PLACE_BITS = 16  # of a pixel in its image, hence at most 256 x 256 pixels
+PLACE_BITS = (PLACES - 1).bit_length()  # of a pixel in its image: at most 256 x 256
 
 
 def choose(
@@ -31,14 +33,17 @@ def choose(
         draw: 0 for the mask of the data set, epoch + 1 for the fresh mask of an epoch.
     """
     pixels = size * size
-    if pixels > 1 << PLACE_BITS:
+    if pixels > PLACES:
         raise ValueError(f"size (={size}) must be at most 256; crop or reduce the images")
     if not (known > 0 and target >= 0 and known + target <= pixels):
         raise ValueError(
             f"known (={known}) + target (={target}) must be in [1, {pixels}], the pixels of an "
             f"image of size {size}; use ratios that add up to at most 1"
         )
-    return _ranked(words(seed, f"mask/{split}", draw, ids, pixels))[:, : known + target]
+    purpose, wanted = f"mask/{split}", known + target
+    if native_words.serves(ids):
+        return native_words.ranked(seed, purpose, draw, ids, pixels, wanted)
+    return _ranked(words(seed, purpose, draw, ids, pixels))[:, :wanted]
 
 
 def _ranked(words: Int[Tensor, "m pixels"]) -> Int[Tensor, "m pixels"]:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mambaflow import native_words
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -52,6 +54,13 @@ def words(
     for name, value in (("seed", seed), ("stream", stream)):
         if not 0 <= value <= _MASK:
             raise ValueError(f"{name} (={value}) must be in [0, 2^32); use a smaller {name}")
+    if native_words.serves(item):
+        return native_words.words(seed, purpose, stream, item, count)
+    return _words(seed, purpose, stream, item, count)
+
+
+def _words(seed: int, purpose: str, stream: int, item: Tensor, count: int) -> Tensor:
+    """Words by torch, on any device; words.cpp's are the same."""
     blocks = -(-count // 4)
     block = torch.arange(blocks, device=item.device).expand(len(item), blocks)
     wide = item[:, None].expand(len(item), blocks)

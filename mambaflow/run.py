@@ -24,13 +24,14 @@ from PIL import Image
 from mambaflow import checkpoint
 from mambaflow.batches import Ahead, Batches, Layout, Stream
 from mambaflow.checkpoint import Index
+from mambaflow.columns import resident
 from mambaflow.config import RunConfig, differences, from_json, require, to_dict, to_json
 from mambaflow.evaluation import Holdout, final_report, validate
 from mambaflow.logbook import Logbook
 from mambaflow.shard_set import ShardSet
 from mambaflow.stopwatch import STOP, Stopwatch
 from mambaflow.storage import Storage, at
-from mambaflow.training import Progress, TrainState, fit
+from mambaflow.training import Progress, TrainState, compiled, fit
 from mambaflow.world import Point, World
 
 BEST = "val/psnr"
@@ -184,7 +185,8 @@ def train(config: RunConfig, world: World) -> Outcome:
     run = at(config.storage).child(config.run_name)
     shards = ShardSet(config.data, "train")
     layout = Layout.of(shards.recipe, config.model)
-    batches = Batches(shards, layout, config.train, world.rank, world.size)
+    rows = resident(shards, world.device)
+    batches = Batches(shards, layout, config.train, world.rank, world.size, rows)
     steps = _steps(config, len(shards))
     state = TrainState(config.model, config.train, world.device)
     index = checkpoint.restore_newest(state, run)
@@ -241,16 +243,18 @@ class Worker:
 
     def train(self, batches: Batches) -> Outcome:
         """Train to the end, or until somebody asks to stop."""
-        if self.world.device.type == "cpu":
+        if self.world.device.type == "cpu" or batches.resident is not None:
             return self._train(batches)
         with contextlib.closing(Ahead(batches, self.world.device, self.steps)) as ahead:
             return self._train(ahead)
 
     def _train(self, batches: Stream) -> Outcome:
-        forward = self.world.wrap(self.state.model)
+        forward = compiled(self.world.wrap(self.state.model), self.config.scale.compile)
         if self.first:
             name, size = self.config.run_name, self.world.size
             log.info("training %s after step %d; workers: %d", name, self.state.step, size)
+            if self.config.scale.compile != "off":
+                log.info("compiling the network: the first steps take a minute or two")
         stopped = False
         with self.stopwatch.listening():
             for progress in fit(self.state, batches, self.config.train, self.steps, forward):

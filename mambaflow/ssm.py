@@ -90,6 +90,7 @@ def scan_chunked(
     return _finish(torch.cat(outputs, 1), u, D, z)
 
 
+@torch.compiler.disable  # what mamba-ssm compiled is nothing that torch.compile can look into
 def scan_cuda(
     u: Float[Tensor, "b n d"],
     dt: Float[Tensor, "b n d"],
@@ -187,11 +188,13 @@ def fastest(u: Tensor, states: int) -> str:
     return "native" if native_scan.serves(u, states=states) else "chunked"
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _has_mamba_ssm() -> bool:
     return importlib.util.find_spec("mamba_ssm") is not None
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _without_mamba_ssm() -> str:
     """The backend on a GPU that lacks mamba_ssm, after one warning."""

@@ -88,6 +88,21 @@ class Progress:
 Forward = Callable[[PixelBatch, Tensor, Tensor], Tensor]
 
 
+def compiled(forward: Forward, how: str) -> Forward:
+    """The model through torch.compile: as it is ("off"), "on", or "on" with CUDA "graphs"."""
+    if how == "off":
+        return forward
+    if how == "on":
+        return torch.compile(forward)
+    recorded = torch.compile(forward, mode="reduce-overhead")
+
+    def replayed(batch: PixelBatch, x: Tensor, t: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be reused
+        return recorded(batch, x, t)
+
+    return replayed
+
+
 def fit(
     state: TrainState,
     batches: Stream,

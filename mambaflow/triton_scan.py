@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 CHUNK = 32
 NUMBERS = 512  # of state in a program, 16 a thread: twice as many would not stay in registers
@@ -150,7 +149,7 @@ def scan(
             "image; use backend='chunked'"
         )
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _Scan.apply(*inputs, keep)
+    return _scan(*inputs, keep)[0]
 
 
 def _sizes(d: int, s: int) -> tuple[int, dict[str, int]]:
@@ -169,35 +168,79 @@ def _strides(*rows: Tensor | None) -> list[int]:
     return [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, z, keep):
-        (b, n, d), s = u.shape, A.shape[1]
-        A, D = A.contiguous(), D.contiguous()
-        y = u.new_empty(b, n, d)
-        kept = A.new_empty(b, triton.cdiv(n, CHUNK), d, s) if keep else y
-        blocks, sizes = _sizes(d, s)
-        _forward[b, blocks](
-            u, dt, A, B, C, D, u if z is None else z, y, kept, n, d, s, *_strides(u, dt, B, C, z),
-            GATED=z is not None, KEEP=keep, **sizes,
-        )  # fmt: skip
-        ctx.save_for_backward(u, dt, A, B, C, D, z, kept)
-        return y
+def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Room for the output and, where `keep`, for the states at the start of every chunk."""
+    (b, n, d), s = u.shape, A.shape[1]
+    return u.new_empty(b, n, d), A.new_empty((b, -(-n // CHUNK), d, s) if keep else (0,))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        u, dt, A, B, C, D, z, kept = ctx.saved_tensors
-        (b, n, d), s = u.shape, A.shape[1]
-        blocks, sizes = _sizes(d, s)
-        du, ddt = u.new_empty(b, n, d), dt.new_empty(b, n, d)
-        dz = du if z is None else z.new_empty(b, n, d)
-        dA, dD, scratch = A.new_empty(b, d, s), A.new_empty(b, d), A.new_empty(b, CHUNK, d, s)
-        dB, dC = A.new_empty(blocks, b, n, s), A.new_empty(blocks, b, n, s)
-        _backward[b, blocks](
-            u, dt, A, B, C, D, u if z is None else z, dy.contiguous(), kept, scratch,
-            du, ddt, dA, dB, dC, dD, dz, n, d, s, *_strides(u, dt, B, C, z),
-            GATED=z is not None, **sizes,
-        )  # fmt: skip
-        dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
-        return du, ddt, dA.sum(0), dB, dC, dD.sum(0), None if z is None else dz, None
+
+@torch.library.custom_op("mambaflow::triton_scan", mutates_args=())
+def _scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    (b, n, d), s = u.shape, A.shape[1]
+    y, kept = _blank(u, A, keep)
+    blocks, sizes = _sizes(d, s)
+    _forward[b, blocks](
+        u, dt, A.contiguous(), B, C, D.contiguous(), u if z is None else z, y, kept, n, d, s,
+        *_strides(u, dt, B, C, z), GATED=z is not None, KEEP=keep, **sizes,
+    )  # fmt: skip
+    return y, kept
+
+
+@_scan.register_fake
+def _(u, dt, A, B, C, D, z, keep):
+    return _blank(u, A, keep)
+
+
+@torch.library.custom_op("mambaflow::triton_scan_backward", mutates_args=())
+def _gradients(
+    dy: Tensor,
+    kept: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+) -> list[Tensor]:
+    (b, n, d), s = u.shape, A.shape[1]
+    blocks, sizes = _sizes(d, s)
+    du, ddt = u.new_empty(b, n, d), dt.new_empty(b, n, d)
+    dz = du if z is None else z.new_empty(b, n, d)
+    dA, dD, scratch = A.new_empty(b, d, s), A.new_empty(b, d), A.new_empty(b, CHUNK, d, s)
+    dB, dC = A.new_empty(blocks, b, n, s), A.new_empty(blocks, b, n, s)
+    _backward[b, blocks](
+        u, dt, A.contiguous(), B, C, D.contiguous(), u if z is None else z, dy.contiguous(), kept,
+        scratch, du, ddt, dA, dB, dC, dD, dz, n, d, s, *_strides(u, dt, B, C, z),
+        GATED=z is not None, **sizes,
+    )  # fmt: skip
+    found = [du, ddt, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0)]
+    return found if z is None else [*found, dz]
+
+
+@_gradients.register_fake
+def _(dy, kept, *inputs):
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1], *inputs[:-1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _through(ctx, dy, _):
+    found = _gradients(dy, *ctx.saved_tensors)
+    return *found, *[None] * (8 - len(found))
+
+
+_scan.register_autograd(_through, setup_context=_keep)

@@ -11,10 +11,40 @@ import torch
 from small import FLAGS, staged
 
 import jobs.benchmark as job
-from mambaflow.benchmarks import loader, ray_cost, sample, stall
-from mambaflow.benchmarks.bench import BenchmarkConfig, against, race
+from mambaflow.benchmarks import loader, ray_cost, reference, sample, stall
+from mambaflow.benchmarks.bench import REFERENCE, BenchmarkConfig, against, race, random_batch
 
 SMALL = ["--batch-size=1", "--queries=4", "--repeats=1"]
+LOOP = """
+import os
+
+import torch
+from core.words import GREETING
+
+print(GREETING)
+
+
+class MODEL(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(8, 3)
+
+    def forward(self, noisy, xy, t, known_xy, known_rgb):
+        around = (known_rgb * known_xy.prod(-1, keepdim=True)).mean(1, keepdim=True)
+        known = around.expand_as(noisy) * t.view(-1, 1, 1)
+        return super().forward(torch.cat([noisy, xy, known], dim=-1))
+
+
+def train_flow_matching(model, train_loader, test_loader, device="cuda", save_dir="saved"):
+    os.makedirs(save_dir, exist_ok=True)
+    print(next(iter(train_loader))["full_image"].shape)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for batch in train_loader:
+        xy, rgb = batch["output_coords"].to(device), batch["output_values"].to(device)
+        known = batch["input_coords"].to(device), batch["input_values"].to(device)
+        loss = (model(0 * rgb, xy, torch.rand(len(xy)), *known) - rgb).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+"""
 
 
 def test_rivals_take_turns_and_the_first_round_does_not_count(monkeypatch):
@@ -141,3 +171,91 @@ def test_a_job_that_cannot_begin_says_why(tmp_path):
         ray_cost.training("bare", config, 1),
     ):
         pass
+
+
+def checkout(folder, greeting="hello", loop=LOOP):
+    """A stand-in for the reference repository: its names, not its code."""
+    for arch, file in REFERENCE.items():
+        path = folder / file
+        path.parent.mkdir(parents=True)
+        ahead = f"import sys\n\nsys.path.insert(0, {str(folder)!r})\n"
+        path.write_text(ahead + loop.replace("MODEL", reference.MODEL[arch]))
+    (folder / "core").mkdir()
+    (folder / "core" / "__init__.py").touch()
+    (folder / "core" / "words.py").write_text(f"GREETING = {greeting!r}\n")
+    return folder
+
+
+def racing(folder, arch="v2"):
+    return ["--what=reference", f"--reference={folder}", f"--arch={arch}", *SMALL]
+
+
+@pytest.mark.parametrize("arch", REFERENCE)
+def test_the_reference_trains_from_its_folder_and_leaves_no_trace(arch, tmp_path, capsys):
+    folder = checkout(tmp_path / "theirs")
+    files, path = sorted(folder.rglob("*")), sys.path[:]
+    assert job.main([*racing(folder, arch), "--precision=bf16"]) == 0
+    assert sorted(folder.rglob("*")) == files and sys.path == path
+    assert not {"core", "core.words", (folder / REFERENCE[arch]).stem} & set(sys.modules)
+    printed = capsys.readouterr().out
+    assert "hello" not in printed and "torch.Size" not in printed
+    theirs, ours = (line.split("|") for line in printed.splitlines()[2:4])
+    assert theirs[1].strip() == "reference" and theirs[2].strip() == "27"
+    assert ours[1].strip() == "ours, bf16" and float(theirs[5]) == 1
+    assert float(ours[5]) == pytest.approx(float(theirs[3]) / float(ours[3]), abs=0.01)
+    assert f"{REFERENCE[arch]} of sha256" in printed
+
+
+def test_one_checkout_is_not_taken_for_another(tmp_path, capsys):
+    for greeting in ("one", "other"):
+        reference.load(checkout(tmp_path / greeting, greeting), "v1")
+        assert capsys.readouterr().out == f"{greeting}\n"
+
+
+def test_the_loop_of_the_reference_stands_still_while_ours_trains():
+    order = []
+    config = BenchmarkConfig(batch_size=2, queries=4, repeats=2)
+    batch = random_batch(config, config.queries)
+    race_held = reference.Loader(batch, {"ours": lambda: order.append("ours")}, config)
+    given = next(iter(race_held))  # for pictures
+    with pytest.raises(reference.Over):
+        for _ in race_held:
+            order.append("theirs")
+    assert order == ["theirs"] + 3 * ["theirs", "ours"]
+    assert [len(times) for times in race_held.times.values()] == [2, 2]
+    assert given["input_coords"].shape == (2, 204, 2) and given["output_values"].shape == (2, 4, 3)
+    assert 0 <= given["input_values"].min() and given["output_values"].max() <= 1
+
+
+@pytest.mark.parametrize(
+    "loop, code, said",
+    [
+        ("import nowhere_to_be_found", 2, "No module named 'nowhere_to_be_found'; use a fresh"),
+        (LOOP.replace("train_flow_matching", "learn"), 2, "no attribute 'train_flow_matching'"),
+        (LOOP.replace("in train_loader", "in ()"), 1, "ended before the race; use a fresh"),
+    ],
+)
+def test_a_reference_that_cannot_race_says_why(loop, code, said, tmp_path, capsys):
+    assert job.main(racing(checkout(tmp_path / "theirs", loop=loop))) == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", REFERENCE)
+def test_a_folder_that_is_no_checkout_is_refused_with_the_way_to_get_one(arch, tmp_path):
+    for folder in ("", "/nowhere", str(tmp_path)):
+        with pytest.raises(ValueError, match=rf"reference \(='{folder}'\) .*{arch}.*git clone"):
+            BenchmarkConfig(what="reference", arch=arch, reference=folder)
+    BenchmarkConfig(what="step", reference="/nowhere")
+
+
+def test_the_caption_names_the_commit_and_that_files_were_changed(tmp_path):
+    folder = checkout(tmp_path / "theirs")
+    assert reference.version(folder, "v2").startswith(f"{REFERENCE['v2']} of sha256 ")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True)
+    said = reference.version(folder, "v2").removeprefix("commit ")
+    assert len(said) >= 7 and head.startswith(said)
+    (folder / "core" / "words.py").write_text("GREETING = 'changed'\n")
+    assert reference.version(folder, "v2") == f"commit {said}-dirty"

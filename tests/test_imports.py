@@ -13,7 +13,6 @@ LIBRARY = {p.relative_to(ROOT / "mambaflow").with_suffix("").as_posix(): p for p
 LEVELS = [
     {
         "config",
-        "randomness",
         "native",
         "samplers",
         "metrics",
@@ -21,9 +20,13 @@ LEVELS = [
         "baselines",
         "flow",
     },
-    {"storage", "process", "pixels", "sources", "native_scan", "triton_scan"},
+    {"storage", "process", "native_scan", "native_words", "triton_scan", "mkl"},
+    {"randomness"},
+    {"pixels", "sources"},
     {"shards", "layers", "ssm"},
-    {"staging", "model", "batches", "shard_set"},
+    {"staging", "model", "shard_set"},
+    {"columns"},
+    {"batches"},
     {"training", "evaluation", "logbook"},
     {"checkpoint", "world"},
     {"stopwatch"},
@@ -31,7 +34,10 @@ LEVELS = [
     {"distributed"},
     {"benchmarks/bench"},
     {"benchmarks/scan"},
-    {f"benchmarks/{part}" for part in ("step", "sample", "loader", "stall", "memory", "ray_cost")},
+    {
+        f"benchmarks/{part}"
+        for part in ("step", "sample", "loader", "stall", "memory", "ray_cost", "reference")
+    },
 ]
 assert sum(map(len, LEVELS)) == len(set().union(*LEVELS))
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}

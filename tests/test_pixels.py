@@ -6,8 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mambaflow import native_words
+from mambaflow.native import library
 from mambaflow.pixels import (
     CURVES,
+    _ranked,
     choose,
     coordinates,
     copy_known,
@@ -72,6 +75,17 @@ def test_a_mask_is_the_stable_argsort_of_the_words_of_its_image(seed, id, size):
     drawn = words(seed, "mask/train", 0, torch.tensor([id]), pixels).numpy()
     chosen = choose(seed, "train", torch.tensor([id]), size, 1, pixels - 1)
     assert (chosen.numpy() == drawn.argsort(-1, kind="stable")).all()
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
+@given(seed=SEED, sizes=counts(), ids=st.lists(st.integers(0, 2**50), max_size=40))
+def test_compiled_ranks_are_those_of_a_stable_sort(seed, sizes, ids):
+    size, known, target = sizes
+    item, wanted = torch.tensor(ids, dtype=torch.int64), known + target
+    compiled = native_words.ranked(seed, "mask", 3, item, size * size, wanted)
+    drawn = words(seed, "mask", 3, item, size * size)
+    assert torch.equal(compiled, drawn.argsort(dim=-1, stable=True)[:, :wanted])
+    assert torch.equal(compiled, _ranked(drawn)[:, :wanted])
 
 
 def test_every_pixel_is_known_equally_often():

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mambaflow.randomness import normal, philox, uniform, words
+from mambaflow import native_words
+from mambaflow.native import library
+from mambaflow.randomness import _words, normal, philox, uniform, words
 
 # Random123, kat_vectors: philox4x32, 10 rounds.
 VECTORS = [
@@ -61,6 +63,22 @@ def test_words_depend_on_their_own_item_alone(items, count, seed):
     alone = [words(seed, "noise", 3, torch.tensor([item]), count)[0] for item in items]
     assert torch.equal(together, torch.stack(alone))
     assert torch.equal(words(seed, "noise", 3, torch.tensor(items), count + 5)[:, :count], together)
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
+@given(
+    items=st.lists(st.integers(0, 2**62 - 1), max_size=40),
+    count=st.sampled_from([1, 2, 4, 5, 127, 128, 129, 1024]),
+    seed=WORD,
+    purpose=st.text(max_size=8),
+    stream=WORD,
+)
+@settings(max_examples=60)
+def test_compiled_words_are_those_of_torch(items, count, seed, purpose, stream):
+    item = torch.tensor(items, dtype=torch.int64)
+    assert native_words.serves(item)
+    compiled = native_words.words(seed, purpose, stream, item, count)
+    assert torch.equal(compiled, _words(seed, purpose, stream, item, count))
 
 
 def test_another_seed_purpose_stream_or_item_gives_other_words():

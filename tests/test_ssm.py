@@ -315,7 +315,7 @@ def test_a_second_derivative_is_refused():
     tensors = leaves(inputs(1, 4, 3, 2), torch.float32)
     y = selective_scan(*tensors, backend="native").square().sum()
     (slope,) = torch.autograd.grad(y, tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         slope.sum().backward()
 
 
@@ -556,3 +556,24 @@ def test_mamba_ssms_kernel_gets_one_precision_and_float32_weights(mamba_ssm):
     y = selective_scan(*(x.to(k) for x, k in zip(tensors, kinds, strict=True)), backend="cuda")
     assert y.dtype == torch.bfloat16
     assert mamba_ssm == [{"dtype": torch.bfloat16, "softplus": True}]
+
+
+@needs_native
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_native_operators_are_what_they_tell_torch(gated, keep):
+    """Shapes without data, gradients, aliases: torch's own checks of an operator."""
+    tensors = leaves(inputs(2, 33, 20, 3), torch.float32)
+    gate = tensors[-1] if gated else None
+    torch.library.opcheck(native_scan._scan, (*tensors[:6], gate, keep), test_utils=CHECKS[keep])
+    d = 20
+    weights = [torch.randn(size) for size in ((4, d), (d,), (8, d), (d, 2), (d,))]
+    rates, skip = -torch.rand(d, 3), torch.randn(d)
+    inner = [x.requires_grad_() for x in (torch.randn(2, 33, 2 * d), *weights, rates, skip)]
+    torch.library.opcheck(native_scan._inner, (*inner, keep), test_utils=CHECKS[keep])
+    torch.library.opcheck(native_scan._conv, (torch.randn(2, 33, d), *weights[:2]))
+
+
+LIGHT = ("test_schema", "test_autograd_registration", "test_faketensor")
+# Gradients need the states that only `keep` keeps.
+CHECKS = {True: (*LIGHT, "test_aot_dispatch_static"), False: LIGHT}

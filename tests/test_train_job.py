@@ -51,7 +51,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "precision": ("bf16", ""), "seed": (4, ""), "log_every": (3, ""), "eval_every": (50, ""),
     "eval_images": (11, ""), "test_images": (12, ""), "sample_steps": (5, ""),
     "num_workers": (2, ""), "min_workers": (1, ""), "use_gpu": (True, ""), "ray": (False, ""),
-    "max_failures": (1, ""),
+    "max_failures": (1, ""), "compile": ("on", ""),
 }  # fmt: skip
 PARTS = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
 
@@ -320,6 +320,9 @@ BAD_DATA: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "a GPU that is not there": (
         lambda p: p.patch.setattr(torch.cuda, "is_available", lambda: False), "--use-gpu",
         "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu"),
+    "torch.compile without a compiler": (
+        lambda p: p.patch.setattr("shutil.which", lambda name: None), "--compile=on",
+        "compile (='on') needs a compiler: no C++ compiler (CXX, g++, c++, clang++); install g++"),
     "torchrun with another number of workers": (
         lambda p: p.patch.setenv("WORLD_SIZE", "3"), "--num-workers=2",
         "num_workers (=2) without Ray must be the number of processes (=3)"),

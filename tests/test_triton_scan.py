@@ -82,6 +82,7 @@ def compare() -> None:
     """Print each result's largest error over the largest number of its counterpart."""
     import torch
 
+    from mambaflow import triton_scan
     from mambaflow.ssm import selective_scan
 
     def results(tensors, backend):
@@ -103,6 +104,10 @@ def compare() -> None:
         found = results([x.detach().requires_grad_() for x in tensors], "triton")
         with torch.no_grad():  # no states are kept then
             assert torch.equal(selective_scan(*tensors, backend="triton"), found[0])
+        keep, gate = True, tensors[6] if gate else None
+        operands = [x.detach().requires_grad_(x.dim() == 3) for x in tensors[:6]]
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(triton_scan._scan, (*operands, gate, keep), test_utils=checks)
         right = results([x.detach().double().requires_grad_() for x in tensors], "reference")
         for name, x, y in zip(("y", "u", "dt", "A", "B", "C", "D", "z"), found, right,
                               strict=False):  # fmt: skip

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,12 +14,21 @@ from mambaflow.config import ARCHITECTURES, TrainConfig, lookup, require
 
 Work = Callable[[], object]
 
+REFERENCE_URL = "https://github.com/colpark/MambaFlowMatching"
+REFERENCE = {
+    "v1": "v1/training/train_mamba_standalone.py",
+    "v2": "v2/training/train_mamba_v2.py",
+}
+"""Where that repository trains each architecture."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """What to measure, and on what."""
 
-    what: Literal["scan", "step", "sample", "loader", "stall", "memory", "ray"] = "scan"
+    what: Literal["scan", "step", "sample", "loader", "stall", "memory", "ray", "reference"] = (
+        "scan"
+    )
     """The part to measure."""
     arch: str = "v2"
     """Architecture: v1 or v2."""
@@ -28,6 +38,8 @@ class BenchmarkConfig:
     """Pixels asked for in training."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the matrix products."""
+    compile: Literal["off", "on", "graphs"] = "off"
+    """torch.compile of the network in `step`, as in training."""
     device: str = "cpu"
     """cpu or cuda."""
     repeats: int = 7
@@ -40,6 +52,8 @@ class BenchmarkConfig:
     """Intervals of every sampler in `sample`."""
     data: str = "data/sample"
     """Staged shards that `loader`, `stall` and `ray` read."""
+    reference: str = ""
+    """Checkout of github.com/colpark/MambaFlowMatching that `reference` races; its code is run."""
     out: str = ""
     """Write the numbers here as JSON too."""
 
@@ -52,25 +66,42 @@ class BenchmarkConfig:
             self.device == "cpu" or torch.cuda.is_available(),
             f"device (={self.device!r}) is not here: torch sees no GPU; use --device cpu",
         )
+        training = Path(self.reference) / REFERENCE[self.arch]
+        require(
+            self.what != "reference" or (bool(self.reference) and training.is_file()),
+            f"reference (={self.reference!r}) must be a folder with {REFERENCE[self.arch]}; run "
+            f"`git clone {REFERENCE_URL}` and use --reference MambaFlowMatching",
+        )
 
 
-def race(rivals: dict[str, Work], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each rival; they take turns, so that drift of the machine hits all.
+def turns(times: dict[str, list[float]], repeats: int, device: str) -> Iterator[str]:
+    """Whose turn it is; notes in `times` how long each took until the next was asked for.
 
     Those that take over a second run in three rounds only.
     """
-    times: dict[str, list[float]] = {name: [] for name in rivals}
     for i in range(repeats + 1):
-        for name, work in rivals.items():
-            if i > 3 and times[name][-1] > 1:
+        for name, found in times.items():
+            if i > 3 and found[-1] > 1:
                 continue
             start = time.perf_counter()
-            work()
+            yield name
             if device == "cuda":
                 torch.cuda.synchronize()
             if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                found.append(time.perf_counter() - start)
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    """Median seconds of each rival."""
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def race(rivals: dict[str, Work], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each rival; they take turns, so that drift of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for name in turns(times, repeats, device):
+        rivals[name]()
+    return medians(times)
 
 
 def against(times: dict[str, float], base: str) -> list[list[str]]:

@@ -7,7 +7,7 @@ from mambaflow.benchmarks.bench import BenchmarkConfig, Fixed, race, random_batc
 from mambaflow.config import ARCHITECTURES
 from mambaflow.model import parameters
 from mambaflow.report import Table
-from mambaflow.training import TrainState, fit
+from mambaflow.training import TrainState, compiled, fit
 
 
 def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig) -> int:
@@ -26,7 +26,8 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     batch = random_batch(config, config.queries)
     state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
     flops = counted_flops(state, batch, config)
-    steps = fit(state, Fixed(batch), step_config(config), 10**9)
+    forward = compiled(state.model, config.compile)
+    steps = fit(state, Fixed(batch), step_config(config), 10**9, forward)
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
     a, b = (torch.randn(2048, 2048, device=config.device, dtype=kind) for _ in range(2))
     times = race(
@@ -59,7 +60,8 @@ def measure(config: BenchmarkConfig) -> list[Table]:
         for e in top
     ]
     caption = (
-        f"{config.arch}, batch {config.batch_size}, {config.queries} queries, {config.precision}"
+        f"{config.arch}, batch {config.batch_size}, {config.queries} queries, {config.precision}, "
+        f"compile {config.compile}"
     )
     return [
         Table(["training step", "value"], rows, caption),

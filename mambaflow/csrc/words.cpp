@@ -1,0 +1,119 @@
+// Random words, and the pixels of an image ranked by them: bit for bit as in randomness.py and
+// pixels.py, which say what they are. Rows are of one item each; threads share them out.
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 8, GROUPS = 4, AT_ONCE = LANES * GROUPS;  // blocks of four words, abreast
+constexpr uint64_t LOW = 0xFFFFFFFF;
+typedef uint64_t wide __attribute__((vector_size(LANES * 8)));  // of numbers below 2^32
+constexpr int PLACE_BITS = 16;
+
+struct Draw {  // of which numbers: see randomness.words
+  uint32_t seed, purpose, stream;
+};
+
+// Blocks `first` and those after it, of one item. Philox4x32-10 (Salmon et al. 2011).
+void philox(const Draw& draw, uint64_t item, uint64_t first, uint32_t* out) {
+  wide a[GROUPS], b[GROUPS], c[GROUPS], d[GROUPS];
+  uint32_t k0 = draw.seed, k1 = draw.purpose;
+  for (int g = 0; g < GROUPS; g++) {
+    for (int l = 0; l < LANES; l++) a[g][l] = first + g * LANES + l;
+    b[g] = wide{} + (item & LOW), c[g] = wide{} + (item >> 32), d[g] = wide{} + draw.stream;
+  }
+  for (int round = 0; round < 10; round++) {
+    for (int g = 0; g < GROUPS; g++) {
+      const wide left = a[g] * 0xD2511F53u, right = c[g] * 0xCD9E8D57u;
+      a[g] = (right >> 32) ^ b[g] ^ k0, b[g] = right & LOW;
+      c[g] = (left >> 32) ^ d[g] ^ k1, d[g] = left & LOW;
+    }
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  for (int g = 0; g < GROUPS; g++)
+    for (int l = 0; l < LANES; l++) {
+      uint32_t* block = out + 4 * (g * LANES + l);
+      block[0] = uint32_t(a[g][l]), block[1] = uint32_t(b[g][l]);
+      block[2] = uint32_t(c[g][l]), block[3] = uint32_t(d[g][l]);
+    }
+}
+
+int64_t padded(int64_t count) { return (count + 4 * AT_ONCE - 1) / (4 * AT_ONCE) * 4 * AT_ONCE; }
+
+void fill(const Draw& draw, uint64_t item, std::vector<uint32_t>& words) {
+  for (std::size_t at = 0; at < words.size(); at += 4 * AT_ONCE)
+    philox(draw, item, at / 4, words.data() + at);
+}
+
+// The places of the `wanted` smallest words, in order; the first of equal ones first. Words are
+// even by law: a bucket for each place holds one on average, and what is left to sort is little.
+struct Ranking {
+  int64_t pixels, wanted;
+  int bits;  // of a word, that say its bucket
+  std::vector<int64_t> starts;
+  std::vector<uint64_t> sorted;
+
+  Ranking(int64_t pixels, int64_t wanted) : pixels(pixels), wanted(wanted), bits(1) {
+    while (bits < PLACE_BITS && int64_t(1) << bits < pixels) bits++;
+    sorted.resize(pixels);
+  }
+
+  void operator()(const uint32_t* words, int64_t* places) {
+    const int drop = 32 - bits;
+    starts.assign((std::size_t(1) << bits) + 1, 0);
+    for (int64_t i = 0; i < pixels; i++) starts[(words[i] >> drop) + 1]++;
+    uint32_t last = 0;  // the bucket in which the last one wanted is
+    while (starts[last + 1] + starts[last] < wanted) starts[last + 1] += starts[last], last++;
+    int64_t count = 0;
+    for (int64_t i = 0; i < pixels; i++) {
+      const uint32_t bucket = words[i] >> drop;
+      if (bucket <= last) sorted[starts[bucket]++] = uint64_t(words[i]) << PLACE_BITS | i, count++;
+    }
+    for (int64_t i = 1; i < count; i++) {
+      const uint64_t mine = sorted[i];
+      int64_t to = i;
+      for (; to > 0 && sorted[to - 1] > mine; to--) sorted[to] = sorted[to - 1];
+      sorted[to] = mine;
+    }
+    for (int64_t i = 0; i < wanted; i++) places[i] = sorted[i] & ((1 << PLACE_BITS) - 1);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+int mambaflow_places() { return 1 << PLACE_BITS; }
+
+void mambaflow_words(const int64_t* items, int64_t rows, int64_t count, uint32_t seed,
+                     uint32_t purpose, uint32_t stream, int64_t* out, int threads) {
+  const Draw draw{seed, purpose, stream};
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint32_t> words(padded(count));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      fill(draw, uint64_t(items[row]), words);
+      for (int64_t i = 0; i < count; i++) out[row * count + i] = words[i];
+    }
+  }
+}
+
+void mambaflow_rank(const int64_t* items, int64_t rows, int64_t pixels, int64_t wanted,
+                    uint32_t seed, uint32_t purpose, uint32_t stream, int64_t* out, int threads) {
+  const Draw draw{seed, purpose, stream};
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint32_t> words(padded(pixels));
+    Ranking rank(pixels, wanted);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      fill(draw, uint64_t(items[row]), words);
+      rank(words.data(), out + row * wanted);
+    }
+  }
+}
+
+}  // extern "C"
