@@ -73,8 +73,10 @@ def scan_chunked(
     """The same in chunks, each computed again in the backward pass.
 
     What is kept is the state between chunks, n s / 64 numbers per channel: memory is O(n), and
-    (b, n, d, s) never exists.
+    (b, n, d, s) never exists. Half precisions, as autocast gives them, are float32 inside.
     """
+    kind, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
+    u, dt, A, B, C, D = (x.to(wide) for x in (u, dt, A, B, C, D))
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     outputs = []
     for u_i, dt_i, B_i, C_i in zip(
@@ -87,7 +89,7 @@ def scan_chunked(
         else:
             y, h = _recur(h, u_i, dt_i, A, B_i, C_i)
         outputs.append(y)
-    return _finish(torch.cat(outputs, 1), u, D, z)
+    return _finish(torch.cat(outputs, 1), u, D, None if z is None else z.to(wide)).to(kind)
 
 
 @torch.compiler.disable  # what mamba-ssm compiled is nothing that torch.compile can look into

@@ -222,12 +222,26 @@ def test_half_precisions_are_float32_inside(dtype):
     assert_near(found[1:], inside[1:], 2 * torch.finfo(dtype).eps)
 
 
-@needs_native
-def test_mixed_precisions_as_under_autocast():
+@pytest.mark.parametrize("backend", FAST)
+def test_mixed_precisions_as_under_autocast(backend):
     tensors = [x.to(torch.float32 if x.dim() < 3 else torch.bfloat16) for x in inputs(2, 9, 8, 4)]
-    y = selective_scan(*tensors)
-    right = selective_scan(*(x.float() for x in tensors))
+    y = selective_scan(*tensors, backend=backend)
+    right = selective_scan(*(x.float() for x in tensors), backend=backend)
     assert y.dtype == torch.bfloat16 and torch.equal(y, right.bfloat16())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_block_trains_under_autocast_with_and_without_the_kernels(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(native_scan, "serves", lambda *_, **__: False)
+    torch.manual_seed(0)
+    block, tokens = Mamba(16), torch.randn(2, 70, 16)
+    plain = block(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = block(tokens)
+    half.float().square().sum().backward()
+    assert half.dtype == torch.bfloat16 and block.A_log.grad.abs().sum() > 0
+    assert (half - plain).abs().max() < 0.02 * plain.abs().max()
 
 
 class Peak(TorchDispatchMode):

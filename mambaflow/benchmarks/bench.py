@@ -109,6 +109,13 @@ def against(times: dict[str, float], base: str) -> list[list[str]]:
     return [[k, f"{1e3 * v:.2f}", f"{v / times[base]:.3f}"] for k, v in times.items()]
 
 
+def device_name(device: str) -> str:
+    """What a table's caption says of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def random_batch(config: BenchmarkConfig, queries: int, known: int = 204) -> PixelBatch:
     """A batch of made-up pixels."""
     torch.manual_seed(1)

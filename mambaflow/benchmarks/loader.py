@@ -24,7 +24,7 @@ from mambaflow.shard_set import ShardSet
 from mambaflow.training import TrainState, fit
 
 MASKS: tuple[Literal["strict", "fresh"], ...] = ("strict", "fresh")
-LOADED = 20  # batches in one round
+LOADED = 64  # batches in one round: those of an epoch of the sample
 
 
 def per_item(shards: ShardSet, queries: int, batch_size: int) -> Iterator[object]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mambaflow.benchmarks.bench import BenchmarkConfig, Work, against, race
+from mambaflow.benchmarks.bench import BenchmarkConfig, Work, against, device_name, race
 from mambaflow.config import ARCHITECTURES
 from mambaflow.report import Table
 from mambaflow.ssm import Mamba, fastest, selective_scan
@@ -59,7 +59,8 @@ def measure(config: BenchmarkConfig) -> list[Table]:
         "block's matrix products": (lambda: [x @ m.weight.t() for x, m in gemms], factors),
         "whole block": (lambda: [block(tokens)], [tokens, *block.parameters()]),
     }
-    for name in dict.fromkeys([best, "chunked", "reference"]):
+    others = ["triton"] if best == "cuda" else []  # what serves where mamba-ssm is not installed
+    for name in dict.fromkeys([best, *others, "chunked", "reference"]):
         scan = lambda name=name: [selective_scan(*inputs, backend=name)]  # noqa: E731
         works[f"scan: {name}"] = (scan, inputs)
     forward: dict[str, Work] = {name: work for name, (work, _) in works.items()}
@@ -69,6 +70,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
         first = race(forward, config.repeats, config.device)
     second = race(both, config.repeats, config.device)
     shape = f"b {b}, n {n}, {width * model.expand} channels, {model.d_state} states"
+    shape += f"; {device_name(config.device)}"
     heading = ["work", "ms", "/ block's matrix products"]
     return [
         Table(heading, against(times, "block's matrix products"), f"{name}; {shape}")

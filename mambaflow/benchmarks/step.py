@@ -1,13 +1,24 @@
 """Where the time of a training step goes, and the floor under it."""
 
+from collections.abc import Iterator
+
 import torch
 
 from mambaflow.batches import PixelBatch
-from mambaflow.benchmarks.bench import BenchmarkConfig, Fixed, race, random_batch, step_config
+from mambaflow.benchmarks.bench import (
+    BenchmarkConfig,
+    Fixed,
+    device_name,
+    race,
+    random_batch,
+    step_config,
+)
 from mambaflow.config import ARCHITECTURES
 from mambaflow.model import parameters
 from mambaflow.report import Table
-from mambaflow.training import TrainState, compiled, fit
+from mambaflow.training import Progress, TrainState, compiled, fit
+
+PROFILED, SHOWN = 3, 14  # steps, and operations of them
 
 
 def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig) -> int:
@@ -21,8 +32,6 @@ def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig)
 
 def measure(config: BenchmarkConfig) -> list[Table]:
     """A training step, its parts by profiler, and its floor: FLOPs over the GEMM rate."""
-    from torch.profiler import ProfilerActivity, profile
-
     batch = random_batch(config, config.queries)
     state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
     flops = counted_flops(state, batch, config)
@@ -34,36 +43,36 @@ def measure(config: BenchmarkConfig) -> list[Table]:
         {"step": lambda: next(steps), "gemm": lambda: a @ b}, config.repeats, config.device
     )
     rate = 2 * 2048**3 / times["gemm"]
-    floor = flops / rate
     rows = [
         ["samples/s", f"{config.batch_size / times['step']:.1f}"],
         ["step, ms", f"{1e3 * times['step']:.1f}"],
         ["FLOPs of a step, G", f"{flops / 1e9:.1f}"],
         ["GEMM rate, GFLOP/s", f"{rate / 1e9:.0f}"],
-        ["floor, ms", f"{1e3 * floor:.1f}"],
-        ["step / floor", f"{times['step'] / floor:.2f}"],
+        ["floor, ms", f"{1e3 * flops / rate:.1f}"],
+        ["step / floor", f"{times['step'] * rate / flops:.2f}"],
         ["parameters", f"{parameters(state.model):,}"],
-    ]
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (config.device == "cuda")
-    with profile(activities=kinds) as profiler:
-        for _ in range(3):
-            next(steps)
-    events = profiler.key_averages()
-    total = sum(e.self_cpu_time_total for e in events)
-    top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:14]
-    where = [
-        [
-            e.key,
-            f"{e.self_cpu_time_total / 3e3:.1f}",
-            f"{100 * e.self_cpu_time_total / total:.1f} %",
-        ]
-        for e in top
     ]
     caption = (
         f"{config.arch}, batch {config.batch_size}, {config.queries} queries, {config.precision}, "
-        f"compile {config.compile}"
+        f"compile {config.compile}, on {device_name(config.device)}"
     )
-    return [
-        Table(["training step", "value"], rows, caption),
-        Table(["operation", "ms a step", "share"], where, "CPU time of the process, by operation"),
+    return [Table(["training step", "value"], rows, caption), by_operation(steps, config.device)]
+
+
+def by_operation(steps: Iterator[Progress], device: str) -> Table:
+    """Where the time of a step goes: of the CPU, or of the GPU where it has one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=kinds) as profiler:
+        for _ in range(PROFILED):
+            next(steps)
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    spent = {event.key: getattr(event, field) for event in profiler.key_averages()}
+    total = sum(spent.values())
+    rows = [
+        [key, f"{us / 1e3 / PROFILED:.1f}", f"{100 * us / total:.1f} %"]
+        for key, us in sorted(spent.items(), key=lambda item: -item[1])[:SHOWN]
     ]
+    caption = f"{'GPU' if device == 'cuda' else 'CPU'} time of a step, by operation"
+    return Table(["operation", "ms a step", "share"], rows, caption)

@@ -48,36 +48,43 @@ void fill(const Draw& draw, uint64_t item, std::vector<uint32_t>& words) {
 }
 
 // The places of the `wanted` smallest words, in order; the first of equal ones first. Words are
-// even by law: a bucket for each place holds one on average, and what is left to sort is little.
+// even by law: with two buckets for a place few meet in one, and what is left to sort is little.
+// Nothing before that branches on a word, which no processor could foresee.
 struct Ranking {
   int64_t pixels, wanted;
   int bits;  // of a word, that say its bucket
-  std::vector<int64_t> starts;
+  std::vector<uint32_t> starts;
   std::vector<uint64_t> sorted;
 
-  Ranking(int64_t pixels, int64_t wanted) : pixels(pixels), wanted(wanted), bits(1) {
-    while (bits < PLACE_BITS && int64_t(1) << bits < pixels) bits++;
+  Ranking(int64_t pixels, int64_t wanted) : pixels(pixels), wanted(wanted), bits(3) {
+    while (bits < PLACE_BITS && int64_t(1) << bits < 2 * pixels) bits++;
     sorted.resize(pixels);
   }
 
   void operator()(const uint32_t* words, int64_t* places) {
     const int drop = 32 - bits;
-    starts.assign((std::size_t(1) << bits) + 1, 0);
-    for (int64_t i = 0; i < pixels; i++) starts[(words[i] >> drop) + 1]++;
-    uint32_t last = 0;  // the bucket in which the last one wanted is
-    while (starts[last + 1] + starts[last] < wanted) starts[last + 1] += starts[last], last++;
-    int64_t count = 0;
-    for (int64_t i = 0; i < pixels; i++) {
-      const uint32_t bucket = words[i] >> drop;
-      if (bucket <= last) sorted[starts[bucket]++] = uint64_t(words[i]) << PLACE_BITS | i, count++;
+    starts.assign(std::size_t(1) << bits, 0);
+    for (int64_t i = 0; i < pixels; i++) starts[words[i] >> drop]++;
+    uint32_t sum = 0;
+    int64_t enough = 0;  // of those in the first buckets, the wanted are all
+    for (uint32_t& start : starts) {
+      const uint32_t count = start;
+      if (sum < wanted) enough = sum + count;
+      start = sum, sum += count;
     }
+    for (int64_t i = 0; i < pixels; i++)
+      sorted[starts[words[i] >> drop]++] = uint64_t(words[i]) << PLACE_BITS | i;
+    sort(enough);
+    for (int64_t i = 0; i < wanted; i++) places[i] = sorted[i] & ((1 << PLACE_BITS) - 1);
+  }
+
+  void sort(int64_t count) {  // by insertion: what is sorted by buckets is sorted but for few
     for (int64_t i = 1; i < count; i++) {
       const uint64_t mine = sorted[i];
       int64_t to = i;
       for (; to > 0 && sorted[to - 1] > mine; to--) sorted[to] = sorted[to - 1];
       sorted[to] = mine;
     }
-    for (int64_t i = 0; i < wanted; i++) places[i] = sorted[i] & ((1 << PLACE_BITS) - 1);
   }
 };
 
