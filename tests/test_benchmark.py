@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from small import FLAGS, staged
+from torch.utils.flop_counter import FlopCounterMode
 
 import jobs.benchmark as job
-from mambaflow.benchmarks import loader, ray_cost, reference, sample, stall
+from mambaflow.benchmarks import loader, ray_cost, reference, sample, stall, step
 from mambaflow.benchmarks.bench import REFERENCE, BenchmarkConfig, against, race, random_batch
+from mambaflow.native import library
+from mambaflow.ssm import Mamba
 
 SMALL = ["--batch-size=1", "--queries=4", "--repeats=1"]
 LOOP = """
@@ -259,3 +262,12 @@ def test_the_caption_names_the_commit_and_that_files_were_changed(tmp_path):
     assert len(said) >= 7 and head.startswith(said)
     (folder / "core" / "words.py").write_text("GREETING = 'changed'\n")
     assert reference.version(folder, "v2") == f"commit {said}-dirty"
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
+def test_products_inside_the_native_block_are_counted():
+    block, tokens = Mamba(32), torch.randn(2, 10, 32, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=step.INSIDE) as counter:
+        block(tokens).sum().backward()
+    layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
+    assert counter.get_total_flops() == 3 * sum(2 * 20 * m.weight.numel() for m in layers)

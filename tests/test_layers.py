@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mambaflow.layers import Attention, FourierFeatures, Modulation, TimeEmbedding
+from mambaflow.layers import Attention, FourierFeatures, Modulation, TimeEmbedding, attend
 
 
 def test_no_feature_is_faster_than_the_band_limit():
@@ -30,15 +31,39 @@ def windowed_by_definition(attention, tokens, xy, other, other_xy, rgb):
     return attention.out((weights @ value).transpose(1, 2).flatten(2)) + attention.colours(colours)
 
 
-def test_windows_equal_their_definition_with_a_full_matrix():
+@pytest.mark.parametrize("training", [True, False])
+def test_windows_equal_their_definition_with_a_full_matrix(training):
     torch.manual_seed(0)
     attention = Attention(32, 4, windows=True)
     tokens, other = torch.randn(2, 7, 32), torch.randn(2, 11, 32)
     xy, other_xy, rgb = torch.rand(2, 7, 2), torch.rand(2, 11, 2), torch.randn(2, 11, 3)
-    got = attention(tokens, xy, attention.keys(other, other_xy, rgb))
+    with torch.set_grad_enabled(training):
+        got = attention(tokens, xy, attention.keys(other, other_xy, rgb))
     doubles = [z.double() for z in (tokens, xy, other, other_xy, rgb)]
     want = windowed_by_definition(attention.double(), *doubles)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "plain"), [(204, 204, True), (300, 430, True), (400, 400, False)]
+)
+def test_few_tokens_in_training_attend_as_the_fused_attention_does(n, k, plain, monkeypatch):
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, m, 8, requires_grad=True) for m in (n, k, k)]
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *x, **y: calls.append(1) or fused(*x, **y)
+    )
+    results = []
+    for attention in (attend, lambda *x: fused(*x, scale=1.0)):
+        y = attention(*given)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), given)])
+    assert bool(calls) == (not plain)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        attend(*given)
+    assert len(calls) == 1 + (not plain), "without gradients the scores are never kept"
 
 
 def test_a_narrow_window_reads_the_nearest_colour():

@@ -1,6 +1,7 @@
 """Where the time of a training step goes, and the floor under it."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -18,14 +19,27 @@ from mambaflow.model import parameters
 from mambaflow.report import Table
 from mambaflow.training import Progress, TrainState, compiled, fit
 
+Size = Sequence[int]
 PROFILED, SHOWN = 3, 14  # steps, and operations of them
+
+
+def _between(xz: Size, conv: Size, bias: Size, to_ranks: Size, to_dt: Size, *_: object) -> int:
+    """FLOPs of the products that `native_scan.inner` hides: to the ranks, and from them to dt."""
+    return 2 * xz[0] * xz[1] * (math.prod(to_ranks) + math.prod(to_dt))
+
+
+# Inputs of the backward operator: the slope and what was kept, then those of the forward one.
+INSIDE: dict[object, Callable[..., int]] = {
+    torch.ops.mambaflow.inner: lambda *shapes, **_: _between(*shapes),
+    torch.ops.mambaflow.inner_backward: lambda *shapes, **_: 2 * _between(*shapes[5:]),
+}
 
 
 def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig) -> int:
     """FLOPs of the matrix products and attentions of a step, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=INSIDE) as counter:
         next(iter(fit(state, Fixed(batch), step_config(config), state.step + 1)))
     return counter.get_total_flops()
 
