@@ -85,7 +85,7 @@ def test_a_posterior_mean_is_spared_the_attention_among_queries_and_is_the_same(
         assert not heard
         mixed = model.given(given)(x, torch.tensor([0.0, 0.5]))
     assert heard and torch.equal(spared[0], mixed[0])
-    torch.testing.assert_close(spared, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(spared, whole, rtol=1e-3, atol=1e-3)  # other attention: see attend
 
 
 def replace_queries(given: Asked, query_xy: Tensor) -> Asked:
