@@ -41,7 +41,8 @@ PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
-    keep_memory()
+    if config.keep_memory:
+        keep_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     try:

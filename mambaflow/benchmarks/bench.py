@@ -46,6 +46,8 @@ class BenchmarkConfig:
     """Rounds; in each, every rival runs once, and medians are compared (slow ones: three)."""
     threads: int = 0
     """Threads of torch; 0: as many as it takes by itself."""
+    keep_memory: bool = True
+    """The allocator keeps memory that it is given back, as in training; off: as torch has it."""
     sizes: tuple[int, ...] = (32, 64)
     """Sides of the images that `sample` completes."""
     steps: int = 8

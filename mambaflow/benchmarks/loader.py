@@ -57,8 +57,11 @@ def per_item(shards: ShardSet, queries: int, batch_size: int) -> Iterator[object
             xy, rgb = coordinates(chosen, size), image.flatten(1).t()[chosen]
             return xy[:known], rgb[:known], xy[known:][:queries], rgb[known:][:queries]
 
+    # Workers that stay: each that starts shares all memory of this process until it is written to.
+    loader = DataLoader(Sparse(), batch_size, shuffle=True, num_workers=2, drop_last=True,
+                        persistent_workers=True)  # fmt: skip
     while True:
-        yield from DataLoader(Sparse(), batch_size, shuffle=True, num_workers=2, drop_last=True)
+        yield from loader
 
 
 def reading(batches: Batches) -> Work:
