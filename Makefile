@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 train: env
 	$(BIN)/python jobs/stage.py --source $(DATA) --out data/$(DATA) --full-images --no-ray
-	LD_PRELOAD="$$LD_PRELOAD $$($(BIN)/python -m mambaflow.mkl)" $(BIN)/python jobs/train.py --arch $(ARCH) --recipe first-run --data data/$(DATA) --run-name $(RUN) $(FLAGS)
+	$(BIN)/python jobs/train.py --arch $(ARCH) --recipe first-run --data data/$(DATA) --run-name $(RUN) $(FLAGS)
 
 test: env
 	$(BIN)/python -m pytest

@@ -70,7 +70,7 @@ def prepare(config: RunConfig) -> RunConfig:
         config.scale.ray or not config.scale.use_gpu or torch.cuda.is_available(),
         "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
     )
-    if config.scale.compile != "off":
+    if config.scale.compile != "off" and not (config.scale.ray and os.environ.get("RAY_ADDRESS")):
         _require_compiler(config.scale.compile)
     warn_of_a_copy(config.storage)
     name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"

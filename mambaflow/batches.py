@@ -40,8 +40,8 @@ class PixelBatch:
 
     def to(self, device: torch.device | str) -> "PixelBatch":
         """The same batch on another device; to a GPU through pinned memory, without waiting."""
-        moved = {f.name: send(getattr(self, f.name), device) for f in fields(self)}
-        return replace(self, **moved | {"number": self.number})
+        names = [f.name for f in fields(self) if f.name != "number"]
+        return replace(self, **{name: send(getattr(self, name), device) for name in names})
 
     def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
         """x_0 of each sample."""
@@ -69,10 +69,6 @@ class RowOrder:
         require(window > 0, f"window (={window}) must be positive; use 2**20")
         self.rows, self.seed, self.window = rows, seed, min(window, rows)
         self._block = lru_cache(maxsize=4)(self._make_block)
-
-    def epoch(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
-        """The epoch of each sample of the stream."""
-        return number // self.rows
 
     def row(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """The row of each sample of the stream."""

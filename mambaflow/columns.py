@@ -31,13 +31,22 @@ class Columns:
     images: UInt8[Tensor, "m pixels 3"] | None
 
     @classmethod
-    def of(cls, rows: Rows) -> "Columns":
-        """The same rows on CPU; only the index is copied."""
+    def of(cls, rows: Rows, images: bool = True) -> "Columns":
+        """The same rows on CPU, with whole images or without; only the index is copied."""
         m, p = rows.index.shape
-        images = None if rows.images is None else torch.from_numpy(rows.images).view(m, -1, 3)
-        index = torch.from_numpy(rows.index.astype(np.int32))
-        return cls(torch.from_numpy(rows.ids), index, torch.from_numpy(rows.rgb).view(m, p, 3),
-                   images)  # fmt: skip
+        whole = rows.images if images else None
+        return cls(
+            torch.from_numpy(rows.ids),
+            torch.from_numpy(rows.index.astype(np.int32)),
+            torch.from_numpy(rows.rgb).view(m, p, 3),
+            None if whole is None else torch.from_numpy(whole).view(m, -1, 3),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the rows take."""
+        columns = (self.index, self.rgb, self.images)
+        return sum(c.nbytes for c in columns if c is not None)
 
     def to(self, device: torch.device) -> "Columns":
         """The same rows on another device."""
@@ -53,15 +62,21 @@ class Columns:
         return Columns(self.ids.index_select(0, here), index, rgb, images)
 
 
-def resident(shards: ShardSet, device: torch.device) -> Columns | None:
+def resident(shards: ShardSet, device: torch.device, images: bool) -> Columns | None:
     """All rows in the memory of the GPU that trains, so that no batch has to travel; None on CPU,
-    and where they are more than memory for shards holds or a quarter of what the GPU has free."""
+    and where they are more than memory for shards holds or a quarter of what the GPU has free.
+
+    Args:
+        images: whole images too, where the shards hold them.
+    """
     if device.type != "cuda" or shards.window < len(shards):
         return None
+    rows = Columns.of(shards.rows(np.arange(len(shards))), images)
     free, _ = torch.cuda.mem_get_info(device)
-    if shards.open_bytes > free // SHARE:
+    if rows.nbytes > free // SHARE:
         return None
-    return Columns.of(shards.rows(np.arange(len(shards)))).to(device)
+    shards.forget()
+    return rows.to(device)
 
 
 def pick(images: UInt8[Tensor, "b p 3"], index: Int[Tensor, "b m"]) -> UInt8[Tensor, "b m 3"]:

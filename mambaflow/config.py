@@ -206,7 +206,8 @@ class ScaleConfig:
     """Times that lost workers are replaced before the run fails."""
     compile: Literal["off", "on", "graphs"] = "off"
     """torch.compile of the network, a minute or two at the start: on, or graphs, which also
-    records a step's kernels as CUDA graphs and needs a GPU and one number of queries."""
+    records a step's kernels as CUDA graphs and needs a GPU and one number of queries. Every node
+    needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_workers")

@@ -30,6 +30,12 @@ def needless(processor: str) -> str:
     return "" if "avx512f" in processor else "the processor has no AVX-512"
 
 
+def _loadable(path: Path) -> Path:
+    if set(" :") & set(str(path)):  # where LD_PRELOAD ends a name
+        raise NativeError(f"{path} holds a space or colon; set MAMBAFLOW_CACHE to a plain path")
+    return path
+
+
 def main() -> int:
     """Print the path of the library, built if it is not there; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -39,7 +45,7 @@ def main() -> int:
         log.info("MKL is left as it is: %s", why)
         return 0
     try:
-        sys.stdout.write(f"{build('mkl', [SOURCE], FLAGS)}\n")
+        sys.stdout.write(f"{_loadable(build('mkl', [SOURCE], FLAGS))}\n")
     except (NativeError, OSError) as error:
         log.warning("MKL is left as it is: %s", error)
     return 0

@@ -45,7 +45,8 @@ def library() -> ctypes.CDLL | None:
         return _load(build("kernels", SOURCES, FLAGS))
     except (NativeError, OSError) as error:
         log.warning(
-            "no native CPU kernels, the scan and masks fall back to slower torch code: %s", error
+            "no native CPU kernels, scan and random draws fall back to slower torch code: %s",
+            error,
         )
         return None
 

@@ -10,17 +10,25 @@ from torch import Tensor
 from mambaflow.native import NativeError, library
 
 
-def serves(item: Int[Tensor, " m"]) -> bool:
-    """Whether there are compiled kernels for these items."""
-    return item.device.type == "cpu" and library() is not None
+def serves(given: Int[Tensor, "..."]) -> bool:
+    """Whether there are compiled kernels for these items or counters."""
+    return given.device.type == "cpu" and library() is not None
+
+
+def philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "*n 4"]:
+    """As `randomness.philox`."""
+    counter = counter.long().contiguous()
+    out = torch.empty_like(counter)
+    _call("mambaflow_philox", counter, [counter.numel() // 4], key, out)
+    return out
 
 
 def words(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Int[Tensor, "m count"]:
     """As `randomness.words`, whose rules the arguments keep."""
-    out = torch.empty((len(item), count), dtype=torch.int64)
-    _call("mambaflow_words", item, [count], (seed, purpose, stream), out)
+    out = item.new_empty((len(item), count), dtype=torch.int64)
+    _call("mambaflow_words", item, [len(item), count], (seed, _code(purpose), stream), out)
     return out
 
 
@@ -28,22 +36,25 @@ def ranked(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], pixels: int, wanted: int
 ) -> Int[Tensor, "m wanted"]:
     """The places of the `wanted` smallest of each item's `pixels` words, in their order."""
-    out = torch.empty((len(item), wanted), dtype=torch.int64)
-    _call("mambaflow_rank", item, [pixels, wanted], (seed, purpose, stream), out)
+    out = item.new_empty((len(item), wanted), dtype=torch.int64)
+    draw = (seed, _code(purpose), stream)
+    _call("mambaflow_rank", item, [len(item), pixels, wanted], draw, out)
     return out
 
 
-def _call(
-    kernel: str, item: Tensor, sizes: list[int], draw: tuple[int, str, int], out: Tensor
-) -> None:
-    loaded, (seed, purpose, stream) = library(), draw
+def _code(purpose: str) -> int:
+    return zlib.crc32(purpose.encode())
+
+
+def _call(kernel: str, given: Tensor, sizes: list[int], key: tuple[int, ...], out: Tensor) -> None:
+    loaded = library()
     if loaded is None:
         raise NativeError("there are no compiled kernels here; ask serves() first")
-    item = item.long().contiguous()
+    given = given.long().contiguous()
     getattr(loaded, kernel)(
-        ctypes.c_void_p(item.data_ptr()),
-        *map(ctypes.c_int64, (len(item), *sizes)),
-        *map(ctypes.c_uint32, (seed, zlib.crc32(purpose.encode()), stream)),
+        ctypes.c_void_p(given.data_ptr()),
+        *map(ctypes.c_int64, sizes),
+        *map(ctypes.c_uint32, key),
         ctypes.c_void_p(out.data_ptr()),
-        torch.get_num_threads(),
+        max(1, min(sizes[0], torch.get_num_threads())),
     )

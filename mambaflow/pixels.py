@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambaflow import native_words
 from mambaflow.native import PLACES
-from mambaflow.randomness import words
+from mambaflow.randomness import within_words, words
 
 KEY_BITS = 10
 PLACE_BITS = (PLACES - 1).bit_length()  # of a pixel in its image: at most 256 x 256
@@ -40,6 +40,7 @@ def choose(
             f"known (={known}) + target (={target}) must be in [1, {pixels}], the pixels of an "
             f"image of size {size}; use ratios that add up to at most 1"
         )
+    within_words(seed=seed, draw=draw)
     purpose, wanted = f"mask/{split}", known + target
     if native_words.serves(ids):
         return native_words.ranked(seed, purpose, draw, ids, pixels, wanted)

@@ -22,9 +22,16 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "*n 4"]:
     """Philox4x32-10: 128 bits of counter to 128 random bits, as four words in [0, 2^32).
 
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3. The words
-    live in int64; a product of two may wrap its sign, which masking undoes.
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3.
     """
+    if native_words.serves(counter):
+        return native_words.philox(counter, key)
+    return _philox(counter, key)
+
+
+def _philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "*n 4"]:
+    """Philox by torch, on any device: words in int64, where a product of two may wrap its sign,
+    which masking undoes."""
     a, b, c, d = counter.unbind(-1)
     k0, k1 = key
     for _ in range(10):
@@ -39,6 +46,13 @@ def philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "*
     return torch.stack((a, b, c, d), -1)
 
 
+def within_words(**values: int) -> None:
+    """Refuse what a word of 32 bits cannot hold."""
+    for name, value in values.items():
+        if not 0 <= value <= _MASK:
+            raise ValueError(f"{name} (={value}) must be in [0, 2^32); use a smaller {name}")
+
+
 def words(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Int[Tensor, "m count"]:
@@ -51,9 +65,7 @@ def words(
         item: row or image numbers, 0 <= item < 2^62.
         count: words for each item.
     """
-    for name, value in (("seed", seed), ("stream", stream)):
-        if not 0 <= value <= _MASK:
-            raise ValueError(f"{name} (={value}) must be in [0, 2^32); use a smaller {name}")
+    within_words(seed=seed, stream=stream)
     if native_words.serves(item):
         return native_words.words(seed, purpose, stream, item, count)
     return _words(seed, purpose, stream, item, count)
@@ -66,7 +78,7 @@ def _words(seed: int, purpose: str, stream: int, item: Tensor, count: int) -> Te
     wide = item[:, None].expand(len(item), blocks)
     lanes = (block, wide & _MASK, wide >> 32, torch.full_like(wide, stream))
     key = (seed, zlib.crc32(purpose.encode()))
-    return philox(torch.stack(lanes, -1), key).flatten(1)[:, :count]
+    return _philox(torch.stack(lanes, -1), key).flatten(1)[:, :count]
 
 
 def uniform(

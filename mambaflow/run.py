@@ -185,7 +185,7 @@ def train(config: RunConfig, world: World) -> Outcome:
     run = at(config.storage).child(config.run_name)
     shards = ShardSet(config.data, "train")
     layout = Layout.of(shards.recipe, config.model)
-    rows = resident(shards, world.device)
+    rows = resident(shards, world.device, images=config.train.masks == "fresh")
     batches = Batches(shards, layout, config.train, world.rank, world.size, rows)
     steps = _steps(config, len(shards))
     state = TrainState(config.model, config.train, world.device)
@@ -243,7 +243,7 @@ class Worker:
 
     def train(self, batches: Batches) -> Outcome:
         """Train to the end, or until somebody asks to stop."""
-        if self.world.device.type == "cpu" or batches.resident is not None:
+        if self.world.device.type == "cpu":
             return self._train(batches)
         with contextlib.closing(Ahead(batches, self.world.device, self.steps)) as ahead:
             return self._train(ahead)

@@ -168,6 +168,11 @@ class ShardSet:
         shards = np.unique(np.searchsorted(self._ends, row_numbers, side="right"))
         self._fetcher.begin(shards[self._slots[shards] < 0].tolist(), self.capacity)
 
+    def forget(self) -> None:
+        """Give back the memory of the shards that are open; they are opened anew when needed."""
+        self._open = Rows.blank(self.capacity * self._stride, self.recipe)
+        self._slots[:] = -1
+
     def close(self) -> None:
         """Leave what was expected."""
         self._fetcher.close()

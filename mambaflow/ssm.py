@@ -186,17 +186,20 @@ def agree(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
 def fastest(u: Tensor, states: int) -> str:
     """The backend that "auto" takes for a tensor like this one, with this many states."""
     if u.is_cuda and u.dtype != torch.float64:
-        return "cuda" if _has_mamba_ssm() else _without_mamba_ssm()
+        return _on_gpu()
     return "native" if native_scan.serves(u, states=states) else "chunked"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # which torch.compile reads of a plain function alone
+def _on_gpu() -> str:
+    return "cuda" if _has_mamba_ssm() else _without_mamba_ssm()
+
+
 @cache
 def _has_mamba_ssm() -> bool:
     return importlib.util.find_spec("mamba_ssm") is not None
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _without_mamba_ssm() -> str:
     """The backend on a GPU that lacks mamba_ssm, after one warning."""

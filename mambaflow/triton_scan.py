@@ -188,10 +188,11 @@ def _scan(
     (b, n, d), s = u.shape, A.shape[1]
     y, kept = _blank(u, A, keep)
     blocks, sizes = _sizes(d, s)
-    _forward[b, blocks](
-        u, dt, A.contiguous(), B, C, D.contiguous(), u if z is None else z, y, kept, n, d, s,
-        *_strides(u, dt, B, C, z), GATED=z is not None, KEEP=keep, **sizes,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):  # Triton launches on the current device
+        _forward[b, blocks](
+            u, dt, A.contiguous(), B, C, D.contiguous(), u if z is None else z, y, kept, n, d, s,
+            *_strides(u, dt, B, C, z), GATED=z is not None, KEEP=keep, **sizes,
+        )  # fmt: skip
     return y, kept
 
 
@@ -218,11 +219,12 @@ def _gradients(
     dz = du if z is None else z.new_empty(b, n, d)
     dA, dD, scratch = A.new_empty(b, d, s), A.new_empty(b, d), A.new_empty(b, CHUNK, d, s)
     dB, dC = A.new_empty(blocks, b, n, s), A.new_empty(blocks, b, n, s)
-    _backward[b, blocks](
-        u, dt, A.contiguous(), B, C, D.contiguous(), u if z is None else z, dy.contiguous(), kept,
-        scratch, du, ddt, dA, dB, dC, dD, dz, n, d, s, *_strides(u, dt, B, C, z),
-        GATED=z is not None, **sizes,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        _backward[b, blocks](
+            u, dt, A.contiguous(), B, C, D.contiguous(), u if z is None else z, dy.contiguous(),
+            kept, scratch, du, ddt, dA, dB, dC, dD, dz, n, d, s, *_strides(u, dt, B, C, z),
+            GATED=z is not None, **sizes,
+        )  # fmt: skip
     found = [du, ddt, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0)]
     return found if z is None else [*found, dz]
 

@@ -60,6 +60,7 @@ def test_batches_from_resident_rows_are_those_from_shards(shards, masks, world):
                 assert torch.equal(getattr(plain[step], f.name), getattr(near[step], f.name))
 
 
+@pytest.mark.parametrize("images", [True, False])
 @pytest.mark.parametrize(
     ("device", "free", "held"),
     [
@@ -68,31 +69,34 @@ def test_batches_from_resident_rows_are_those_from_shards(shards, masks, world):
         ("cpu", 1000, False),
     ],
 )
-def test_rows_go_to_a_gpu_that_has_room_for_them(shards, device, free, held, monkeypatch):
-    sent = []
+def test_rows_go_to_a_gpu_that_has_room_for_them(shards, device, free, held, images, monkeypatch):
+    sent, rows = [], rows_of(RECIPE, 0, 24)
     monkeypatch.setattr(Columns, "to", lambda self, device: sent.append(device) or self)
-    room = int(free * shards.open_bytes)
+    room = int(free * (2 * rows.index.nbytes + rows.rgb.nbytes + images * rows.images.nbytes))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (room, room))
-    found = resident(shards, torch.device(device))
+    found = resident(shards, torch.device(device), images)
     assert (found is not None) == held and sent == [GPU] * held
     if held:
-        assert np.array_equal(found.images.flatten(1).numpy(), rows_of(RECIPE, 0, 24).images)
+        assert not shards.opened, "not twice in memory"
+        assert np.array_equal(found.rgb.flatten(1).numpy(), rows.rgb)
+        assert (found.images is not None) == images
+    assert np.array_equal(shards.rows(np.arange(24)).rgb, rows.rgb)
 
 
 def test_rows_that_do_not_fit_in_memory_at_once_stay_in_their_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**40, 2**40))
     row = rows_of(RECIPE, 0, 1).nbytes
     shards = ShardSet(str(published(tmp_path)), "train", memory=20 * row)
-    assert resident(shards, GPU) is None and not shards.opened
+    assert resident(shards, GPU, True) is None and not shards.opened
 
 
 @pytest.mark.parametrize("masks", ["strict", "fresh"])
 def test_a_run_on_resident_rows_learns_the_same_weights(tmp_path, masks, monkeypatch):
     data, found = small.staged(tmp_path), []
 
-    def held(shards, device):
+    def held(shards, device, images):
         found.append(device)
-        return Columns.of(shards.rows(np.arange(len(shards))))
+        return Columns.of(shards.rows(np.arange(len(shards))), images)
 
     for name in ("shards", "resident"):
         if name == "resident":

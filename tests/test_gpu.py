@@ -1,8 +1,9 @@
 """What a GPU computes is what the CPU computes. Skipped where torch sees none."""
 
+import subprocess
+import sys
 from dataclasses import fields, replace
 
-import numpy as np
 import pytest
 import small
 import torch
@@ -14,11 +15,11 @@ from mambaflow.config import ARCHITECTURES, ScaleConfig, TrainConfig
 from mambaflow.run import open_run, train
 from mambaflow.shard_set import ShardSet
 from mambaflow.storage import at
-from mambaflow.training import TrainState, compiled, fit, loss
+from mambaflow.training import TrainState, loss
 from mambaflow.world import World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def near(one: torch.Tensor, other: torch.Tensor, most: float) -> None:
@@ -50,8 +51,12 @@ def test_the_kernels_agree_with_the_cpu_forward_and_backward(kind, most, n):
 
     right = results(CPU, "auto")
     for backend in backends():
-        for found, want in zip(results(GPU, backend), right, strict=True):
-            near(found, want, most)
+        # mamba-ssm's gradients come from an output that it has rounded to bf16 before the gate.
+        loose = 4 if (backend, kind) == ("cuda", torch.bfloat16) else 1
+        found = results(GPU, backend)
+        near(found[0], right[0], most)
+        for slope_found, want in zip(found[1:], right[1:], strict=True):
+            near(slope_found, want, loose * most)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -75,7 +80,7 @@ def test_a_step_on_the_gpu_has_the_loss_and_gradients_of_the_cpu(arch, tmp_path)
 def test_rows_on_the_gpu_give_the_batches_and_noise_of_the_cpu(masks, tmp_path):
     shards = ShardSet(str(small.staged(tmp_path)), "train")
     config = TrainConfig(batch_size=8, masks=masks)
-    held = resident(shards, GPU)
+    held = resident(shards, GPU, images=masks == "fresh")
     assert held is not None and held.rgb.is_cuda
     near_one, plain = (Batches(shards, small.LAYOUT, config, 0, 1, rows) for rows in (held, None))
     for step in (0, 4, 5):
@@ -86,22 +91,51 @@ def test_rows_on_the_gpu_give_the_batches_and_noise_of_the_cpu(masks, tmp_path):
         assert torch.equal(one.noise(3).cpu(), other.noise(3))
 
 
+COMPILED = """
+import sys
+import numpy as np, torch
+from dataclasses import replace
+from mambaflow.batches import PixelBatch
+from mambaflow.config import ARCHITECTURES, TrainConfig
+from mambaflow.training import TrainState, compiled, fit
+
+small = dict(d_model=64, num_layers=2, num_heads=4, frequencies=8, mlp_ratio=2)
+train = TrainConfig(batch_size=8, lr=1e-3)
+generator = torch.Generator().manual_seed(0)
+xy, rgb = (torch.rand(8, 60, c, generator=generator) for c in (2, 3))
+batch = PixelBatch(xy[:, :30], rgb[:, :30], xy[:, 30:], rgb[:, 30:], torch.arange(8)).to("cuda")
+
+class Same:
+    def __getitem__(self, step):
+        return batch
+
+losses = []
+for how in ("off", sys.argv[1]):
+    state = TrainState(replace(ARCHITECTURES["v2"], **small), train, torch.device("cuda", 0))
+    forward = compiled(state.model, how)
+    losses.append([p.loss.item() for p in fit(state, Same(), train, 12, forward)])
+assert np.allclose(*losses, rtol=1e-3), losses
+counters = torch._dynamo.utils.counters
+assert counters["inductor"]["cudagraph_skips"] == 0, counters
+print(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+"""
+
+
 @pytest.mark.parametrize("how", ["on", "graphs"])
-def test_compiled_steps_learn_what_plain_ones_learn(how, tmp_path):
-    shards = ShardSet(str(small.staged(tmp_path)), "train")
-    losses = []
-    for way in ("off", how):
-        state = TrainState(small.MODEL, small.FIT, GPU)
-        batches = Batches(shards, small.LAYOUT, small.FIT, 0, 1, resident(shards, GPU))
-        forward = compiled(state.model, way)
-        steps = fit(state, batches, small.FIT, 20, forward)
-        losses.append([progress.loss.item() for progress in steps])
-    assert np.allclose(*losses, rtol=1e-2)
+def test_compiled_steps_learn_what_plain_ones_learn(how):
+    """In a process of its own: the checks of shapes break graphs."""
+    done = subprocess.run([sys.executable, "-c", COMPILED, how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    graphs, breaks = map(int, done.stdout.split())
+    assert graphs >= 1 and (ssm._has_mamba_ssm() or (graphs, breaks) == (1, 0))
 
 
-def test_a_run_trains_scores_and_resumes_on_the_gpu(tmp_path):
+def test_a_run_on_the_gpu_ends_and_a_longer_one_resumes_from_it(tmp_path):
     config = small.run_config(small.staged(tmp_path), tmp_path / "runs", "gpu")
     config = replace(config, scale=ScaleConfig(ray=False, use_gpu=True))
-    open_run(config)
-    assert train(config, World(0, 1, GPU)).status == "finished"
+    for epochs, resume in ((small.FIT.epochs, False), (small.FIT.epochs + 1, True)):
+        longer = replace(config, resume=resume, train=replace(config.train, epochs=epochs))
+        open_run(longer)
+        outcome = train(longer, World(0, 1, GPU))
+        assert (outcome.status, outcome.step) == ("finished", epochs * small.STEPS // 4)
     assert at(tmp_path / "runs").child("gpu").exists("report/results.json")

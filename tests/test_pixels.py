@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mambaflow import native_words
@@ -79,12 +79,25 @@ def test_a_mask_is_the_stable_argsort_of_the_words_of_its_image(seed, id, size):
 
 @pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
 @given(seed=SEED, sizes=counts(), ids=st.lists(st.integers(0, 2**50), max_size=40))
+@example(seed=1, sizes=(256, 13107, 13107), ids=[0, 5])
+@example(seed=1, sizes=(256, 1, 2**16 - 1), ids=[0, 5])
 def test_compiled_ranks_are_those_of_a_stable_sort(seed, sizes, ids):
     size, known, target = sizes
     item, wanted = torch.tensor(ids, dtype=torch.int64), known + target
     compiled = native_words.ranked(seed, "mask", 3, item, size * size, wanted)
     drawn = words(seed, "mask", 3, item, size * size)
     assert torch.equal(compiled, drawn.argsort(dim=-1, stable=True)[:, :wanted])
+    assert torch.equal(compiled, _ranked(drawn)[:, :wanted])
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
+def test_compiled_ranks_are_right_where_fewer_words_than_usual_are_small():
+    """The limit that sorts out large words is three deviations off: some of many cross it."""
+    item, pixels, wanted = torch.arange(20_000), 64, 26
+    drawn = words(0, "mask", 0, item, pixels)
+    share = (wanted + 3 * (wanted * (pixels - wanted) / pixels) ** 0.5) / pixels
+    assert ((drawn < share * 2**32).sum(1) < wanted).any()
+    compiled = native_words.ranked(0, "mask", 0, item, pixels, wanted)
     assert torch.equal(compiled, _ranked(drawn)[:, :wanted])
 
 
@@ -113,6 +126,13 @@ def test_every_pixel_is_known_equally_often():
 def test_masks_that_cannot_be_are_refused(size, known, target, message):
     with pytest.raises(ValueError, match=message):
         choose(0, "train", torch.arange(2), size, known, target)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 2**32), ("seed", -1), ("draw", 2**32)])
+def test_a_seed_or_draw_beyond_32_bits_is_refused_by_name(name, value):
+    given = {"seed": 0, "draw": 0} | {name: value}
+    with pytest.raises(ValueError, match=rf"{name} \(={value}\) must be in \[0, 2\^32\)"):
+        choose(given["seed"], "train", torch.arange(2), 4, 2, 2, draw=given["draw"])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 32, 64])

@@ -11,7 +11,7 @@ from scipy import stats
 
 from mambaflow import native_words
 from mambaflow.native import library
-from mambaflow.randomness import _words, normal, philox, uniform, words
+from mambaflow.randomness import _philox, _words, normal, philox, uniform, words
 
 # Random123, kat_vectors: philox4x32, 10 rounds.
 VECTORS = [
@@ -30,11 +30,13 @@ def integers(text):
     return [int(word, 16) for word in text.split()]
 
 
+WAYS = [philox, _philox]  # compiled, where there is a compiler; and by torch
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
-def test_philox_gives_the_published_vectors(counter, key, expected):
-    assert philox(torch.tensor(integers(counter)), tuple(integers(key))).tolist() == integers(
-        expected
-    )
+def test_philox_gives_the_published_vectors(counter, key, expected, way):
+    assert way(torch.tensor(integers(counter)), tuple(integers(key))).tolist() == integers(expected)
 
 
 def by_hand(counter, key):
@@ -47,9 +49,14 @@ def by_hand(counter, key):
     return [a, b, c, d]
 
 
-@given(counter=st.lists(WORD, min_size=4, max_size=4), key=st.tuples(WORD, WORD))
-def test_philox_equals_arithmetic_without_overflow(counter, key):
-    assert philox(torch.tensor(counter), key).tolist() == by_hand(counter, key)
+COUNTER = st.lists(WORD, min_size=4, max_size=4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(counters=st.lists(COUNTER, min_size=1, max_size=70), key=st.tuples(WORD, WORD))
+@settings(max_examples=50)
+def test_philox_equals_arithmetic_without_overflow(counters, key, way):
+    assert way(torch.tensor(counters), key).tolist() == [by_hand(c, key) for c in counters]
 
 
 @given(
@@ -67,7 +74,7 @@ def test_words_depend_on_their_own_item_alone(items, count, seed):
 
 @pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
 @given(
-    items=st.lists(st.integers(0, 2**62 - 1), max_size=40),
+    items=st.lists(st.integers(-(2**62), 2**62 - 1), max_size=40),
     count=st.sampled_from([1, 2, 4, 5, 127, 128, 129, 1024]),
     seed=WORD,
     purpose=st.text(max_size=8),

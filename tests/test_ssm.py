@@ -7,6 +7,7 @@ gradients drown in it.
 """
 
 import importlib.util
+import subprocess
 import sys
 import weakref
 from types import ModuleType
@@ -591,3 +592,17 @@ def test_the_native_operators_are_what_they_tell_torch(gated, keep):
 LIGHT = ("test_schema", "test_autograd_registration", "test_faketensor")
 # Gradients need the states that only `keep` keeps.
 CHECKS = {True: (*LIGHT, "test_aot_dispatch_static"), False: LIGHT}
+
+
+CHOICE = """
+import torch
+from mambaflow import ssm
+whole = torch.compile(lambda x: x + len(ssm._on_gpu()), backend="eager", fullgraph=True)
+print(int(whole(torch.zeros(()))), int(whole(torch.zeros(2))[0]), len(ssm._on_gpu()))
+"""
+
+
+def test_the_choice_of_a_gpus_backend_is_a_constant_to_torch_compile():
+    done = subprocess.run([sys.executable, "-c", CHOICE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(set(done.stdout.split())) == 1 and done.stderr.count("mamba_ssm is not") <= 1

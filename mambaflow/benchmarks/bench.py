@@ -68,6 +68,14 @@ class BenchmarkConfig:
             self.device == "cpu" or torch.cuda.is_available(),
             f"device (={self.device!r}) is not here: torch sees no GPU; use --device cpu",
         )
+        require(
+            self.compile == "off" or self.what == "step",
+            f"compile (={self.compile!r}) is for --what step; leave it out with {self.what}",
+        )
+        require(
+            self.compile != "graphs" or self.device == "cuda",
+            "compile (='graphs') needs a GPU; use --device cuda, or --compile on",
+        )
         training = Path(self.reference) / REFERENCE[self.arch]
         require(
             self.what != "reference" or (bool(self.reference) and training.is_file()),
