@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambaflow.native import CHUNK, LANES, MAX_STATES, MAX_TAPS, NativeError, library
+from mambaflow.scan_operator import blank_gradients, keep_first, scan_operator
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
@@ -125,17 +126,18 @@ def _shape(numbers: list[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _blank(u: Tensor, states: int, keep: bool) -> tuple[Tensor, Tensor]:
+def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """Room for the output and, where `keep`, for the states at the start of every chunk."""
-    b, n, d = u.shape
-    kept = (b, -(-n // CHUNK), -(-d // LANES), states, LANES) if keep else (0,)
+    (b, n, d), s = u.shape, A.shape[1]
+    kept = (b, -(-n // CHUNK), -(-d // LANES), s, LANES) if keep else (0,)
     return u.new_empty(b, n, d), u.new_empty(kept)
 
 
 def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor]:
     """The output, and what is kept of the states."""
     (b, n, d), s = u.shape, A.shape[1]
-    y, kept = _blank(u, s, keep)
+    A, D = A.contiguous(), D.contiguous()
+    y, kept = _blank(u, A, keep)
     shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
     given = [_pointer(x) for x in (u, dt, A, B, C, D, z, y, kept if keep else None)]
     _kernels().mambaflow_scan_forward(shape, *given, torch.get_num_threads())
@@ -178,104 +180,38 @@ def _conv_backward(x, weight, bias, dy, dx) -> tuple[Tensor, Tensor]:
     return dweight.sum(0), dbias.sum(0)
 
 
-@torch.library.custom_op("mambaflow::scan", mutates_args=())
-def _scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    return _scan_forward(u, dt, A.contiguous(), B, C, D.contiguous(), z, keep)
+def _scan_gradients(dy, kept, u, dt, A, B, C, D, z) -> list[Tensor]:
+    dz = None if z is None else u.new_empty(u.shape)
+    found = _scan_backward(u, dt, A.contiguous(), B, C, D.contiguous(), z, kept, dy, dz)
+    return [*found] if dz is None else [*found, dz]
 
 
-@_scan.register_fake
-def _(u, dt, A, B, C, D, z, keep):
-    return _blank(u, A.shape[1], keep)
+_scan = scan_operator("scan", _scan_forward, _scan_gradients, _blank)
 
 
-@torch.library.custom_op("mambaflow::scan_backward", mutates_args=())
-def _scan_gradients(
-    dy: Tensor,
-    kept: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-) -> list[Tensor]:
-    dz = torch.empty_like(u, memory_format=torch.contiguous_format)
-    found = _scan_backward(
-        u, dt, A.contiguous(), B, C, D.contiguous(), z, kept, dy, None if z is None else dz
-    )
-    return [*found] if z is None else [*found, dz]
-
-
-@_scan_gradients.register_fake
-def _(dy, kept, *inputs):
-    return [x.new_empty(x.shape) for x in inputs if x is not None]
-
-
-def _keep_scan(ctx, inputs, output) -> None:
-    *given, _ = inputs
-    _, kept = output
-    ctx.save_for_backward(kept, *given)
-    _only_first(ctx, output)
-
-
-def _through_scan(ctx, dy, _):
-    found = _scan_gradients(dy, *ctx.saved_tensors)
-    return *found, *[None] * (8 - len(found))
-
-
-_scan.register_autograd(_through_scan, setup_context=_keep_scan)
-
-
-@torch.library.custom_op("mambaflow::conv", mutates_args=())
-def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _conv_forward(x, weight, bias)
-
-
-@_conv.register_fake
-def _(x, weight, bias):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("mambaflow::conv_backward", mutates_args=())
-def _conv_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _conv_gradients(dy, x, weight, bias) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape)
     return dx, *_conv_backward(x, weight, bias, dy, dx)
 
 
-@_conv_gradients.register_fake
-def _(dy, *inputs):
-    return tuple(x.new_empty(x.shape) for x in inputs)
-
-
+CONV = "Tensor x, Tensor weight, Tensor bias"
+_conv = torch.library.custom_op(
+    "mambaflow::conv", _conv_forward, mutates_args=(), schema=f"({CONV}) -> Tensor"
+)
+_through_conv = torch.library.custom_op(
+    "mambaflow::conv_backward", _conv_gradients, mutates_args=(),
+    schema=f"(Tensor dy, {CONV}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+_conv.register_fake(lambda x, weight, bias: x.new_empty(x.shape))
+_through_conv.register_fake(lambda dy, *inputs: tuple(blank_gradients(*inputs)))
 _conv.register_autograd(
-    lambda ctx, dy: _conv_gradients(dy, *ctx.saved_tensors),
+    lambda ctx, dy: _through_conv(dy, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
-@torch.library.custom_op("mambaflow::inner", mutates_args=())
-def _inner(
-    xz: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    to_ranks: Tensor,
-    to_dt: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    keep: bool,
+def _inner_forward(
+    xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and what its backward pass needs of the way there."""
     x, z = xz.chunk(2, -1)
@@ -287,28 +223,8 @@ def _inner(
     return y, kept, u, ranks, dt
 
 
-@_inner.register_fake
-def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
-    u = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-    ranks = xz.new_empty(*xz.shape[:2], to_ranks.shape[0])
-    return *_blank(u, A.shape[1], keep), u, ranks, torch.empty_like(u)
-
-
-@torch.library.custom_op("mambaflow::inner_backward", mutates_args=())
 def _inner_gradients(
-    dy: Tensor,
-    kept: Tensor,
-    u: Tensor,
-    ranks: Tensor,
-    dt: Tensor,
-    xz: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    to_ranks: Tensor,
-    to_dt: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
+    dy, kept, u, ranks, dt, xz, weight, bias, to_ranks, to_dt, dt_bias, A, D
 ) -> list[Tensor]:
     """The gradients written where they are wanted, not joined and added later."""
     dxz = xz.new_empty(xz.shape)
@@ -322,24 +238,28 @@ def _inner_gradients(
     return [dxz, dweight, dbias, dranks.t() @ u, ddt.t() @ low, ddt.sum(0), dA, dD]
 
 
-@_inner_gradients.register_fake
-def _(dy, kept, u, ranks, dt, *inputs):
-    return [x.new_empty(x.shape) for x in inputs]
+INNER = (
+    "Tensor xz, Tensor weight, Tensor bias, Tensor to_ranks, Tensor to_dt, Tensor dt_bias, "
+    "Tensor A, Tensor D"
+)
+_inner = torch.library.custom_op(
+    "mambaflow::inner", _inner_forward, mutates_args=(),
+    schema=f"({INNER}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+_through_inner = torch.library.custom_op(
+    "mambaflow::inner_backward", _inner_gradients, mutates_args=(),
+    schema=f"(Tensor dy, Tensor kept, Tensor u, Tensor ranks, Tensor dt, {INNER}) -> Tensor[]",
+)  # fmt: skip
 
 
-def _keep_inner(ctx, inputs, output) -> None:
-    *given, _ = inputs
-    ctx.save_for_backward(*output[1:], *given)
-    _only_first(ctx, output)
+@_inner.register_fake
+def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
+    u = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+    ranks = xz.new_empty(*xz.shape[:2], to_ranks.shape[0])
+    return *_blank(u, A, keep), u, ranks, torch.empty_like(u)
 
 
-def _only_first(ctx, output) -> None:
-    """The first output alone has a gradient; nothing is made of zeros for the others."""
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
+_through_inner.register_fake(lambda dy, kept, u, ranks, dt, *inputs: blank_gradients(*inputs))
 _inner.register_autograd(
-    lambda ctx, dy, *_: (*_inner_gradients(dy, *ctx.saved_tensors), None),
-    setup_context=_keep_inner,
+    lambda ctx, dy, *_: (*_through_inner(dy, *ctx.saved_tensors), None), setup_context=keep_first
 )

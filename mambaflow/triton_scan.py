@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from mambaflow.scan_operator import scan_operator
+
 CHUNK = 32
 NUMBERS = 512  # of state in a program, 16 a thread: twice as many would not stay in registers
 
@@ -174,17 +176,7 @@ def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return u.new_empty(b, n, d), A.new_empty((b, -(-n // CHUNK), d, s) if keep else (0,))
 
 
-@torch.library.custom_op("mambaflow::triton_scan", mutates_args=())
-def _scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _scan_forward(u, dt, A, B, C, D, z, keep) -> tuple[Tensor, Tensor]:
     (b, n, d), s = u.shape, A.shape[1]
     y, kept = _blank(u, A, keep)
     blocks, sizes = _sizes(d, s)
@@ -196,23 +188,7 @@ def _scan(
     return y, kept
 
 
-@_scan.register_fake
-def _(u, dt, A, B, C, D, z, keep):
-    return _blank(u, A, keep)
-
-
-@torch.library.custom_op("mambaflow::triton_scan_backward", mutates_args=())
-def _gradients(
-    dy: Tensor,
-    kept: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-) -> list[Tensor]:
+def _scan_backward(dy, kept, u, dt, A, B, C, D, z) -> list[Tensor]:
     (b, n, d), s = u.shape, A.shape[1]
     blocks, sizes = _sizes(d, s)
     du, ddt = u.new_empty(b, n, d), dt.new_empty(b, n, d)
@@ -229,20 +205,4 @@ def _gradients(
     return found if z is None else [*found, dz]
 
 
-@_gradients.register_fake
-def _(dy, kept, *inputs):
-    return [x.new_empty(x.shape) for x in inputs if x is not None]
-
-
-def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output[1], *inputs[:-1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _through(ctx, dy, _):
-    found = _gradients(dy, *ctx.saved_tensors)
-    return *found, *[None] * (8 - len(found))
-
-
-_scan.register_autograd(_through, setup_context=_keep)
+_scan = scan_operator("triton_scan", _scan_forward, _scan_backward, _blank)

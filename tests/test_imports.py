@@ -14,6 +14,7 @@ LEVELS = [
     {
         "config",
         "native",
+        "scan_operator",
         "samplers",
         "metrics",
         "report",

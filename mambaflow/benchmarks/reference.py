@@ -6,7 +6,7 @@ reference's turn, and lets our step run when it is ours. Nothing of that reposit
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import io
 import subprocess
 import sys
@@ -42,8 +42,8 @@ THEIRS = "reference"
 
 @contextlib.contextmanager
 def guest(folder: Path) -> Iterator[None]:
-    """Imports that leave no trace: the search path, the modules and the folder stay as they were,
-    so that `core` of one checkout is not taken for that of the next."""
+    """Imports that leave no trace: the search path, to which these scripts add, the modules and the
+    folder are as before, so that `core` of one checkout is not taken for that of the next."""
     path, known, silent = sys.path[:], set(sys.modules), sys.dont_write_bytecode
     sys.dont_write_bytecode = True
     try:
@@ -62,11 +62,12 @@ def load(folder: Path, arch: str) -> tuple[Callable[..., nn.Module], Callable[..
     Raises:
         ValueError: they cannot be imported, or are called otherwise.
     """
-    file = folder / REFERENCE[arch]
+    spec = importlib.util.spec_from_file_location(f"reference_{arch}", folder / REFERENCE[arch])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     with guest(folder):
-        sys.path.insert(0, str(file.parent))
         try:
-            module = importlib.import_module(file.stem)
+            spec.loader.exec_module(module)
             return getattr(module, MODEL[arch]), getattr(module, TRAIN)
         except (ImportError, AttributeError) as error:
             raise ValueError(
