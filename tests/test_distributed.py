@@ -327,6 +327,8 @@ def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     resumed, workers = starts(job, output, 2)[1]
     assert workers == 1 and saved[-1] <= resumed < steps
 
+    # The one left goes on by itself, however slow the machine, before there are two again.
+    wait_for(lambda: max(checkpoint.saved_steps(at(runs / "elastic"))) > resumed)
     came = add_node(growing)
     grown, workers = starts(job, output, 3)[2]
     assert workers == 2 and resumed < grown < steps
