@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambaflow.products import Linear
+
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 
 
@@ -46,7 +48,7 @@ class TimeEmbedding(nn.Module):
         rates = scale * torch.exp(-math.log(10_000) * torch.arange(half) / max(half - 1, 1))
         self.rates: Tensor
         self.register_buffer("rates", rates, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(2 * half, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
         phase = t[:, None] * self.rates
@@ -89,12 +91,12 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, windows: bool) -> None:
         super().__init__()
         self.heads, self.windows = heads, windows
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.out = Linear(width, width)
         if windows:
             self.log_width = nn.Parameter(torch.linspace(math.log(0.02), math.log(0.3), heads))
-            self.colours = nn.Linear(3 * heads, width, bias=False)
+            self.colours = Linear(3 * heads, width, bias=False)
 
     def keys(
         self,
@@ -170,7 +172,7 @@ class Surroundings(nn.Module):
         super().__init__()
         self.log_width = nn.Parameter(torch.linspace(math.log(0.02), math.log(0.3), windows))
         self.log_ridge = nn.Parameter(torch.full((windows,), math.log(0.3)))
-        self.features = nn.Linear(11 * windows, width)
+        self.features = Linear(11 * windows, width)
 
     def forward(
         self,
@@ -225,8 +227,8 @@ class Smoother(nn.Module):
     def __init__(self, width: int, windows: int) -> None:
         super().__init__()
         self.surroundings = Surroundings(width, windows)
-        self.gate = nn.Linear(width, windows)
-        self.correction = nn.Linear(width, 3)
+        self.gate = Linear(width, windows)
+        self.correction = Linear(width, 3)
         nn.init.zeros_(self.correction.weight)
         nn.init.zeros_(self.correction.bias)
 
@@ -251,7 +253,7 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, sublayers: int, blocks: int) -> None:
         super().__init__()
-        self.map = nn.Linear(width, 3 * sublayers * width)
+        self.map = Linear(width, 3 * sublayers * width)
         self.table = nn.Parameter(torch.zeros(blocks, sublayers, 3, width))
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)
@@ -266,7 +268,7 @@ class Modulation(nn.Module):
 def mlp(width: int, ratio: int) -> nn.Sequential:
     """Two layers, `ratio` times as wide between them."""
     return nn.Sequential(
-        nn.Linear(width, ratio * width), nn.GELU("tanh"), nn.Linear(ratio * width, width)
+        Linear(width, ratio * width), nn.GELU("tanh"), Linear(ratio * width, width)
     )
 
 

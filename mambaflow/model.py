@@ -21,6 +21,7 @@ from mambaflow.layers import (
     mlp,
 )
 from mambaflow.pixels import curve_key
+from mambaflow.products import Linear
 from mambaflow.ssm import Mamba
 
 Velocity = Callable[[Float[Tensor, "b n 3"], Float[Tensor, " b"]], Float[Tensor, "b n 3"]]
@@ -71,7 +72,7 @@ class Encoder(nn.Module):
         self.forward_stack = ScanStack(config, layers // 2 if self.bidirectional else layers)
         if self.bidirectional:
             self.backward_stack = ScanStack(config, layers // 2)
-            self.join = nn.Linear(2 * width, width)
+            self.join = Linear(2 * width, width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -186,16 +187,16 @@ class VelocityField(nn.Module):
         width = config.d_model
         self.config = config
         self.features = FourierFeatures(config.frequencies, config.max_frequency)
-        self.embed_known = nn.Linear(self.features.width + 3, width)
-        self.embed_query = nn.Linear(self.features.width, width)
-        self.embed_colour = nn.Linear(3, width, bias=False)
+        self.embed_known = Linear(self.features.width + 3, width)
+        self.embed_query = Linear(self.features.width, width)
+        self.embed_colour = Linear(3, width, bias=False)
         self.time = TimeEmbedding(width, config.time_scale)
         if config.surroundings:
             self.surroundings = Surroundings(width, config.num_heads)
         self.encoder = Encoder(config)
         self.readout = READOUTS[config.readout](config)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 3)
+        self.head = Linear(width, 3)
         if config.start == "gaussian":
             self.smoother = Smoother(width, config.num_heads)
             self.log_variance = nn.Parameter(torch.tensor(math.log(INITIAL_ERROR_VARIANCE)))

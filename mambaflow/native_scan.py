@@ -4,11 +4,11 @@ torch.compile, which looks into neither."""
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambaflow.native import CHUNK, LANES, MAX_STATES, MAX_TAPS, NativeError, library
+from mambaflow.products import across, product
 from mambaflow.scan_operator import blank_gradients, keep_first, scan_operator
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -216,9 +216,9 @@ def _inner_forward(
     """The output, and what its backward pass needs of the way there."""
     x, z = xz.chunk(2, -1)
     u = _conv_forward(x, weight, bias)
-    ranks = F.linear(u, to_ranks)
+    ranks = product(u, to_ranks, None)
     low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
-    dt = F.linear(low, to_dt, dt_bias)
+    dt = product(low, to_dt, dt_bias)
     y, kept = _scan_forward(u, dt, A, B, C, D, z, keep)
     return y, kept, u, ranks, dt
 
@@ -232,10 +232,10 @@ def _inner_gradients(
     low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
     du, ddt, dA, dB, dC, dD = _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz)
     du, ddt, u, low = (v.flatten(0, 1) for v in (du, ddt, u, low))
-    dranks = torch.cat((ddt @ to_dt, dB.flatten(0, 1), dC.flatten(0, 1)), -1)
-    du.addmm_(dranks, to_ranks)
+    dranks = torch.cat((product(ddt, to_dt.t(), None), dB.flatten(0, 1), dC.flatten(0, 1)), -1)
+    du += product(dranks, to_ranks.t(), None)
     dweight, dbias = _conv_backward(x, weight, bias, du, dx)
-    return [dxz, dweight, dbias, dranks.t() @ u, ddt.t() @ low, ddt.sum(0), dA, dD]
+    return [dxz, dweight, dbias, across(dranks, u), across(ddt, low), ddt.sum(0), dA, dD]
 
 
 INNER = (

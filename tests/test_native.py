@@ -236,7 +236,7 @@ def test_a_wheel_brings_the_source_and_builds_from_it(machine):
         pytest.skip(f"no wheel can be made here (no hatchling, no network): {made.stderr[-300:]}")
     (wheel,) = machine.folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
-        assert {f"mambaflow/csrc/{name}.cpp" for name in ("scan", "words", "mkl")} <= set(
+        assert {f"mambaflow/csrc/{name}.cpp" for name in ("scan", "words")} <= set(
             packed.namelist()
         )
         packed.extractall(machine.folder / "site")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, against, device_name, race
 from mambaflow.config import ARCHITECTURES
+from mambaflow.products import linear
 from mambaflow.report import Table
 from mambaflow.ssm import Mamba, fastest, selective_scan
 
@@ -56,7 +57,8 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     factors = [x for x, _ in gemms] + [layer.weight for _, layer in gemms]
     best = fastest(inputs[0], model.d_state)
     works: dict[str, tuple[Callable[[], list[Tensor]], list[Tensor]]] = {
-        "block's matrix products": (lambda: [x @ m.weight.t() for x, m in gemms], factors),
+        "block's matrix products": (lambda: [linear(x, m.weight) for x, m in gemms], factors),
+        "the same by torch alone": (lambda: [x @ m.weight.t() for x, m in gemms], factors),
         "whole block": (lambda: [block(tokens)], [tokens, *block.parameters()]),
     }
     others = ["triton"] if best == "cuda" else []  # what serves where mamba-ssm is not installed

@@ -10,6 +10,7 @@ from mambaflow.batches import PixelBatch
 from mambaflow.benchmarks.bench import (
     BenchmarkConfig,
     Fixed,
+    Work,
     device_name,
     race,
     random_batch,
@@ -17,6 +18,7 @@ from mambaflow.benchmarks.bench import (
 )
 from mambaflow.config import ARCHITECTURES
 from mambaflow.model import parameters
+from mambaflow.products import large, product
 from mambaflow.report import Table
 from mambaflow.training import Progress, TrainState, compiled, fit
 
@@ -33,6 +35,7 @@ def _between(xz: Size, conv: Size, bias: Size, to_ranks: Size, to_dt: Size, *_: 
 INSIDE: dict[object, Callable[..., int]] = {
     torch.ops.mambaflow.inner: lambda *shapes, **_: _between(*shapes),
     torch.ops.mambaflow.inner_backward: lambda *shapes, **_: 2 * _between(*shapes[5:]),
+    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
 }
 
 
@@ -45,6 +48,18 @@ def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig)
     return counter.get_total_flops()
 
 
+def products(config: BenchmarkConfig) -> tuple[dict[str, Work], int]:
+    """Products of two large matrices, and their FLOPs: torch's own, and where it is another on
+    this machine, that of our layers. The faster is the floor's."""
+    kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    side = 8192 if config.device == "cuda" else 2048  # a GPU does 2048 in the time of a launch
+    a, b = (torch.randn(side, side, device=config.device, dtype=kind) for _ in range(2))
+    works: dict[str, Work] = {"torch's product": lambda: a @ b}
+    if large(a, b):
+        works["oneDNN's product"] = lambda: product(a, b, None)
+    return works, 2 * side**3
+
+
 def measure(config: BenchmarkConfig) -> list[Table]:
     """A training step, its parts by profiler, and its floor: FLOPs over the GEMM rate."""
     batch = random_batch(config, config.queries)
@@ -52,19 +67,15 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     flops = counted_flops(state, batch, config)
     forward = compiled(state.model, config.compile)
     steps = fit(state, Fixed(batch), step_config(config), 10**9, forward)
-    kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    side = 8192 if config.device == "cuda" else 2048  # a GPU does 2048 in the time of a launch
-    a, b = (torch.randn(side, side, device=config.device, dtype=kind) for _ in range(2))
-    times = race(
-        {"step": lambda: next(steps), "gemm": lambda: a @ b}, config.repeats, config.device
-    )
-    rate = 2 * side**3 / times["gemm"]
+    rivals, size = products(config)
+    times = race({"step": lambda: next(steps)} | rivals, config.repeats, config.device)
+    rate, best = max((size / times[name], name) for name in rivals)
     rows = [
         ["samples/s", f"{config.batch_size / times['step']:.1f}"],
         ["step, ms", f"{1e3 * times['step']:.1f}"],
         ["FLOPs of a step, G", f"{flops / 1e9:.1f}"],
-        ["GEMM rate, GFLOP/s", f"{rate / 1e9:.0f}"],
-        ["floor, ms", f"{1e3 * flops / rate:.1f}"],
+        *[[f"GFLOP/s of {name}", f"{size / times[name] / 1e9:.0f}"] for name in rivals],
+        [f"floor by {best}, ms", f"{1e3 * flops / rate:.1f}"],
         ["step / floor", f"{times['step'] * rate / flops:.2f}"],
         ["parameters", f"{parameters(state.model):,}"],
     ]
