@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mambaflow.attention import Attention, Keys
 from mambaflow.config import ModelConfig
 from mambaflow.layers import (
-    Attention,
     FourierFeatures,
-    Keys,
     Modulation,
     PerceiverBlock,
     Smoother,

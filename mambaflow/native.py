@@ -18,9 +18,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
 from filelock import FileLock
+from torch import Tensor
 
-SOURCES = [Path(__file__).parent / "csrc" / name for name in ("scan.cpp", "words.cpp")]
+CSRC = Path(__file__).parent / "csrc"
+SOURCES = [CSRC / name for name in ("scan.cpp", "attention.cpp", "words.cpp")]
+HEADERS = [CSRC / "vectors.h"]
 FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-std=c++17", "-shared", "-fPIC",
@@ -42,13 +46,52 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("MAMBAFLOW_NATIVE") == "0":
         return None
     try:
-        return _load(build("kernels", SOURCES, FLAGS))
+        return _load(build("kernels", SOURCES, HEADERS, FLAGS))
     except (NativeError, OSError) as error:
         log.warning(
-            "no native CPU kernels, scan and random draws fall back to slower torch code: %s",
+            "no native CPU kernels; scan, attention and draws fall back to slower torch code: %s",
             error,
         )
         return None
+
+
+@torch.compiler.assume_constant_result
+def built() -> bool:
+    """Whether there are compiled kernels, which torch.compile may take for settled."""
+    return library() is not None
+
+
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        NativeError: there are none.
+    """
+    loaded = library()
+    if loaded is None:
+        raise NativeError("the compiled kernels are not built here; use backend='auto'")
+    return loaded
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """Where the kernels find a tensor; null for none."""
+    return ctypes.c_void_p(0 if x is None else x.data_ptr())
+
+
+def numbers(given: list[int]) -> ctypes.Array:
+    """Sizes and strides, as the kernels read them."""
+    return (ctypes.c_int64 * len(given))(*given)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Float32, last dimension dense; rows may be part of wider ones."""
+    x = x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def wanted(*inputs: Tensor | None) -> bool:
+    """Whether a backward pass may come, for which something must be kept."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def cache_folder() -> Path:
@@ -77,7 +120,7 @@ def _processor() -> str:
     return "\n".join(sorted(set(named))) or platform.processor()
 
 
-def build(kind: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
+def build(kind: str, sources: list[Path], headers: list[Path], flags: tuple[str, ...]) -> Path:
     """The shared library of these sources, built if it is not there.
 
     Raises:
@@ -86,7 +129,7 @@ def build(kind: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
     """
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
-    texts = [path.read_text() for path in sources]
+    texts = [path.read_text() for path in (*sources, *headers)]
     parts = (*texts, version.stdout, " ".join(flags), _processor(), platform.machine())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     name, command = f"{kind}-{key}.so", [cxx, *flags, *map(str, sources), "-o"]

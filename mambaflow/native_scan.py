@@ -7,7 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mambaflow.native import CHUNK, LANES, MAX_STATES, MAX_TAPS, NativeError, library
+from mambaflow.native import (
+    CHUNK,
+    LANES,
+    MAX_STATES,
+    MAX_TAPS,
+    built,
+    dense,
+    kernels,
+    numbers,
+    pointer,
+    wanted,
+)
 from mambaflow.products import across, product
 from mambaflow.scan_operator import blank_gradients, keep_first, scan_operator
 
@@ -18,12 +29,7 @@ GROUPS = 16  # images x groups of channels in the backward pass: enough to share
 def serves(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
     """Whether there are compiled kernels for this: on CPU, not double, within their sizes."""
     fits = states <= MAX_STATES and taps <= MAX_TAPS
-    return x.device.type == "cpu" and x.dtype in KINDS and fits and _built()
-
-
-@torch.compiler.assume_constant_result
-def _built() -> bool:
-    return library() is not None
+    return x.device.type == "cpu" and x.dtype in KINDS and fits and built()
 
 
 def scan(
@@ -42,8 +48,8 @@ def scan(
     """
     within("states of A", A.shape[-1], MAX_STATES)
     check(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
-    given = [None if x is None else _dense(x) for x in (u, dt, A, B, C, D, z)]
-    return _scan(*given, _wanted(*given))[0].to(u.dtype)
+    given = [None if x is None else dense(x) for x in (u, dt, A, B, C, D, z)]
+    return _scan(*given, wanted(*given))[0].to(u.dtype)
 
 
 def conv(
@@ -57,7 +63,7 @@ def conv(
     within("taps of weight", weight.shape[-1], MAX_TAPS)
     check(x=x, weight=weight, bias=bias)
     turned = weight.squeeze(1).t().float().contiguous()
-    return _conv(_dense(x), turned, bias.float().contiguous()).to(x.dtype)
+    return _conv(dense(x), turned, bias.float().contiguous()).to(x.dtype)
 
 
 def inner(
@@ -77,7 +83,7 @@ def inner(
     given = xz, weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
     names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
     check(**dict(zip(names, given, strict=True)))
-    return _inner(*given, _wanted(*given))[0]
+    return _inner(*given, wanted(*given))[0]
 
 
 def within(what: str, number: int, most: int) -> None:
@@ -96,34 +102,8 @@ def check(**tensors: Tensor | None) -> None:
             )
 
 
-def _kernels() -> ctypes.CDLL:
-    loaded = library()
-    if loaded is None:
-        raise NativeError("backend 'native' is not built here; use backend='auto'")
-    return loaded
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Float32, last dimension dense; rows may be part of wider ones."""
-    x = x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _wanted(*inputs: Tensor | None) -> bool:
-    """Whether a backward pass may come, and states must be kept for it."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(0 if x is None else x.data_ptr())
-
-
 def _strides(*rows: Tensor | None) -> list[int]:
     return [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
-
-
-def _shape(numbers: list[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -138,9 +118,9 @@ def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor]:
     (b, n, d), s = u.shape, A.shape[1]
     A, D = A.contiguous(), D.contiguous()
     y, kept = _blank(u, A, keep)
-    shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z)])
-    given = [_pointer(x) for x in (u, dt, A, B, C, D, z, y, kept if keep else None)]
-    _kernels().mambaflow_scan_forward(shape, *given, torch.get_num_threads())
+    shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z)])
+    given = [pointer(x) for x in (u, dt, A, B, C, D, z, y, kept if keep else None)]
+    kernels().mambaflow_scan_forward(shape, *given, torch.get_num_threads())
     return y, kept
 
 
@@ -152,9 +132,9 @@ def _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz) -> tuple[Tensor, ...]:
     du, ddt = u.new_empty(b, n, d), u.new_empty(b, n, d)
     dA, dD = u.new_empty(b, d, s), u.new_empty(b, d)
     dB, dC = u.new_empty(groups, b, n, s), u.new_empty(groups, b, n, s)
-    shape = _shape([b, n, d, s, *_strides(u, dt, B, C, z, dz)])
-    given = [_pointer(x) for x in (u, dt, A, B, C, D, z, dy, kept, du, ddt, dz, dA, dD, dB, dC)]
-    _kernels().mambaflow_scan_backward(
+    shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z, dz)])
+    given = [pointer(x) for x in (u, dt, A, B, C, D, z, dy, kept, du, ddt, dz, dA, dD, dB, dC)]
+    kernels().mambaflow_scan_backward(
         shape, *given, ctypes.c_int64(groups), torch.get_num_threads()
     )
     return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0)
@@ -163,9 +143,9 @@ def _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz) -> tuple[Tensor, ...]:
 def _conv_forward(x, weight, bias) -> Tensor:
     (b, n, d), taps = x.shape, weight.shape[0]
     y = x.new_empty(b, n, d)
-    given = [_pointer(v) for v in (x, weight, bias, y)]
-    shape = _shape([b, n, d, taps, *_strides(x)])
-    _kernels().mambaflow_conv_forward(shape, *given, torch.get_num_threads())
+    given = [pointer(v) for v in (x, weight, bias, y)]
+    shape = numbers([b, n, d, taps, *_strides(x)])
+    kernels().mambaflow_conv_forward(shape, *given, torch.get_num_threads())
     return y
 
 
@@ -174,9 +154,9 @@ def _conv_backward(x, weight, bias, dy, dx) -> tuple[Tensor, Tensor]:
     (b, n, d), taps = x.shape, weight.shape[0]
     dy = dy.contiguous()
     dweight, dbias = x.new_empty(b, taps, d), x.new_empty(b, d)
-    given = [_pointer(v) for v in (x, weight, bias, dy, dx, dweight, dbias)]
-    shape = _shape([b, n, d, taps, *_strides(x, dx)])
-    _kernels().mambaflow_conv_backward(shape, *given, torch.get_num_threads())
+    given = [pointer(v) for v in (x, weight, bias, dy, dx, dweight, dbias)]
+    shape = numbers([b, n, d, taps, *_strides(x, dx)])
+    kernels().mambaflow_conv_backward(shape, *given, torch.get_num_threads())
     return dweight.sum(0), dbias.sum(0)
 
 

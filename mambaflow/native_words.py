@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mambaflow.native import NativeError, library
+from mambaflow.native import kernels, library, pointer
 
 
 def serves(given: Int[Tensor, "..."]) -> bool:
@@ -47,14 +47,11 @@ def _code(purpose: str) -> int:
 
 
 def _call(kernel: str, given: Tensor, sizes: list[int], key: tuple[int, ...], out: Tensor) -> None:
-    loaded = library()
-    if loaded is None:
-        raise NativeError("there are no compiled kernels here; ask serves() first")
     given = given.long().contiguous()
-    getattr(loaded, kernel)(
-        ctypes.c_void_p(given.data_ptr()),
+    getattr(kernels(), kernel)(
+        pointer(given),
         *map(ctypes.c_int64, sizes),
         *map(ctypes.c_uint32, key),
-        ctypes.c_void_p(out.data_ptr()),
+        pointer(out),
         max(1, min(sizes[0], torch.get_num_threads())),
     )

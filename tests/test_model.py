@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambaflow import layers
+from mambaflow import attention, native_attention
 from mambaflow.config import ARCHITECTURES, ModelConfig
 from mambaflow.model import VelocityField, gaussian_start, parameters
 
@@ -148,8 +148,11 @@ def test_an_untrained_v2_starts_as_a_smooth_fill():
     assert error < 0.15 * colour(given.query_xy).var()
 
 
-def test_beyond_few_tokens_no_activation_grows_with_the_square_of_the_queries(monkeypatch):
-    monkeypatch.setattr(layers, "PLAIN", 2 * 200 * 200)  # scores of fewer are kept: see attend
+@pytest.mark.parametrize("kernel", [True, False])
+def test_no_activation_grows_with_the_square_of_the_queries(kernel, monkeypatch):
+    if not kernel:  # and more tokens than those whose scores are kept: see attend
+        monkeypatch.setattr(native_attention, "serves", lambda query: False)
+        monkeypatch.setattr(attention, "PLAIN", 2 * 200 * 200)
     model = stirred(SMALL)
     largest = {}
     for n in (300, 1200):

@@ -207,6 +207,22 @@ def test_another_source_is_another_library(machine):
     assert machine.builds == 2 and len(machine.libraries) == 2
 
 
+HEADER = """
+from pathlib import Path
+from mambaflow import native
+header = Path("more.h")
+for text in ("// one", "// two"):
+    header.write_text(text)
+    native.build("kernels", native.SOURCES, [*native.HEADERS, header], native.FLAGS)
+"""
+
+
+@needs_compiler
+def test_another_header_is_another_library(machine):
+    machine.run(HEADER)
+    assert machine.builds == 2 and len(machine.libraries) == 2
+
+
 @needs_compiler
 @pytest.mark.parametrize("flags", ["-march=x86-64", "-march=x86-64-v3"])
 def test_narrower_processors_get_the_same_numbers(machine, flags):
@@ -215,8 +231,12 @@ def test_narrower_processors_get_the_same_numbers(machine, flags):
     if "v3" in flags and " avx2 " not in Path("/proc/cpuinfo").read_text():
         pytest.skip("no AVX2 here")
     machine.compiler(f'exec {REAL} "$@" {flags}')
-    select = "(hundred and 33) or (extreme and native) or (convolution_is and 40-35) or compiled"
-    files = [str(ROOT / "tests" / f"test_{room}.py") for room in ("ssm", "randomness", "pixels")]
+    select = (
+        "(hundred and 33) or (extreme and native) or (convolution_is and 40-35) or compiled "
+        "or gradients_are_the_definition"
+    )
+    rooms = ("ssm", "attention", "randomness", "pixels")
+    files = [str(ROOT / "tests" / f"test_{room}.py") for room in rooms]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                *files, "-k", select]  # fmt: skip
     done = subprocess.run(
@@ -236,9 +256,8 @@ def test_a_wheel_brings_the_source_and_builds_from_it(machine):
         pytest.skip(f"no wheel can be made here (no hatchling, no network): {made.stderr[-300:]}")
     (wheel,) = machine.folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
-        assert {f"mambaflow/csrc/{name}.cpp" for name in ("scan", "words")} <= set(
-            packed.namelist()
-        )
+        names = ("scan.cpp", "attention.cpp", "words.cpp", "vectors.h")
+        assert {f"mambaflow/csrc/{name}" for name in names} <= set(packed.namelist())
         packed.extractall(machine.folder / "site")
     if REAL is None:
         return

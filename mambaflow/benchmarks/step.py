@@ -31,10 +31,20 @@ def _between(xz: Size, conv: Size, bias: Size, to_ranks: Size, to_dt: Size, *_: 
     return 2 * xz[0] * xz[1] * (math.prod(to_ranks) + math.prod(to_dt))
 
 
-# Inputs of the backward operator: the slope and what was kept, then those of the forward one.
+def _attention(query: Size, key: Size, value: Size, *_: object) -> int:
+    """FLOPs of the products of `native_attention`, forward."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+# Inputs of the backward operators: the slope and what was kept, then those of the forward one. What
+# is computed again on the way is not counted.
 INSIDE: dict[object, Callable[..., int]] = {
     torch.ops.mambaflow.inner: lambda *shapes, **_: _between(*shapes),
     torch.ops.mambaflow.inner_backward: lambda *shapes, **_: 2 * _between(*shapes[5:]),
+    torch.ops.mambaflow.attend: lambda *shapes, **_: _attention(*shapes),
+    torch.ops.mambaflow.attend_backward: lambda *given, **_: (
+        _attention(*given[3:]) * (2 if given[-1] else 1)
+    ),
     torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
 }
 

@@ -8,82 +8,21 @@
 //
 // Plain C interface over raw pointers, float32; strides in floats; the last dimension is dense.
 
-#include <cstdint>
-#include <cstring>
 #include <memory>
 #include <vector>
 
-#ifdef __AVX512DQ__
-#include <immintrin.h>
-#endif
-
-#define UNROLL _Pragma("GCC unroll 16")
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512DQ__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
 constexpr int PADDED = 16;  // what is kept has room for d rounded up to this
 constexpr int CHUNK = 16, MAX_STATE = 64, MAX_TAPS = 8;
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 
 struct Rows {  // a (b, n, width) tensor whose last dimension is dense
   float* data;
   int64_t batch, row;
   float* at(int64_t b, int64_t i) const { return data + b * batch + i * row; }
 };
-
-inline vec load(const float* p, int m) {
-  vec v;
-  if (m == LANES) {
-    std::memcpy(&v, p, sizeof v);
-  } else {
-    v = vec{};
-    std::memcpy(&v, p, m * sizeof(float));
-  }
-  return v;
-}
-
-inline void store(float* p, vec v, int m) {
-  if (m == LANES)
-    std::memcpy(p, &v, sizeof v);
-  else
-    std::memcpy(p, &v, m * sizeof(float));
-}
-
-// 2^x: a polynomial in the fraction f, |f| <= 1/2, that is exact at 0, since decays near 1
-// multiply over thousands of tokens; relative error below 1.2e-7. Overflow gives infinity.
-inline vec exp2(vec x) {
-#ifdef __AVX512DQ__
-  const vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  x = x < -252.0f ? vec{} - 252.0f : x;  // the square of 2^-126 is 0
-  x = x > 128.0f ? vec{} + 128.0f : x;
-  const vec shifted = x + 12582912.0f, whole = shifted - 12582912.0f;  // 1.5 * 2^23 rounds
-#endif
-  const vec f = x - whole;
-  vec p = vec{} + 1.32647272e-3f;
-  p = p * f + 9.67151281e-3f;
-  p = p * f + 5.55073374e-2f;
-  p = p * f + 2.40222421e-1f;
-  p = p * f + 6.93146978e-1f;
-  p = p * f + 1.0f;
-#ifdef __AVX512DQ__
-  return _mm512_scalef_ps(p, whole);
-#else
-  const ivec power = (ivec)shifted - 0x4b400000, half = power >> 1;  // 2^128 is no float
-  return p * (vec)((half + 127) << 23) * (vec)((power - half + 127) << 23);
-#endif
-}
-
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
-inline vec exp(vec x) { return exp2(x * LOG2_E); }
 
 // log(1 + e) for 0 <= e <= 1 as 2 artanh(e / (2 + e)): no digit is lost where e is small.
 inline vec log1p(vec e) {
@@ -103,12 +42,6 @@ inline vec softplus(vec x, vec* slope = nullptr) {
   const vec e = exp(x > 0.0f ? -x : x);
   if (slope) *slope = (x > 0.0f ? vec{} + 1.0f : e) / (1.0f + e);
   return (x > 0.0f ? x : vec{}) + log1p(e);
-}
-
-inline float sum(vec v) {  // a tree: the same order on every machine
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
 }
 
 struct Scan {
