@@ -115,13 +115,18 @@ def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor]:
     """The output, and what is kept of the states."""
+    y, kept = _blank(u, A, keep)
+    _scan_into(y, u, dt, A, B, C, D, z, kept if keep else None)
+    return y, kept
+
+
+def _scan_into(y, u, dt, A, B, C, D, z, kept: Tensor | None) -> None:
+    """The output to `y`, which may be `u`: a token is read before it is written."""
     (b, n, d), s = u.shape, A.shape[1]
     A, D = A.contiguous(), D.contiguous()
-    y, kept = _blank(u, A, keep)
     shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z)])
-    given = [pointer(x) for x in (u, dt, A, B, C, D, z, y, kept if keep else None)]
+    given = [pointer(x) for x in (u, dt, A, B, C, D, z, y, kept)]
     kernels().mambaflow_scan_forward(shape, *given, torch.get_num_threads())
-    return y, kept
 
 
 def _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz) -> tuple[Tensor, ...]:
@@ -190,15 +195,23 @@ _conv.register_autograd(
 )
 
 
+def _alone(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output of `inner` where nothing is kept."""
+    return y, y.new_empty(0), y.new_empty(0), y.new_empty(0), y.new_empty(0)
+
+
 def _inner_forward(
     xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and what its backward pass needs of the way there."""
+    """The output and, where `keep`, what its backward pass needs of the way there."""
     x, z = xz.chunk(2, -1)
     u = _conv_forward(x, weight, bias)
     ranks = product(u, to_ranks, None)
     low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
     dt = product(low, to_dt, dt_bias)
+    if not keep:  # as little memory as there can be: queries may be many
+        _scan_into(u, u, dt, A, B, C, D, z, None)
+        return _alone(u)
     y, kept = _scan_forward(u, dt, A, B, C, D, z, keep)
     return y, kept, u, ranks, dt
 
@@ -235,6 +248,8 @@ _through_inner = torch.library.custom_op(
 @_inner.register_fake
 def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
     u = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+    if not keep:
+        return _alone(u)
     ranks = xz.new_empty(*xz.shape[:2], to_ranks.shape[0])
     return *_blank(u, A, keep), u, ranks, torch.empty_like(u)
 

@@ -245,6 +245,17 @@ def test_a_block_trains_under_autocast_with_and_without_the_kernels(native, monk
     assert (half - plain).abs().max() < 0.02 * plain.abs().max()
 
 
+@needs_native
+@pytest.mark.parametrize("n", [1, 16, 70])
+def test_a_block_that_keeps_nothing_answers_the_same_bits_and_leaves_its_input(n):
+    torch.manual_seed(0)
+    block, tokens = Mamba(40), torch.randn(2, n, 40)
+    kept, before = block(tokens), tokens.clone()
+    with torch.no_grad():  # the scan writes over its own input
+        assert torch.equal(block(tokens), kept)
+    assert torch.equal(tokens, before)
+
+
 class Peak(TorchDispatchMode):
     """The most bytes that live at once of what was made since, and the largest tensor made."""
 
