@@ -125,7 +125,9 @@ class RowReader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, row_numbers: np.ndarray) -> Rows: ...
+    def rows(
+        self, row_numbers: np.ndarray, *, pixels: bool = True, images: bool = True
+    ) -> Rows: ...
 
     def expect(self, row_numbers: np.ndarray) -> None: ...
 
@@ -226,7 +228,8 @@ class Batches:
         numbers = self.order.stretch(first, share)
         if self.resident is not None:
             return self.resident.take(numbers)
-        rows = Columns.of(self.reader.rows(numbers))
+        fresh = self.config.masks == "fresh"
+        rows = Columns.of(self.reader.rows(numbers, pixels=not fresh, images=fresh))
         if self.order.window < self.order.rows:  # the shards of the next window, in good time
             self.reader.expect(self.order.stretch(first + self.order.window, share))
         return rows

@@ -143,8 +143,10 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def rows(self, row_numbers: Int[np.ndarray, " m"]) -> Rows:
-        """Rows in the order asked for.
+    def rows(
+        self, row_numbers: Int[np.ndarray, " m"], *, pixels: bool = True, images: bool = True
+    ) -> Rows:
+        """Rows in the order asked for, without what is not wanted of them: see `Rows.take`.
 
         Raises:
             ValueError: a number beyond the rows of the split.
@@ -158,10 +160,11 @@ class ShardSet:
         shards = np.searchsorted(self._ends, row_numbers, side="right")
         wanted = np.unique(shards)
         if len(wanted) > self.capacity:
-            return self._in_turns(row_numbers, shards)
+            order, found = self._in_turns(row_numbers, shards)
+            return found.take(order, pixels, images)
         self._admit(wanted)
         inside = row_numbers - self._starts[shards]
-        return self._open.take(self._slots[shards] * self._stride + inside)
+        return self._open.take(self._slots[shards] * self._stride + inside, pixels, images)
 
     def expect(self, row_numbers: Int[np.ndarray, " m"]) -> None:
         """Begin to fetch, in the background, the shards of rows that will be asked for."""
@@ -177,14 +180,16 @@ class ShardSet:
         """Leave what was expected."""
         self._fetcher.close()
 
-    def _in_turns(self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray) -> Rows:
-        """Rows of more shards than may be open at once, some shards after the others."""
+    def _in_turns(
+        self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray
+    ) -> tuple[np.ndarray, Rows]:
+        """Rows of more shards than may be open at once, by shard, and where each one is there."""
         found = Rows.blank(len(row_numbers), self.recipe)
         order, first = np.argsort(shards, kind="stable"), 0
         for some in np.array_split(order, 2):
             found.put(first, self.rows(row_numbers[some]))
             first += len(some)
-        return found.take(np.argsort(order))
+        return np.argsort(order), found
 
     def _admit(self, wanted: Int[np.ndarray, " s"]) -> None:
         """Open the shards that are not open yet."""

@@ -82,14 +82,16 @@ class Rows:
             np.empty((rows, values), np.uint8) if recipe.full_images else None,
         )
 
-    def take(self, rows: Int[np.ndarray, " m"]) -> "Rows":
-        """Some of the rows, copied."""
+    def take(self, rows: Int[np.ndarray, " m"], pixels: bool = True, images: bool = True) -> "Rows":
+        """Some of the rows, copied; without their chosen pixels, or without whole images."""
+        width = None if pixels else 0
+        whole = self.images if images else None
         return Rows(
             self.ids.take(rows),
             self.labels.take(rows),
-            self.index.take(rows, axis=0),
-            self.rgb.take(rows, axis=0),
-            None if self.images is None else self.images.take(rows, axis=0),
+            self.index[:, :width].take(rows, axis=0),
+            self.rgb[:, :width].take(rows, axis=0),
+            None if whole is None else whole.take(rows, axis=0),
         )
 
     def put(self, first: int, rows: "Rows") -> None:

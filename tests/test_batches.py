@@ -18,7 +18,7 @@ class Reader:
 
     def __init__(self, count: int, images: bool = True) -> None:
         self.count, self.images, self.seen = count, images, []
-        self.window, self.expected = count, []
+        self.window, self.expected, self.wanted = count, [], set()
 
     def __len__(self) -> int:
         return self.count
@@ -26,20 +26,28 @@ class Reader:
     def expect(self, numbers: np.ndarray) -> None:
         self.expected.extend(numbers.tolist())
 
-    def rows(self, numbers: np.ndarray) -> Rows:
+    def rows(self, numbers: np.ndarray, *, pixels: bool = True, images: bool = True) -> Rows:
         self.seen.extend(numbers.tolist())
-        images = np.stack(
+        self.wanted.add((pixels, images))
+        photos = np.stack(
             [np.random.default_rng(n).integers(0, 256, (SIZE * SIZE, 3)) for n in numbers]
         )
         index = np.stack([np.random.default_rng(n).permutation(SIZE * SIZE) for n in numbers])
         index = index[:, : KNOWN + TARGET]
-        rgb = np.take_along_axis(images, index[..., None], 1).reshape(len(numbers), -1)
-        whole = images.reshape(len(numbers), -1).astype(np.uint8) if self.images else None
-        return Rows(numbers, numbers, index.astype(np.uint16), rgb.astype(np.uint8), whole)
+        rgb = np.take_along_axis(photos, index[..., None], 1).reshape(len(numbers), -1)
+        whole = photos.reshape(len(numbers), -1).astype(np.uint8) if self.images else None
+        made = Rows(numbers, numbers, index.astype(np.uint16), rgb.astype(np.uint8), whole)
+        return made.take(np.arange(len(numbers)), pixels, images)
 
 
 def stream(config: TrainConfig, rank: int = 0, world: int = 1, count: int = 50) -> Batches:
     return Batches(Reader(count), Layout(SIZE, KNOWN, TARGET), config, rank, world)
+
+
+@pytest.mark.parametrize(("masks", "wanted"), [("strict", (True, False)), ("fresh", (False, True))])
+def test_no_column_is_read_that_the_masks_do_not_use(masks, wanted):
+    batches = stream(TrainConfig(batch_size=8, masks=masks))
+    assert batches[0].query_rgb.shape == (8, TARGET, 3) and batches.reader.wanted == {wanted}
 
 
 @settings(deadline=None, max_examples=60)

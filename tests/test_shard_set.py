@@ -83,6 +83,10 @@ def test_rows_come_in_the_order_asked_for_whatever_fits_in_memory(split_root, nu
     for _ in range(2):
         same(shards.rows(wanted), everything.take(wanted))
         assert len(shards.opened) <= shards.capacity
+    bare, chosen = shards.rows(wanted, pixels=False), shards.rows(wanted, images=False)
+    assert bare.index.shape == bare.rgb.shape == (len(wanted), 0) and chosen.images is None
+    assert np.array_equal(bare.images, everything.take(wanted).images)
+    assert np.array_equal(chosen.rgb, everything.take(wanted).rgb)
     touched = {0 if n < 10 else 1 if n < 20 else 2 for n in numbers}
     if shards.capacity == 3:
         assert set(shards.opened) == touched  # and no shard that was not needed
