@@ -27,8 +27,8 @@ def attend(
 ) -> Float[Tensor, "b h n f"]:
     """softmax(query key') value, by a kernel that keeps no scores: ours, or else torch's.
 
-    Without either for the gradients of few tokens on CPU all b h n k scores are kept: the plain
-    products take 0.8 times as long as torch's.
+    Where ours is not built, and gradients of few tokens are wanted on CPU, all b h n k scores are
+    kept: plain products take 0.8 times as long as torch's kernel.
     """
     if native_attention.serves(query):
         return native_attention.attend(query, key, value)

@@ -69,7 +69,7 @@ def kernels() -> ctypes.CDLL:
     """
     loaded = library()
     if loaded is None:
-        raise NativeError("the compiled kernels are not built here; use backend='auto'")
+        raise NativeError("the compiled kernels are not built here; ask built() first")
     return loaded
 
 
@@ -96,8 +96,12 @@ def wanted(*inputs: Tensor | None) -> bool:
 
 def cache_folder() -> Path:
     """Where built kernels are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MAMBAFLOW_CACHE") or Path(base) / "mambaflow")
+    if chosen := os.environ.get("MAMBAFLOW_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambaflow"
+    except RuntimeError:  # a user without a home
+        return _private_folder()
 
 
 def compiler() -> str:

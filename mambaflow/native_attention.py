@@ -18,21 +18,34 @@ def serves(query: Tensor) -> bool:
 def attend(
     query: Float[Tensor, "b h n e"], key: Float[Tensor, "b h k e"], value: Float[Tensor, "b h k f"]
 ) -> Float[Tensor, "b h n f"]:
-    """softmax(query key') value in float32, of memory O(n + k).
+    """softmax(query key') value in float32, of memory O(n + k); not for forward-mode gradients.
 
     Raises:
-        ValueError: another device or precision, or no keys: the kernel sees addresses.
+        ValueError: another device or precision, shapes that do not fit one another, or no keys:
+            the kernel sees addresses.
     """
+    _refuse_misread(query, key, value)
+    given = query, key, value
+    return _attend(*given, wanted(*given))[0]
+
+
+def _refuse_misread(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.device.type != "cpu" or x.dtype != torch.float32:
             raise ValueError(
                 f"{name} (={x.dtype} on {x.device}) must be float32 on cpu for the native kernel; "
                 "use attention.attend, which chooses"
             )
+    fits = query.dim() == key.dim() == value.dim() == 4
+    fits = fits and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    if not (fits and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2]):
+        shapes = ", ".join(f"{tuple(x.shape)}" for x in (query, key, value))
+        raise ValueError(
+            f"query, key, value (={shapes}) must be (b, h, n, e), (b, h, k, e), (b, h, k, f); "
+            "expand what is shared"
+        )
     if key.shape[2] == 0:
         raise ValueError("key (=0 tokens) must hold at least one; a mean of none is undefined")
-    given = [dense(x) for x in (query, key, value)]
-    return _attend(*given, wanted(*given))[0]
 
 
 def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -47,24 +60,27 @@ def _blank(query: Tensor, value: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return query.new_empty(*rows, value.shape[3]), query.new_empty(kept)
 
 
+def _run(kernel: Any, query: Tensor, key: Tensor, value: Tensor, given: list) -> None:
+    if kernel(_shape(query, key, value), *given, torch.get_num_threads()):
+        raise MemoryError(f"no memory for attention over {key.shape[2]:,} keys")
+
+
 def _forward(query, key, value, keep: bool) -> tuple[Tensor, Tensor]:
+    query, key, value = (dense(x) for x in (query, key, value))
     out, kept = _blank(query, value, keep)
     given = [pointer(x) for x in (query, key, value, out, kept if keep else None)]
-    kernels().mambaflow_attention_forward(
-        _shape(query, key, value), *given, torch.get_num_threads()
-    )
+    _run(kernels().mambaflow_attention_forward, query, key, value, given)
     return out, kept
 
 
 def _gradients(dout, out, kept, query, key, value, keys: bool) -> list[Tensor]:
     """Of the query, and where `keys` of key and value."""
-    dout = dout.contiguous()
+    dout, out = dout.contiguous(), out.contiguous()
+    query, key, value = (dense(x) for x in (query, key, value))
     found = [x.new_empty(x.shape) for x in ((query, key, value) if keys else (query,))]
     to = found if keys else [*found, None, None]
     given = [pointer(x) for x in (query, key, value, out, kept, dout, *to)]
-    kernels().mambaflow_attention_backward(
-        _shape(query, key, value), *given, torch.get_num_threads()
-    )
+    _run(kernels().mambaflow_attention_backward, query, key, value, given)
     return found
 
 
@@ -93,7 +109,9 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _back(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _back(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None
     keys = any(ctx.needs_input_grad[1:3])
     found = _through(dout, *ctx.saved_tensors, keys)
     return *found, *[None] * (4 - len(found))

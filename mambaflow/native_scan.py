@@ -2,6 +2,7 @@
 torch.compile, which looks into neither."""
 
 import ctypes
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -77,13 +78,14 @@ def inner(
     """All of a Mamba block between its outer projections: convolution, projections, scan.
 
     What `ssm.Mamba` computes with `ssm.causal_conv` and `ssm.selective_scan`; xz is u before the
-    convolution, then the gate, side by side.
+    convolution, then the gate, side by side. In float32, from half precisions too.
     """
-    weight = conv.weight.squeeze(1).t().contiguous()
-    given = xz, weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
+    weight = conv.weight.squeeze(1).t()
+    rest: tuple[Any, ...] = weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
     names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
-    check(**dict(zip(names, given, strict=True)))
-    return _inner(*given, wanted(*given))[0]
+    check(**dict(zip(names, (xz, *rest), strict=True)))
+    given = dense(xz), *(x.float().contiguous() for x in rest)
+    return _inner(*given, wanted(*given))[0].to(xz.dtype)
 
 
 def within(what: str, number: int, most: int) -> None:
@@ -121,7 +123,7 @@ def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _scan_into(y, u, dt, A, B, C, D, z, kept: Tensor | None) -> None:
-    """The output to `y`, which may be `u`: a token is read before it is written."""
+    """The output to `y`, which may be `u`: each chunk of it is read before it is written."""
     (b, n, d), s = u.shape, A.shape[1]
     A, D = A.contiguous(), D.contiguous()
     shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z)])
@@ -206,9 +208,9 @@ def _inner_forward(
     """The output and, where `keep`, what its backward pass needs of the way there."""
     x, z = xz.chunk(2, -1)
     u = _conv_forward(x, weight, bias)
-    ranks = product(u, to_ranks, None)
+    ranks = product(u.flatten(0, 1), to_ranks, None).view(*u.shape[:2], len(to_ranks))
     low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
-    dt = product(low, to_dt, dt_bias)
+    dt = product(low.flatten(0, 1), to_dt, dt_bias).view(u.shape)
     if not keep:  # as little memory as there can be: queries may be many
         _scan_into(u, u, dt, A, B, C, D, z, None)
         return _alone(u)
@@ -256,5 +258,9 @@ def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
 
 _through_inner.register_fake(lambda dy, kept, u, ranks, dt, *inputs: blank_gradients(*inputs))
 _inner.register_autograd(
-    lambda ctx, dy, *_: (*_through_inner(dy, *ctx.saved_tensors), None), setup_context=keep_first
+    lambda ctx, dy, *_: (
+        *([None] * 8 if dy is None else _through_inner(dy, *ctx.saved_tensors)),
+        None,
+    ),
+    setup_context=keep_first,
 )

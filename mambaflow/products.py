@@ -1,8 +1,9 @@
 """Matrix products with weights, by the fastest library that torch brings for this processor.
 
 On CPU torch takes MKL's, which keeps AVX-512 from AMD's processors; oneDNN's do not, and are
-faster there by a fifth (Zen 4) to twice (Zen 5). What torch.compile's Inductor calls is called
-here: oneDNN's product, without its packed layouts.
+faster there by a fifth (Zen 4) to twice (Zen 5). Both are asked for products in float32 without
+packed layouts, so that weights stay as they are. An operator of our own stands around oneDNN's:
+torch.compile would refuse that one for weights that are learned.
 """
 
 import platform
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 LEAST = 2**23  # multiplications from which oneDNN's longer way to the kernel is paid for
 
@@ -37,19 +37,22 @@ def _onednn() -> bool:
     return _suits_here() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def large(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of `x` with this weight is one for oneDNN."""
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return plain and x.numel() * weight.shape[0] >= LEAST and _onednn()
+def large(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a product of these is one for oneDNN."""
+    given = [x, weight] if bias is None else [x, weight, bias]
+    plain = all(v.device.type == "cpu" and v.dtype == torch.float32 for v in given)
+    shaped = x.dim() >= 1 and weight.dim() == 2 and (bias is None or len(bias) == len(weight))
+    return plain and shaped and x.numel() * len(weight) >= LEAST and _onednn()
 
 
 def product(
-    x: Float[Tensor, "*rows k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None
-) -> Float[Tensor, "*rows n"]:
+    x: Float[Tensor, "rows k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None
+) -> Float[Tensor, "rows n"]:
     """x weight' + bias, without a gradient."""
-    if large(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not large(x, weight, bias):
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # its strides are not looked at
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def across(dy: Float[Tensor, "rows n"], x: Float[Tensor, "rows k"]) -> Float[Tensor, "n k"]:
@@ -57,31 +60,53 @@ def across(dy: Float[Tensor, "rows n"], x: Float[Tensor, "rows k"]) -> Float[Ten
 
     oneDNN is fastest, by up to 1.8, where the first of its factors is the narrower.
     """
-    if not large(x, dy.t()):
-        return dy.t() @ x
-    if dy.shape[1] <= x.shape[1]:
-        return product(dy.t(), x.t(), None)
-    return product(x.t(), dy.t(), None).t()
+    if _turned(dy, x):
+        return product(x.t(), dy.t(), None).t()
+    return product(dy.t(), x.t(), None)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(x, weight, bias)
+def _turned(dy: Tensor, x: Tensor) -> Any:  # a number, or a symbol of one
+    return dy.shape[1] > x.shape[1]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        through, of_weight, of_bias = ctx.needs_input_grad
-        dy = dy.flatten(0, -2)
-        dx = product(dy, weight.t(), None).view_as(x) if through else None
-        dweight = across(dy, x.flatten(0, -2)) if of_weight else None
-        return dx, dweight, dy.sum(0) if of_bias else None
+_product = torch.library.custom_op(
+    "mambaflow::product", product, mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+)  # fmt: skip
+_across = torch.library.custom_op(
+    "mambaflow::across", across, mutates_args=(), schema="(Tensor dy, Tensor x) -> Tensor"
+)
+_product.register_fake(lambda x, weight, bias: x.new_empty(len(x), len(weight)))
+
+
+@_across.register_fake
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    n, k = dy.shape[1], x.shape[1]
+    return x.new_empty(k, n).t() if _turned(dy, x) else x.new_empty(n, k)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    through, of_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(inputs[0] if of_weight else None, inputs[1] if through else None)
+
+
+def _product_back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    dx = None if weight is None else _product(dy, weight.t(), None)
+    dweight = None if x is None else _across(dy, x)
+    return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _across_back(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    dy, x = ctx.saved_tensors
+    return (
+        None if x is None else _product(x, slope, None),
+        None if dy is None else _product(dy, slope.t(), None),
+    )
+
+
+_product.register_autograd(_product_back, setup_context=_save)
+_across.register_autograd(_across_back, setup_context=_save)
 
 
 def linear(
@@ -89,9 +114,9 @@ def linear(
     weight: Float[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*rows n"]:
-    """x weight' + bias, as torch.nn.functional.linear."""
-    if large(x, weight) and not torch.is_autocast_enabled("cpu"):
-        return _Linear.apply(x, weight, bias)
+    """x weight' + bias, and gradients of any order; not for forward-mode ones, nor for vmap."""
+    if large(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight, bias)
 
 

@@ -35,8 +35,8 @@ def scan_operator(
     scan.register_fake(lambda u, dt, A, B, C, D, z, keep: blank(u, A, keep))
     gradients.register_fake(lambda dy, kept, *inputs: blank_gradients(*inputs))
 
-    def through(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        found = gradients(dy, *ctx.saved_tensors)
+    def through(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        found = [] if dy is None else gradients(dy, *ctx.saved_tensors)
         return *found, *[None] * (8 - len(found))  # for z, where there is none, and for `keep`
 
     scan.register_autograd(through, setup_context=keep_first)

@@ -1,5 +1,7 @@
 """Products with weights: oneDNN's where it is the faster one, the same numbers wherever."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambaflow import products
-from mambaflow.products import Linear, linear, product, suits
+from mambaflow.products import Linear, across, linear, product, suits
 
 INFO = Path("/proc/cpuinfo")
 HERE = suits(INFO.read_text() if INFO.exists() else "")
@@ -18,14 +20,17 @@ AMD = "vendor_id : AuthenticAMD\nflags : fma avx2 avx512f"
 
 
 class Calls(TorchDispatchMode):
-    """How often oneDNN's product ran."""
+    """How often one of the operators around oneDNN's product ran."""
 
     def __init__(self) -> None:
         super().__init__()
         self.onednn = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.onednn += func.overloadpacket is torch.ops.mkldnn._linear_pointwise
+        self.onednn += func.overloadpacket in (
+            torch.ops.mambaflow.product,
+            torch.ops.mambaflow.across,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -82,9 +87,24 @@ def test_large_products_are_onednns_and_so_are_their_gradients():
         y = linear(x, weight, bias)
         assert calls.onednn == 1
         y.sum().backward()
-        assert calls.onednn == 3
-        product(x.detach(), weight.detach(), None)
-    assert calls.onednn == 4
+    assert calls.onednn == 3
+
+
+@onednn
+def test_a_large_product_is_made_by_onednn(monkeypatch):
+    asked, real = [], torch.ops.mkldnn._linear_pointwise
+
+    class Watched:
+        @staticmethod
+        def _linear_pointwise(*given):
+            asked.append(given)
+            return real(*given)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Watched())
+    x, weight, bias = large(512)
+    close([product(x, weight, bias).double()], [F.linear(*(v.double() for v in (x, weight, bias)))])
+    across(F.linear(x, weight), x)
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("rows", [(512,), (2, 204), (3, 5, 64)])
@@ -105,10 +125,83 @@ def test_a_strided_input_and_slope_are_read_as_they_lie():
     )
 
 
-def test_only_the_gradients_that_are_asked_for_are_made():
+@onednn
+@pytest.mark.parametrize("wanting", [0, 1, 2])
+def test_only_the_gradients_that_are_asked_for_are_made(wanting):
+    inputs = large(512)
+    inputs[wanting].requires_grad_()
+    y = linear(*inputs)
+    with Calls() as calls:
+        y.sum().backward()
+    assert calls.onednn == (wanting < 2)
+    assert [v.grad is not None for v in inputs] == [i == wanting for i in range(3)]
+
+
+@pytest.mark.parametrize("stride", [0, 2])
+def test_a_strided_bias_is_added_as_it_lies(stride):
     x, weight, bias = large(512)
-    linear(x, weight.requires_grad_(), bias).sum().backward()
-    assert weight.grad is not None and x.grad is None and bias.grad is None
+    bias = torch.as_strided(torch.cat((bias, bias)), (224,), (stride,))
+    close([linear(x, weight, bias).double()], [F.linear(*(v.double() for v in (x, weight, bias)))])
+
+
+def test_gradients_of_gradients_are_those_of_float64():
+    def slope(function, dtype):
+        x, weight, bias = (v.to(dtype).requires_grad_() for v in large(512))
+        y = function(x, weight, bias)
+        (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        return [v.double() for v in torch.autograd.grad(dx.square().sum(), (x, weight, bias))]
+
+    close(slope(linear, torch.float32), slope(F.linear, torch.float64), 1e-4)
+
+
+def test_an_output_may_be_changed_in_place_and_rows_be_one():
+    x, weight, bias = large(2, 256)
+    y = linear(x.requires_grad_(), weight, bias).relu_()
+    y.sum().backward()
+    assert x.grad is not None and y.shape == (2, 256, 224)
+    row, wide = torch.randn(2**12, requires_grad=True), torch.randn(2**11, 2**12)
+    close(slopes(linear, row, wide), slopes(F.linear, row, wide, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [torch.randn(1), torch.randn(1, 224), torch.randn(224).double()])
+def test_what_only_torchs_own_product_takes_or_refuses_is_left_to_it(bias):
+    x, weight, _ = large(512)
+    assert not products.large(x, weight, bias) and not products.large(x.long(), weight)
+
+
+COMPILED = """
+import torch
+from mambaflow import products
+from mambaflow.products import Linear
+torch.manual_seed(0)
+layer, x = Linear(160, 224), torch.randn(2, 204, 160, requires_grad=True)
+assert x.numel() * 224 >= products.LEAST
+outcomes = []
+for f in (layer, torch.compile(layer, fullgraph=True)):
+    layer.zero_grad()
+    y = f(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    y.square().sum().backward()
+    outcomes.append([y, dx, layer.weight.grad.clone(), layer.bias.grad.clone()])
+for a, b in zip(*outcomes):
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+"""
+
+
+def test_a_large_product_compiles():
+    """In a process of its own: the checks of shapes break graphs."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@onednn
+def test_the_operators_are_what_they_tell_torch():
+    x, weight, bias = (v.requires_grad_() for v in large(512))
+    torch.library.opcheck(products._product, (x, weight, bias))
+    torch.library.opcheck(products._product, (x, weight, None))
+    for n, k in ((224, 160), (160, 224)):
+        dy, x = (torch.randn(512, w, requires_grad=True) for w in (n, k))
+        torch.library.opcheck(products._across, (dy, x))
 
 
 @pytest.mark.parametrize("why", ["small", "float64", "autocast", "other processor"])

@@ -45,7 +45,8 @@ INSIDE: dict[object, Callable[..., int]] = {
     torch.ops.mambaflow.attend_backward: lambda *given, **_: (
         _attention(*given[3:]) * (2 if given[-1] else 1)
     ),
-    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    torch.ops.mambaflow.product: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    torch.ops.mambaflow.across: lambda dy, x, **_: 2 * math.prod(x) * dy[1],
 }
 
 

@@ -4,15 +4,18 @@
 // A block of queries meets a tile of keys at a time: their scores stay in the cache, and the
 // softmax is corrected from tile to tile (Milakov & Gimelshein 2018; Dao et al. 2022), so that
 // memory is O(n + m). Products go through one kernel whose sums stay in registers. Backward
-// computes the scores again from each row's maximum and sum. Work is cut by shape alone and sums
-// are added in a fixed order: the result does not depend on the number of threads, nor a row's on
-// the rows beside it.
+// computes the scores again from each row's maximum and sum. Sums are added in an order that is
+// fixed by shape: the result does not depend on the number of threads, nor a row's on the rows
+// beside it.
 //
 // Plain C interface over raw pointers, float32; strides in floats; the last dimension is dense.
 
 #include <algorithm>
+#include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "vectors.h"
@@ -21,7 +24,8 @@ namespace {
 
 constexpr int64_t BLOCK = 48, TILE = 256;  // queries and keys that meet at once
 constexpr int64_t STEP = 4;                // rows come in fours, the last ones zeros
-constexpr float NEVER = -1e30f;            // a score that the softmax makes 0
+constexpr float NEVER = -INFINITY;         // a score that the softmax makes 0
+constexpr float LEAST = -FLT_MAX;          // a maximum before any: finite, to be subtracted
 
 inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -181,7 +185,7 @@ struct Forward {
       const int64_t first = at * BLOCK, rows = k.queries(at), four = up(rows, STEP);
       copy(query, b, h, first, rows, k.e, block.data());
       std::fill(sums.begin(), sums.end(), 0.0f);
-      std::fill(most, most + BLOCK, NEVER);
+      std::fill(most, most + BLOCK, LEAST);
       std::fill(total, total + BLOCK, 0.0f);
       for (int64_t t = 0; t < k.tiles(); t++) {
         meet(k, block.data(), wide_e, keys.data(), t, four, scores.data());
@@ -205,6 +209,7 @@ struct Backward {
   const Gradients& g;
   int64_t wide_e, wide_f, tile;
   std::vector<float> keys, turned, values, block, slope, share, dscore, dblock, dkeys, dvalues;
+  float mean[BLOCK];
 
   Backward(const Shape& k, Heads query, Heads key, Heads value, Heads out, const float* kept,
            const Gradients& g)
@@ -216,18 +221,24 @@ struct Backward {
         dkeys(g.dkey.data ? up(k.m, STEP) * wide_e : 0),
         dvalues(g.dkey.data ? up(k.m, STEP) * wide_f : 0) {}
 
+  // Of the shares' slopes of every row of a block, under its shares.
+  void take_means(int64_t b, int64_t h, int64_t first, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) {
+      const float *dy = g.dout.at(b, h, first + r), *y = out.at(b, h, first + r);
+      mean[r] = 0.0f;
+      for (int64_t i = 0; i < k.f; i++) mean[r] += dy[i] * y[i];
+    }
+  }
+
   // Scores to shares of the softmax, and slopes of the shares to those of the scores.
   void soften(int64_t b, int64_t h, int64_t first, int64_t r) {
     const float* at = kept + (b * k.h + h) * k.n + first + r;
-    const float most = at[0], scale = at[k.b * k.h * k.n];
-    const float *dy = g.dout.at(b, h, first + r), *y = out.at(b, h, first + r);
-    float mean = 0.0f;
-    for (int64_t i = 0; i < k.f; i++) mean += dy[i] * y[i];
+    const float most = at[0], scale = at[k.b * k.h * k.n], middle = mean[r];
     float *p = &share[r * tile], *s = &dscore[r * tile];
     for (int64_t q = 0; q < tile; q += LANES) {
       const vec x = exp(load(p + q, LANES) - most) * scale;
       store(p + q, x, LANES);
-      store(s + q, x * (load(s + q, LANES) - mean), LANES);
+      store(s + q, x * (load(s + q, LANES) - middle), LANES);
     }
   }
 
@@ -265,6 +276,7 @@ struct Backward {
       const int64_t first = at * BLOCK, rows = k.queries(at);
       copy(query, b, h, first, rows, k.e, block.data());
       copy(g.dout, b, h, first, rows, k.f, slope.data());
+      take_means(b, h, first, rows);
       std::fill(dblock.begin(), dblock.end(), 0.0f);
       for (int64_t t = 0; t < k.tiles(); t++) meet_tile(b, h, first, rows, t);
       give(dblock, wide_e, k.e, rows, g.dquery, b, h, first);
@@ -274,6 +286,23 @@ struct Backward {
     give(dvalues, wide_f, k.f, k.m, g.dvalue, b, h, 0);
   }
 };
+
+// Each item done by whichever thread is free, with a room of its own made of what is given.
+template <class Room, class Work, class... Given>
+int share_out(int64_t items, int threads, const Work& work, const Given&... given) {
+  const int64_t count = std::min<int64_t>(items, threads);
+  std::vector<std::unique_ptr<Room>> rooms;
+  try {
+    for (int64_t i = 0; i < count; i++) rooms.push_back(std::make_unique<Room>(given...));
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  std::atomic<int64_t> next{0};
+#pragma omp parallel for schedule(static, 1) num_threads(std::max<int>(count, 1))
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t item; (item = next++) < items;) work(*rooms[i], item);
+  return 0;
+}
 
 inline Shape shape_of(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
 
@@ -290,39 +319,36 @@ inline Heads dense(float* data, int64_t h, int64_t rows, int64_t width) {
 extern "C" {
 
 // shape: b, h, n, m, e, f, then (batch, head, row) strides of query, key, value; out is dense.
-void mambaflow_attention_forward(const int64_t* shape, float* query, float* key, float* value,
-                                 float* out, float* kept, int threads) {
+// Both give 0, or 1 where there is not enough memory.
+int mambaflow_attention_forward(const int64_t* shape, float* query, float* key, float* value,
+                                float* out, float* kept, int threads) {
   const Shape k = shape_of(shape);
   const Heads q = heads(query, shape + 6), u = heads(key, shape + 9), v = heads(value, shape + 12);
   // Queries of a head are shared out only where heads are few: each share packs the keys anew.
-  const int64_t heads = k.b * k.h, each = 4 * threads / std::max<int64_t>(heads, 1);
+  const int64_t count = k.b * k.h, each = 4 * threads / std::max<int64_t>(count, 1);
   const int64_t parts = std::min(k.blocks(), std::max<int64_t>(each, 1));
-#pragma omp parallel num_threads(threads)
-  {
-    Forward forward(k, q, u, v, dense(out, k.h, k.n, k.f), kept);
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < heads * parts; item++) {
-      const int64_t head = item / parts, part = item % parts;
-      forward.run(head / k.h, head % k.h, part * k.blocks() / parts,
-                  (part + 1) * k.blocks() / parts);
-    }
-  }
+  return share_out<Forward>(
+      count * parts, threads,
+      [&](Forward& one, int64_t item) {
+        const int64_t head = item / parts, part = item % parts;
+        one.run(head / k.h, head % k.h, part * k.blocks() / parts,
+                (part + 1) * k.blocks() / parts);
+      },
+      k, q, u, v, dense(out, k.h, k.n, k.f), kept);
 }
 
 // dkey null: neither keys nor values want gradients. The gradients are dense.
-void mambaflow_attention_backward(const int64_t* shape, float* query, float* key, float* value,
-                                  float* out, float* kept, float* dout, float* dquery, float* dkey,
-                                  float* dvalue, int threads) {
+int mambaflow_attention_backward(const int64_t* shape, float* query, float* key, float* value,
+                                 float* out, float* kept, float* dout, float* dquery, float* dkey,
+                                 float* dvalue, int threads) {
   const Shape k = shape_of(shape);
   const Heads q = heads(query, shape + 6), u = heads(key, shape + 9), v = heads(value, shape + 12);
   const Gradients g{dense(dout, k.h, k.n, k.f), dense(dquery, k.h, k.n, k.e),
                     dense(dkey, k.h, k.m, k.e), dense(dvalue, k.h, k.m, k.f)};
-#pragma omp parallel num_threads(threads)
-  {
-    Backward backward(k, q, u, v, dense(out, k.h, k.n, k.f), kept, g);
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < k.b * k.h; item++) backward.run(item / k.h, item % k.h);
-  }
+  return share_out<Backward>(
+      k.b * k.h, threads,
+      [&](Backward& one, int64_t item) { one.run(item / k.h, item % k.h); }, k, q, u, v,
+      dense(out, k.h, k.n, k.f), kept, g);
 }
 
 }  // extern "C"

@@ -70,7 +70,7 @@ inline vec exp2(vec x) {
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 inline vec exp(vec x) { return exp2(x * LOG2_E); }
 
-inline float sum(vec v) {  // a tree: the same order on every machine
+inline float sum(vec v) {  // a tree: the order depends on LANES alone
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) v[i] += v[i + half];
   return v[0];
