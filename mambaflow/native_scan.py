@@ -230,7 +230,8 @@ def _inner_gradients(
     dranks = torch.cat((product(ddt, to_dt.t(), None), dB.flatten(0, 1), dC.flatten(0, 1)), -1)
     du += product(dranks, to_ranks.t(), None)
     dweight, dbias = _conv_backward(x, weight, bias, du, dx)
-    return [dxz, dweight, dbias, across(dranks, u), across(ddt, low), ddt.sum(0), dA, dD]
+    to_ranks, to_dt = across(dranks, u).contiguous(), across(ddt, low).contiguous()
+    return [dxz, dweight, dbias, to_ranks, to_dt, ddt.sum(0), dA, dD]
 
 
 INNER = (

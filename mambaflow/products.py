@@ -76,7 +76,7 @@ _product = torch.library.custom_op(
 _across = torch.library.custom_op(
     "mambaflow::across", across, mutates_args=(), schema="(Tensor dy, Tensor x) -> Tensor"
 )
-_product.register_fake(lambda x, weight, bias: x.new_empty(len(x), len(weight)))
+_product.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 @_across.register_fake

@@ -207,6 +207,24 @@ def test_another_source_is_another_library(machine):
     assert machine.builds == 2 and len(machine.libraries) == 2
 
 
+HOMELESS = """
+from pathlib import Path
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+Path.home = homeless
+"""
+
+
+@needs_compiler
+def test_a_user_without_a_home_has_a_private_cache(machine):
+    temporary = machine.folder / "tmp"
+    temporary.mkdir()
+    changes = {"MAMBAFLOW_CACHE": "", "TMPDIR": str(temporary)}
+    assert machine.run(HOMELESS + LOAD, **changes)[0] == "native"
+    (private,) = temporary.glob("mambaflow-*")
+    assert list(private.glob("kernels-*.so"))
+
+
 HEADER = """
 from pathlib import Path
 from mambaflow import native

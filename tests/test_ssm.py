@@ -6,6 +6,7 @@ proves. gradcheck itself is of no use in float32: a difference quotient over eps
 gradients drown in it.
 """
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -243,6 +244,26 @@ def test_a_block_trains_under_autocast_with_and_without_the_kernels(native, monk
     half.float().square().sum().backward()
     assert half.dtype == torch.bfloat16 and block.A_log.grad.abs().sum() > 0
     assert (half - plain).abs().max() < 0.02 * plain.abs().max()
+
+
+@needs_native
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_block_between_its_projections_takes_any_layout_and_half_precision(kind):
+    torch.manual_seed(0)
+    block = Mamba(20).to(kind)
+    block.conv1d.bias = nn.Parameter(torch.randn(40, 2, dtype=kind)[:, 0])
+    block.dt_proj.bias = nn.Parameter(torch.randn(40, 2, dtype=kind)[:, 1])
+    assert not block.conv1d.bias.is_contiguous()
+    xz = torch.randn(2, 80, 33).to(kind).mT
+    layers = block.conv1d, block.x_proj, block.dt_proj
+    y = native_scan.inner(xz, *layers, -block.A_log.exp(), block.D)
+    assert y.dtype == kind
+    whole, rates = copy.deepcopy(block).double(), -block.A_log.exp().double()
+    x, z = xz.double().chunk(2, -1)
+    x = causal_conv(x, whole.conv1d.weight, whole.conv1d.bias)
+    dt, B, C = whole.x_proj(x).split([block.dt_rank, block.d_state, block.d_state], -1)
+    right = selective_scan(x, whole.dt_proj(dt), rates, B, C, whole.D, z)
+    assert (y - right).abs().max() < (1e-5 if kind == torch.float32 else 1e-2) * right.abs().max()
 
 
 @needs_native
