@@ -1,6 +1,7 @@
 """Measure the parts of mambaflow side by side, as ratios within one run.
 
     python jobs/benchmark.py --what scan      the scan against its rivals and the block's GEMMs
+    python jobs/benchmark.py --what attention against torch's own, in training and sampling
     python jobs/benchmark.py --what step      where a training step's time goes, and its floor
     python jobs/benchmark.py --what sample    every sampler, at growing sizes
     python jobs/benchmark.py --what loader    making batches, against the usual way
@@ -21,13 +22,24 @@ from pathlib import Path
 import torch
 import tyro
 
-from mambaflow.benchmarks import loader, memory, ray_cost, reference, sample, scan, stall, step
+from mambaflow.benchmarks import (
+    attention,
+    loader,
+    memory,
+    ray_cost,
+    reference,
+    sample,
+    scan,
+    stall,
+    step,
+)
 from mambaflow.benchmarks.bench import BenchmarkConfig
 from mambaflow.process import keep_memory
 from mambaflow.report import Table, provenance
 
 PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
     "scan": scan.measure,
+    "attention": attention.measure,
     "step": step.measure,
     "sample": sample.measure,
     "loader": loader.measure,

@@ -3,9 +3,11 @@
 On CPU torch takes MKL's, which keeps AVX-512 from AMD's processors; oneDNN's do not, and are
 faster there by a fifth (Zen 4) to twice (Zen 5). Both are asked for products in float32 without
 packed layouts, so that weights stay as they are. An operator of our own stands around oneDNN's:
-torch.compile would refuse that one for weights that are learned.
+torch.compile would refuse that one for weights that are learned. Set MAMBAFLOW_ONEDNN=0 to do
+without.
 """
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -29,7 +31,8 @@ def suits(processor: str) -> bool:
 @cache
 def _suits_here() -> bool:
     info = Path("/proc/cpuinfo")
-    return suits(info.read_text() if info.exists() else "")
+    wanted = os.environ.get("MAMBAFLOW_ONEDNN") != "0"
+    return wanted and suits(info.read_text() if info.exists() else "")
 
 
 @torch.compiler.assume_constant_result

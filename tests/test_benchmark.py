@@ -12,7 +12,7 @@ from small import FLAGS, staged
 from torch.utils.flop_counter import FlopCounterMode
 
 import jobs.benchmark as job
-from mambaflow.benchmarks import loader, ray_cost, reference, sample, stall, step
+from mambaflow.benchmarks import attention, loader, ray_cost, reference, sample, stall, step
 from mambaflow.benchmarks.bench import REFERENCE, BenchmarkConfig, against, race, random_batch
 from mambaflow.native import library
 from mambaflow.ssm import Mamba
@@ -73,7 +73,7 @@ def test_ratios_are_to_the_base():
     ]
 
 
-@pytest.mark.parametrize("what", ["scan", "step", "sample", "loader", "stall"])
+@pytest.mark.parametrize("what", ["scan", "attention", "step", "sample", "loader", "stall"])
 def test_a_part_is_measured_and_written_as_it_is_printed(what, tmp_path, capsys):
     out, data = tmp_path / "numbers.json", str(staged(tmp_path))
     flags = ["--what", what, "--out", str(out), "--sizes", "16", "--steps", "2", "--data", data]
@@ -86,6 +86,13 @@ def test_a_part_is_measured_and_written_as_it_is_printed(what, tmp_path, capsys)
     measured = [float(row[-1].replace(",", "")) for row in tables[0]["rows"]]
     assert max(measured) > 0 and min(measured) >= 0
     assert (data if what in ("loader", "stall") else "made up") in printed.splitlines()[-1]
+
+
+def test_the_rivals_in_attention_answer_the_same():
+    inputs = attention._inputs(BenchmarkConfig(), 2, 30)
+    found = [rival(*inputs) for rival in attention.RIVALS.values()]
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_measured_is_refused(capsys):

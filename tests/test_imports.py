@@ -39,7 +39,16 @@ LEVELS = [
     {"benchmarks/scan"},
     {
         f"benchmarks/{part}"
-        for part in ("step", "sample", "loader", "stall", "memory", "ray_cost", "reference")
+        for part in (
+            "attention",
+            "step",
+            "sample",
+            "loader",
+            "stall",
+            "memory",
+            "ray_cost",
+            "reference",
+        )
     },
 ]
 assert sum(map(len, LEVELS)) == len(set().union(*LEVELS))

@@ -1,5 +1,6 @@
 """Products with weights: oneDNN's where it is the faster one, the same numbers wherever."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_without_both_libraries_there_is_no_choice(missing, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(f"torch.backends.{missing}.is_available", lambda: False)
     assert not suits(AMD)
+
+
+@pytest.mark.parametrize(("value", "fit"), [("0", False), ("1", HERE), (None, HERE)])
+def test_onednn_can_be_done_without(value, fit):
+    environment = {k: v for k, v in os.environ.items() if k != "MAMBAFLOW_ONEDNN"}
+    environment |= {} if value is None else {"MAMBAFLOW_ONEDNN": value}
+    code = "from mambaflow.products import _suits_here; print(_suits_here())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(fit), done.stderr
 
 
 @onednn

@@ -26,9 +26,9 @@ REFERENCE = {
 class BenchmarkConfig:
     """What to measure, and on what."""
 
-    what: Literal["scan", "step", "sample", "loader", "stall", "memory", "ray", "reference"] = (
-        "scan"
-    )
+    what: Literal[
+        "scan", "attention", "step", "sample", "loader", "stall", "memory", "ray", "reference"
+    ] = "scan"
     """The part to measure."""
     arch: str = "v2"
     """Architecture: v1 or v2."""
