@@ -1,7 +1,8 @@
 """Measure the parts of mambaflow side by side, as ratios within one run.
 
     python jobs/benchmark.py --what scan      the scan against its rivals and the block's GEMMs
-    python jobs/benchmark.py --what attention against torch's own, in training and sampling
+    python jobs/benchmark.py --what attention
+                                              ours against torch's, in training and sampling
     python jobs/benchmark.py --what step      where a training step's time goes, and its floor
     python jobs/benchmark.py --what sample    every sampler, at growing sizes
     python jobs/benchmark.py --what loader    making batches, against the usual way

@@ -34,7 +34,21 @@ def attend(
         return native_attention.attend(query, key, value)
     few = query.shape[:3].numel() * key.shape[2] <= PLAIN
     if few and query.dtype == torch.float32 and not query.is_cuda and torch.is_grad_enabled():
-        return (query @ key.transpose(-1, -2)).softmax(-1) @ value
+        return plain(query, key, value)
+    return fused(query, key, value)
+
+
+def plain(
+    query: Float[Tensor, "b h n e"], key: Float[Tensor, "b h k e"], value: Float[Tensor, "b h k f"]
+) -> Float[Tensor, "b h n f"]:
+    """`attend` by two products, all scores kept."""
+    return (query @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
+def fused(
+    query: Float[Tensor, "b h n e"], key: Float[Tensor, "b h k e"], value: Float[Tensor, "b h k f"]
+) -> Float[Tensor, "b h n f"]:
+    """`attend` by torch's kernel."""
     features = value.shape[-1]
     width = max(query.shape[-1], features)
     query, key, value = (_wide(x, width + -width % 8) for x in (query, key, value))

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambaflow.native import built, dense, kernels, numbers, pointer, wanted
+from mambaflow.scan_operator import blank_gradients
 
 
 def serves(query: Tensor) -> bool:
@@ -77,7 +78,7 @@ def _gradients(dout, out, kept, query, key, value, keys: bool) -> list[Tensor]:
     """Of the query, and where `keys` of key and value."""
     dout, out = dout.contiguous(), out.contiguous()
     query, key, value = (dense(x) for x in (query, key, value))
-    found = [x.new_empty(x.shape) for x in ((query, key, value) if keys else (query,))]
+    found = blank_gradients(*((query, key, value) if keys else (query,)))
     to = found if keys else [*found, None, None]
     given = [pointer(x) for x in (query, key, value, out, kept, dout, *to)]
     _run(kernels().mambaflow_attention_backward, query, key, value, given)
@@ -98,9 +99,11 @@ _through = torch.library.custom_op(
 _attend.register_fake(lambda query, key, value, keep: _blank(query, value, keep))
 
 
-@_through.register_fake
-def _(dout, out, kept, query, key, value, keys):
-    return [x.new_empty(x.shape) for x in ((query, key, value) if keys else (query,))]
+_through.register_fake(
+    lambda dout, out, kept, query, key, value, keys: blank_gradients(
+        *((query, key, value) if keys else (query,))
+    )
+)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -4,28 +4,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mambaflow.attention import attend
+from mambaflow.attention import attend, fused, plain
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, against, device_name, race
 from mambaflow.config import ARCHITECTURES
 from mambaflow.report import Table
 
 WINDOW = 3  # dimensions that place the window, and colours that it reads: a tenth of a head
 LONG = 4096  # points that attend to one another where an image of 64 x 64 is sampled
-
-
-def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key') value, all scores kept."""
-    return (query @ key.transpose(-1, -2)).softmax(-1) @ value
-
-
-def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same by torch's own kernel, rows filled up as it likes them."""
-    width = value.shape[-1]
-    query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :width]
 
 
 RIVALS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
