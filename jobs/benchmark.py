@@ -35,8 +35,8 @@ from mambaflow.benchmarks import (
     step,
 )
 from mambaflow.benchmarks.bench import BenchmarkConfig
-from mambaflow.process import keep_memory
-from mambaflow.report import Table, provenance
+from mambaflow.host import keep_memory
+from mambaflow.report.tables import Table, provenance
 
 PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
     "scan": scan.measure,

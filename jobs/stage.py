@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import tyro
 from tqdm import tqdm
 
-from mambaflow.sources import Source, open_source
-from mambaflow.staging import Done, StageConfig, Task, in_process, make, stage
+from mambaflow.data.sources import Source, open_source
+from mambaflow.data.staging import Done, StageConfig, Task, in_process, make, stage
 
 IN_FLIGHT = 64
 RETRIES = 3
@@ -24,7 +24,8 @@ RETRIES = 3
 
 def on_ray(tasks: list[Task]) -> Iterator[Done]:
     """Make shards on the cluster at RAY_ADDRESS or a private one, a bounded number at a time."""
-    from mambaflow.distributed import connect, ray
+    from mambaflow.distributed.cluster import connect
+    from mambaflow.distributed.train import ray
 
     with connect():
         remote = ray.remote(make).options(

@@ -27,17 +27,18 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from mambaflow.checkpoint import CheckpointError
-from mambaflow.config import RECIPES, RunConfig, lookup, require
-from mambaflow.native import NativeError, compiler
-from mambaflow.process import keep_memory, share_cores
-from mambaflow.run import Outcome, RunFailed, check_data, open_run, train
-from mambaflow.shards import ShardError
-from mambaflow.sources import EMBEDDED
-from mambaflow.staging import stage_once
-from mambaflow.stopwatch import STOP
+from mambaflow.checks import lookup, require
+from mambaflow.config import RECIPES, RunConfig
+from mambaflow.data.shards import ShardError
+from mambaflow.data.sources import EMBEDDED
+from mambaflow.data.staging import stage_once
+from mambaflow.host import keep_memory, share_cores
+from mambaflow.kernels.build import NativeError, compiler
+from mambaflow.models.weights import CheckpointError
 from mambaflow.storage import Storage, at
-from mambaflow.world import Point, World
+from mambaflow.training.process_group import Point, World
+from mambaflow.training.run import Outcome, RunFailed, check_data, open_run, train
+from mambaflow.training.stop_signal import STOP
 
 FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def progress_bar() -> Iterator[Callable[[Point], None]]:
 
 def on_ray(config: RunConfig, run: Storage) -> Outcome:
     """Train on the connected or a private cluster."""
-    from mambaflow.distributed import train_on_ray
+    from mambaflow.distributed.train import train_on_ray
 
     with stoppable(run), progress_bar() as watch:
         return train_on_ray(config, watch)
@@ -147,7 +148,8 @@ def cluster(config: RunConfig) -> Iterator[None]:
     if not config.scale.ray:
         yield
         return
-    from mambaflow.distributed import check_room, connect
+    from mambaflow.distributed.cluster import connect
+    from mambaflow.distributed.train import check_room
 
     with connect(config.scale.num_workers + 1):
         check_room(config.scale)

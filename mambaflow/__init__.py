@@ -1,7 +1,6 @@
 """mambaflow: complete and enlarge images from a fifth of their pixels.
 
-    from mambaflow.checkpoint import load_model
-    from mambaflow.samplers import heun, uniform_times
+    from mambaflow import heun, load_model, uniform_times
 
     model, _ = load_model("runs/first-v2")                # the best checkpoint of a run
     velocity = model.given(batch)                         # known pixels and places asked

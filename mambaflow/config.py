@@ -4,23 +4,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
-T = TypeVar("T")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def lookup(registry: Mapping[str, T], name: str, what: str) -> T:
-    """The entry called `name`; an unknown name is refused with the list of valid ones."""
-    require(name in registry, f"unknown {what} {name!r}; valid: {', '.join(registry)}")
-    return registry[name]
+from mambaflow.checks import lookup, require
 
 
 def _positive(config: object, *names: str) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mambaflow.batches import Layout
 from mambaflow.config import ModelConfig, RunConfig, ScaleConfig, TrainConfig
-from mambaflow.sources import open_source, photograph
-from mambaflow.staging import StageConfig, in_process, stage
+from mambaflow.data.batches import Layout
+from mambaflow.data.sources import open_source, photograph
+from mambaflow.data.staging import StageConfig, in_process, stage
 
 SIZE, TRAIN, VALIDATION, TEST = 12, 40, 8, 16
 MODEL = ModelConfig(

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from mambaflow.shards import (
+from mambaflow.data.shards import (
     Manifest,
     Recipe,
     ShardInfo,

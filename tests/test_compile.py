@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import small
 
-from mambaflow.native import library
+from mambaflow.kernels.build import library
 
 ROOT = Path(__file__).parents[1]
 ONE_GRAPH = """
 import sys
 from dataclasses import replace
 import torch
-from mambaflow import products
-from mambaflow.batches import PixelBatch
+from mambaflow.kernels import linear
+from mambaflow.data.batches import PixelBatch
 from mambaflow.config import ARCHITECTURES, TrainConfig
 from mambaflow.training import TrainState, loss
 

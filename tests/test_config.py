@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mambaflow.checks import lookup
 from mambaflow.config import (
     ARCHITECTURES,
     RECIPES,
@@ -14,7 +15,6 @@ from mambaflow.config import (
     differences,
     from_dict,
     from_json,
-    lookup,
     to_dict,
     to_json,
 )

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mambaflow import native_words, samplers, ssm
-from mambaflow.batches import Batches, Layout, PixelBatch, _places
 from mambaflow.benchmarks.bench import Fixed
 from mambaflow.benchmarks.sample import solvers
-from mambaflow.columns import Columns
 from mambaflow.config import ARCHITECTURES, TrainConfig
-from mambaflow.training import TrainState, fit
+from mambaflow.data.batches import Batches, Layout, PixelBatch, _places
+from mambaflow.data.device_rows import Columns
+from mambaflow.flow import samplers
+from mambaflow.kernels import random_cpu
+from mambaflow.models import selective_scan
+from mambaflow.training.loop import TrainState, fit
 
 GPU = torch.device("cuda", 0)
 SMALL = {"d_model": 64, "num_layers": 2, "num_heads": 4}
@@ -35,9 +37,9 @@ class Shapes(FakeTensorMode):
 def gpu(monkeypatch):
     """A machine that has a GPU, and tensors that hold nothing."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(native_words, "serves", lambda given: False)  # it would read the numbers
+    monkeypatch.setattr(random_cpu, "serves", lambda given: False)  # it would read the numbers
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(ssm, "_on_gpu", lambda: "triton")
+    monkeypatch.setattr(selective_scan, "_on_gpu", lambda: "triton")
     _places.cache_clear()
     with Shapes():
         yield
@@ -123,6 +125,6 @@ def test_resident_rows_make_batches_on_the_gpu(masks, gpu, monkeypatch):
     batches = Batches(Held(), Layout(32, 204, 204), train, resident=rows)
     monkeypatch.setattr(batches.order, "stretch", lambda first, count: np.arange(count))
     drawn = torch.zeros(8, 408, dtype=torch.int64)
-    monkeypatch.setattr("mambaflow.batches.choose", lambda *given, draw: drawn)
+    monkeypatch.setattr("mambaflow.data.batches.choose", lambda *given, draw: drawn)
     made = batches[0]
     assert made.query_rgb.device == made.known_xy.device == GPU and made.number.device.type == "cpu"

@@ -8,15 +8,15 @@ import pytest
 import small
 import torch
 
-from mambaflow import ssm
-from mambaflow.batches import Batches
-from mambaflow.columns import resident
 from mambaflow.config import ARCHITECTURES, ScaleConfig, TrainConfig
-from mambaflow.run import open_run, train
-from mambaflow.shard_set import ShardSet
+from mambaflow.data.batches import Batches
+from mambaflow.data.device_rows import resident
+from mambaflow.data.shard_reader import ShardSet
+from mambaflow.models import selective_scan
 from mambaflow.storage import at
-from mambaflow.training import TrainState, loss
-from mambaflow.world import World
+from mambaflow.training.loop import TrainState, loss
+from mambaflow.training.process_group import World
+from mambaflow.training.run import open_run, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -29,7 +29,7 @@ def near(one: torch.Tensor, other: torch.Tensor, most: float) -> None:
 
 
 def backends() -> list[str]:
-    return ["cuda", "triton"] if ssm._has_mamba_ssm() else ["triton"]
+    return ["cuda", "triton"] if selective_scan._has_mamba_ssm() else ["triton"]
 
 
 @pytest.mark.parametrize(("kind", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
@@ -46,7 +46,7 @@ def test_the_kernels_agree_with_the_cpu_forward_and_backward(kind, most, n):
 
     def results(device: torch.device, backend: str) -> list[torch.Tensor]:
         tensors = [x.to(device).requires_grad_() for x in given]
-        y = ssm.selective_scan(*tensors, backend=backend)
+        y = selective_scan.selective_scan(*tensors, backend=backend)
         return [y, *torch.autograd.grad(y, tensors, slope.to(device))]
 
     right = results(CPU, "auto")
@@ -95,7 +95,7 @@ COMPILED = """
 import sys
 import numpy as np, torch
 from dataclasses import replace
-from mambaflow.batches import PixelBatch
+from mambaflow.data.batches import PixelBatch
 from mambaflow.config import ARCHITECTURES, TrainConfig
 from mambaflow.training import TrainState, compiled, fit
 
@@ -127,7 +127,7 @@ def test_compiled_steps_learn_what_plain_ones_learn(how):
     done = subprocess.run([sys.executable, "-c", COMPILED, how], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     graphs, breaks = map(int, done.stdout.split())
-    assert graphs >= 1 and (ssm._has_mamba_ssm() or (graphs, breaks) == (1, 0))
+    assert graphs >= 1 and (selective_scan._has_mamba_ssm() or (graphs, breaks) == (1, 0))
 
 
 def test_a_run_on_the_gpu_ends_and_a_longer_one_resumes_from_it(tmp_path):

@@ -1,62 +1,51 @@
-"""Imports go one way; a room may know only what lies below it."""
+"""Imports go one way: a wing may know only the wings below it."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(p for p in (ROOT / "mambaflow").rglob("*.py") if p.stem != "__init__")
-LIBRARY = {p.relative_to(ROOT / "mambaflow").with_suffix("").as_posix(): p for p in FILES}
+LIBRARY = ROOT / "mambaflow"
+FILES = sorted(LIBRARY.rglob("*.py"))
 
-# Each room above those it may import; rooms on one line may import one another's lines below.
-LEVELS = [
-    {
-        "config",
-        "native",
-        "scan_operator",
-        "products",
-        "samplers",
-        "metrics",
-        "report",
-        "baselines",
-        "flow",
-    },
-    {"storage", "process", "native_scan", "native_attention", "native_words", "triton_scan"},
-    {"randomness"},
-    {"pixels", "sources"},
-    {"shards", "attention", "ssm"},
-    {"layers"},
-    {"staging", "model", "shard_set"},
-    {"columns"},
-    {"batches"},
-    {"training", "evaluation", "logbook"},
-    {"checkpoint", "world"},
-    {"stopwatch"},
-    {"run"},
-    {"distributed"},
-    {"benchmarks/bench"},
-    {"benchmarks/scan"},
-    {
-        f"benchmarks/{part}"
-        for part in (
-            "attention",
-            "step",
-            "sample",
-            "loader",
-            "stall",
-            "memory",
-            "ray_cost",
-            "reference",
-        )
-    },
-]
-assert sum(map(len, LEVELS)) == len(set().union(*LEVELS))
-LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
-ONLY = {"ray": {"distributed"}, "boto3": {"storage"}, "botocore": {"storage"}, "submitit": set()}
+# Who may import whom. The ground is what lies beside the wings in mambaflow/.
+GROUND = {"config", "checks", "storage", "host"}
+ARROWS: dict[str, set[str]] = {
+    "kernels": set(),
+    "data": {"kernels"},
+    "models": {"kernels"},
+    "flow": set(),
+    "report": set(),
+    "evaluation": {"data", "flow", "models", "report"},
+    "training": {"data", "evaluation", "flow", "models", "report"},
+    "distributed": {"data", "models", "training"},
+    "benchmarks": {"kernels", "data", "models", "flow", "report", "evaluation", "training"},
+}
+# What the wings may import of the ground: kernels know numbers alone, and flow nothing at all.
+ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": set(), "flow": {"checks"}}
+# Inside the ground.
+BELOW = {"checks": set(), "host": {"checks"}, "storage": {"checks"}, "config": {"checks"}}
+ONLY = {
+    "ray": {"distributed"},
+    "boto3": {"storage"},
+    "botocore": {"storage"},
+    "submitit": set(),
+}
+TORCH_ALONE = ["flow/path", "flow/samplers", "evaluation/metrics"]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(LIBRARY).with_suffix("").as_posix()
+
+
+def wing(room: str) -> str:
+    return room.split("/")[0]
 
 
 def imported(path: Path) -> set[str]:
+    """Every name that a file imports, with what it takes from there, and at which depth."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -68,30 +57,58 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def rooms(names: set[str]) -> set[str]:
-    parts = [n.split(".")[1:] for n in names if n.startswith("mambaflow.")]
-    return {"/".join(p[:depth]) for p in parts for depth in (1, 2)} & set(LIBRARY)
+def ours(path: Path) -> set[str]:
+    """The wings, and files of the ground, that a file imports."""
+    parts = [n.split(".") for n in imported(path) if n.startswith("mambaflow.")]
+    return {p[1] for p in parts} & (GROUND | set(ARROWS))
 
 
-@pytest.mark.parametrize("room", LIBRARY)
-def test_a_room_imports_only_rooms_below_it(room):
-    used = rooms(imported(LIBRARY[room]))
-    wrong = {other for other in used if LEVEL[other] >= LEVEL[room]}
-    assert not wrong, f"{room} imports {wrong}"
+def rooms(path: Path) -> set[str]:
+    """The files that a file imports."""
+    parts = [n.split(".")[1:] for n in imported(path) if n.startswith("mambaflow.")]
+    return {"/".join(p[:2]) for p in parts} & {name(f) for f in FILES}
 
 
-@pytest.mark.parametrize("room", LIBRARY)
-def test_services_are_known_to_one_room_alone(room):
-    top = {name.split(".")[0] for name in imported(LIBRARY[room])}
+def test_every_file_is_in_a_wing_or_on_the_ground():
+    here = {wing(name(f)) for f in FILES}
+    assert here == set(ARROWS) | GROUND | {"__init__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_file_imports_only_wings_below_its_own(path):
+    mine = wing(name(path))
+    if mine == "__init__":
+        return  # the library's public names come from everywhere
+    allowed = BELOW[mine] if mine in GROUND else ARROWS[mine] | ON_GROUND[mine] | {mine}
+    assert ours(path) <= allowed, f"{name(path)} imports {ours(path) - allowed}"
+
+
+def test_the_arrows_between_files_make_no_circle():
+    above = {name(f): rooms(f) for f in FILES if f.stem != "__init__"}
+    while free := {room for room, below in above.items() if not below & set(above)}:
+        above = {room: below for room, below in above.items() if room not in free}
+    assert not above, f"these import one another in a circle: {sorted(above)}"
+
+
+def test_the_arrows_between_wings_make_no_circle():
+    above = dict(ARROWS)
+    while free := {one for one, below in above.items() if not below & set(above)}:
+        above = {one: below for one, below in above.items() if one not in free}
+    assert not above
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_services_are_known_to_one_wing_alone(path):
+    top = {n.split(".")[0] for n in imported(path)}
     for package, allowed in ONLY.items():
-        assert package not in top or room in allowed, f"{room} imports {package}"
+        assert package not in top or wing(name(path)) in allowed, f"{name(path)}: {package}"
     assert not top & {"jobs", "cluster", "tune"}
 
 
-def test_samplers_and_metrics_need_only_torch():
-    for room in ("samplers", "metrics"):
-        names = {n.split(".")[0] for n in imported(LIBRARY[room])}
-        assert names <= {"torch", "jaxtyping", "math", "dataclasses", "collections", "typing"}
+@pytest.mark.parametrize("room", TORCH_ALONE)
+def test_flow_and_metrics_need_only_torch(room):
+    names = {n.split(".")[0] for n in imported(LIBRARY / f"{room}.py")}
+    assert names - {"mambaflow"} <= {"torch", "jaxtyping"} | sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.stem)
@@ -105,3 +122,8 @@ def test_no_script_is_named_like_a_package_that_it_would_hide():
     for folder in ("jobs", "cluster", "tune"):
         names = {p.stem for p in (ROOT / folder).glob("*.py")}
         assert not names & taken
+
+
+def test_tests_stand_where_what_they_test_stands():
+    wings = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and p.name[0] not in "._"}
+    assert wings <= set(ARROWS) | {"jobs", "cluster", "tune"}

@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mambaflow.attention import attend, fused, plain
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, against, device_name, race
 from mambaflow.config import ARCHITECTURES
-from mambaflow.report import Table
+from mambaflow.models.attention import attend, fused, plain
+from mambaflow.report.tables import Table
 
 WINDOW = 3  # dimensions that place the window, and colours that it reads: a tenth of a head
 LONG = 4096  # points that attend to one another where an image of 64 x 64 is sampled

@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 
-from mambaflow.batches import PixelBatch
-from mambaflow.config import ARCHITECTURES, TrainConfig, lookup, require
+from mambaflow.checks import lookup, require
+from mambaflow.config import ARCHITECTURES, TrainConfig
+from mambaflow.data.batches import PixelBatch
 
 Work = Callable[[], object]
 

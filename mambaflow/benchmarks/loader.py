@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambaflow.batches import Batches, Layout
 from mambaflow.benchmarks.bench import (
     BenchmarkConfig,
     Fixed,
@@ -18,10 +17,11 @@ from mambaflow.benchmarks.bench import (
     step_config,
 )
 from mambaflow.config import ARCHITECTURES, TrainConfig
-from mambaflow.pixels import coordinates
-from mambaflow.report import Table
-from mambaflow.shard_set import ShardSet
-from mambaflow.training import TrainState, fit
+from mambaflow.data.batches import Batches, Layout
+from mambaflow.data.pixels import coordinates
+from mambaflow.data.shard_reader import ShardSet
+from mambaflow.report.tables import Table
+from mambaflow.training.loop import TrainState, fit
 
 MASKS: tuple[Literal["strict", "fresh"], ...] = ("strict", "fresh")
 LOADED = 64  # batches in one round: those of an epoch of the sample

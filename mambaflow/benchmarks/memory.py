@@ -10,9 +10,9 @@ import torch
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, race, random_batch
 from mambaflow.benchmarks.scan import scan_inputs
 from mambaflow.config import ARCHITECTURES
-from mambaflow.model import VelocityField
-from mambaflow.report import Table
-from mambaflow.ssm import selective_scan
+from mambaflow.models.selective_scan import selective_scan
+from mambaflow.models.velocity_field import VelocityField
+from mambaflow.report.tables import Table
 
 
 def one_call(config: BenchmarkConfig, size: int, t: float) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mambaflow.benchmarks.bench import BenchmarkConfig
-from mambaflow.report import Table
+from mambaflow.report.tables import Table
 
 TURN_S, SETTLE_S, START_S, END_S = 4.0, 0.5, 180.0, 60.0
 WARM_POINTS = 10

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mambaflow.batches import PixelBatch
 from mambaflow.benchmarks.bench import (
     REFERENCE,
     REFERENCE_URL,
@@ -30,9 +29,10 @@ from mambaflow.benchmarks.bench import (
     turns,
 )
 from mambaflow.config import ARCHITECTURES
-from mambaflow.model import parameters
-from mambaflow.report import Table
-from mambaflow.training import TrainState, fit
+from mambaflow.data.batches import PixelBatch
+from mambaflow.models.velocity_field import parameters
+from mambaflow.report.tables import Table
+from mambaflow.training.loop import TrainState, fit
 
 MODEL = {"v1": "MAMBADiffusion", "v2": "MAMBADiffusionV2"}
 TRAIN = "train_flow_matching"

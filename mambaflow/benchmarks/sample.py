@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mambaflow.batches import PixelBatch
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, race, random_batch
 from mambaflow.config import ARCHITECTURES
-from mambaflow.model import Velocity, VelocityField
-from mambaflow.report import Table
-from mambaflow.samplers import Counted, ddim, heun, mean, midpoint, sde, uniform_times
+from mambaflow.data.batches import PixelBatch
+from mambaflow.flow.samplers import Counted, ddim, heun, mean, midpoint, sde, uniform_times
+from mambaflow.models.velocity_field import Velocity, VelocityField
+from mambaflow.report.tables import Table
 
 KNOWN = 204
 

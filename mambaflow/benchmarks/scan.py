@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, against, device_name, race
 from mambaflow.config import ARCHITECTURES
-from mambaflow.products import linear
-from mambaflow.report import Table
-from mambaflow.ssm import Mamba, fastest, selective_scan
+from mambaflow.kernels.linear import linear
+from mambaflow.models.mamba import Mamba
+from mambaflow.models.selective_scan import fastest, selective_scan
+from mambaflow.report.tables import Table
 
 
 def scan_inputs(config: BenchmarkConfig, n: int, d: int, s: int) -> list[Tensor]:

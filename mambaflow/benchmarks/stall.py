@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mambaflow.batches import Batches, Layout
 from mambaflow.benchmarks.bench import BenchmarkConfig
 from mambaflow.config import RECIPES
-from mambaflow.report import Table
-from mambaflow.shard_set import ShardSet
-from mambaflow.training import TrainState, fit
+from mambaflow.data.batches import Batches, Layout
+from mambaflow.data.shard_reader import ShardSet
+from mambaflow.report.tables import Table
+from mambaflow.training.loop import TrainState, fit
 
 
 class OnDemand(ShardSet):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from mambaflow.batches import PixelBatch
 from mambaflow.benchmarks.bench import (
     BenchmarkConfig,
     Fixed,
@@ -17,22 +16,23 @@ from mambaflow.benchmarks.bench import (
     step_config,
 )
 from mambaflow.config import ARCHITECTURES
-from mambaflow.model import parameters
-from mambaflow.products import large, product
-from mambaflow.report import Table
-from mambaflow.training import Progress, TrainState, compiled, fit
+from mambaflow.data.batches import PixelBatch
+from mambaflow.kernels.linear import large, product
+from mambaflow.models.velocity_field import parameters
+from mambaflow.report.tables import Table
+from mambaflow.training.loop import Progress, TrainState, compiled, fit
 
 Size = Sequence[int]
 PROFILED, SHOWN = 3, 14  # steps, and operations of them
 
 
 def _between(xz: Size, conv: Size, bias: Size, to_ranks: Size, to_dt: Size, *_: object) -> int:
-    """FLOPs of the products that `native_scan.inner` hides: to the ranks, and from them to dt."""
+    """FLOPs of the products that `scan_cpu.inner` hides: to the ranks, and from them to dt."""
     return 2 * xz[0] * xz[1] * (math.prod(to_ranks) + math.prod(to_dt))
 
 
 def _attention(query: Size, key: Size, value: Size, *_: object) -> int:
-    """FLOPs of the products of `native_attention`, forward."""
+    """FLOPs of the products of `attention_cpu`, forward."""
     return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 

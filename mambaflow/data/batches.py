@@ -1,0 +1,313 @@
+"""The endless, deterministic stream of training batches, the same for any number of workers.
+
+Sample number p of the stream (p = step x batch size + place in the batch) is row
+`RowOrder.row(p)`; its noise, its time and its fresh mask are functions of (seed, p). So a
+worker makes its own slice of any step's batch from nothing but the step: there is no state
+to save, and no row that it reads is another's.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mambaflow.data.device_rows import Columns, pick, send
+from mambaflow.config import ModelConfig, TrainConfig
+from mambaflow.checks import require
+from mambaflow.data.pixels import choose, grid, to_rgb
+from mambaflow.data.random_bits import normal, philox, uniform
+from mambaflow.data.shards import Recipe, Rows
+
+FEISTEL_ROUNDS = 6
+BLOCK = 2**13
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """Known pixels, and the queried ones with their true colours."""
+
+    known_xy: Float[Tensor, "b k 2"]
+    known_rgb: Float[Tensor, "b k 3"]
+    query_xy: Float[Tensor, "b n 2"]
+    query_rgb: Float[Tensor, "b n 3"]
+    number: Int[Tensor, " b"]
+    """Place of each sample in the stream: what its noise and time are functions of. On CPU always,
+    where they are drawn: a GPU would need a hundred small kernels for them."""
+
+    def to(self, device: torch.device | str) -> "PixelBatch":
+        """The same batch on another device; to a GPU through pinned memory, without waiting."""
+        names = [f.name for f in fields(self) if f.name != "number"]
+        return replace(self, **{name: send(getattr(self, name), device) for name in names})
+
+    def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
+        """x_0 of each sample."""
+        b, n, _ = self.query_xy.shape
+        drawn = normal(seed, "noise", 0, self.number, 3 * n).view(b, n, 3)
+        return send(drawn, self.query_xy.device)
+
+    def times(self, seed: int) -> Float[Tensor, " b"]:
+        """The uniform draw from which the time of each sample is made."""
+        return send(uniform(seed, "time", 0, self.number, 1)[:, 0], self.query_xy.device)
+
+
+class RowOrder:
+    """Row of each sample of the stream: in every epoch each row once, shuffled.
+
+    A permutation without a table: a Feistel network over the smallest even number of bits
+    that holds the rows, walked until it lands inside (Black & Rogaway 2002). Rows are shuffled
+    within windows of `window` rows and windows among themselves, so that only the shards of one
+    window are open at a time; with one window, which is the rule while all shards fit in
+    shard_reader.MEMORY_BYTES, the shuffle is over all. Memory does not grow with the number of rows.
+    """
+
+    def __init__(self, rows: int, seed: int, window: int = 2**20) -> None:
+        require(rows > 0, f"rows (={rows}) must be positive; stage at least one image")
+        require(window > 0, f"window (={window}) must be positive; use 2**20")
+        self.rows, self.seed, self.window = rows, seed, min(window, rows)
+        self._block = lru_cache(maxsize=4)(self._make_block)
+
+    def row(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+        """The row of each sample of the stream."""
+        epoch, place = number // self.rows, number % self.rows
+        window, inside = place // self.window, place % self.window
+        whole = self.rows // self.window  # a last, shorter window keeps its place
+        shuffled = self._permute(window, whole, epoch, torch.full_like(window, -1))
+        window = torch.where(window < whole, shuffled, window)
+        rest = self.rows - whole * self.window
+        size = torch.where(window < whole, self.window, rest)
+        return window * self.window + self._permute(inside, size, epoch, window)
+
+    def stretch(self, first: int, count: int) -> Int[np.ndarray, " count"]:
+        """The rows of `count` samples in a row, from blocks that serve many steps: a
+        permutation's rounds cost as much for one sample as for hundreds."""
+        blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
+        found = np.concatenate([self._block(b) for b in blocks])
+        return found[first - blocks[0] * BLOCK :][:count]
+
+    def _make_block(self, block: int) -> Int[np.ndarray, " rows"]:
+        return self.row(torch.arange(block * BLOCK, (block + 1) * BLOCK)).numpy()
+
+    def _permute(
+        self, place: Int[Tensor, " m"], size: int | Tensor, epoch: Tensor, salt: Tensor
+    ) -> Int[Tensor, " m"]:
+        """`place` in [0, size) through the permutation of (seed, epoch, salt)."""
+        size = torch.as_tensor(size).expand_as(place)
+        bits = torch.frexp((size - 1).double()).exponent.long()
+        half = ((bits + 1) // 2).clamp(min=1)  # of each place's own size, whoever is beside it
+        walking = (place < size) & (size > 1)
+        while bool(walking.any()):
+            walked = self._feistel(place[walking], half[walking], epoch[walking], salt[walking])
+            place = place.masked_scatter(walking, walked)
+            walking = walking & (place >= size)
+        return place
+
+    def _feistel(
+        self, place: Int[Tensor, " m"], half: Tensor, epoch: Tensor, salt: Tensor
+    ) -> Int[Tensor, " m"]:
+        mask = (1 << half) - 1
+        left, right = place >> half, place & mask
+        for i in range(FEISTEL_ROUNDS):
+            mixed = philox(torch.stack((right, salt + 1, epoch, half), -1), (self.seed, i))[:, 0]
+            left, right = right, left ^ (mixed & mask)
+        return (left << half) | right
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """Shards, as far as batches need them."""
+
+    @property
+    def window(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def rows(
+        self, row_numbers: np.ndarray, *, pixels: bool = True, images: bool = True
+    ) -> Rows: ...
+
+    def expect(self, row_numbers: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many pixels a row holds, and how the model wants its places and colours."""
+
+    size: int
+    known: int
+    target: int
+    coordinates: str = "centre"
+    rgb_low: float = -1.0
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: ModelConfig) -> "Layout":
+        """The layout of shards for a model."""
+        return cls(recipe.size, recipe.known, recipe.target, model.coordinates, model.rgb_low)
+
+    def xy(self, index: Int[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
+        """Where pixels are."""
+        places = _places(self.size, self.coordinates, index.device)
+        return places.index_select(0, index.reshape(-1)).view(*index.shape, 2)
+
+    def rgb(self, colours: UInt8[Tensor, "b n 3"]) -> Float[Tensor, "b n 3"]:
+        """What colours are."""
+        return self._stretch(to_rgb(colours))
+
+    def image(self, rgb: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n 3"]:
+        """Colours of the model as [0, 1], clipped."""
+        return ((rgb - self.rgb_low) / (1 - self.rgb_low)).clamp(0, 1)
+
+    def _stretch(self, symmetric: Tensor) -> Tensor:
+        low = self.rgb_low
+        return symmetric if low == -1 else low + (1 - low) * (symmetric + 1) / 2
+
+    def batch(
+        self, index: Int[Tensor, "b m"], colours: UInt8[Tensor, "b m 3"], number: Tensor
+    ) -> PixelBatch:
+        """The batch in which the first `known` pixels of each row are known."""
+        xy, rgb, k = self.xy(index), self.rgb(colours), self.known
+        return PixelBatch(xy[:, :k], rgb[:, :k], xy[:, k:], rgb[:, k:], number)
+
+
+@cache
+def _places(size: int, coordinates: str, device: torch.device) -> Float[Tensor, "pixels 2"]:
+    xy = grid(size)
+    corner = (xy * size - 0.5) / (size - 1)
+    return (corner if coordinates == "corner" else xy).to(device)
+
+
+class Batches:
+    """This worker's slice of each step's batch: `batches[step]`.
+
+    Args:
+        resident: all rows of the reader, on the device where batches are to be made.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        layout: Layout,
+        config: TrainConfig,
+        rank: int = 0,
+        world: int = 1,
+        resident: Columns | None = None,
+    ) -> None:
+        require(
+            config.batch_size % world == 0,
+            f"batch_size (={config.batch_size}) must be divisible by world size (={world}); "
+            f"use {config.batch_size + world - config.batch_size % world}",
+        )
+        unknown = layout.size**2 - layout.known
+        most = layout.target if config.masks == "strict" else unknown
+        require(
+            config.max_queries <= most,
+            f"max_queries (={config.max_queries}) must be at most {most} with masks="
+            f"{config.masks!r}; use {most}"
+            + (" or --masks fresh" if config.masks == "strict" else ""),
+        )
+        self.reader, self.layout, self.config = reader, layout, config
+        self.rank, self.world, self.resident = rank, world, resident
+        self.order = RowOrder(len(reader), config.seed, reader.window)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every row once, the last one partly into the next epoch."""
+        return -(-len(self.reader) // self.config.batch_size)
+
+    def __getitem__(self, step: int) -> PixelBatch:
+        share = self.config.batch_size // self.world
+        first = step * self.config.batch_size + self.rank * share
+        rows = self._rows(first, share)
+        index, colours = self._pixels(rows, first, self.queries(step))
+        return self.layout.batch(index, colours, torch.arange(first, first + share))
+
+    def _rows(self, first: int, share: int) -> Columns:
+        numbers = self.order.stretch(first, share)
+        if self.resident is not None:
+            return self.resident.take(numbers)
+        fresh = self.config.masks == "fresh"
+        rows = Columns.of(self.reader.rows(numbers, pixels=not fresh, images=fresh))
+        if self.order.window < self.order.rows:  # the shards of the next window, in good time
+            self.reader.expect(self.order.stretch(first + self.order.window, share))
+        return rows
+
+    def queries(self, step: int) -> int:
+        """How many pixels are asked in this step."""
+        config = self.config
+        most = config.max_queries or self.layout.target
+        least = config.min_queries or most
+        if least == most:
+            return most
+        draw = uniform(config.seed, "queries", 0, torch.tensor([step]), 1).item()
+        return least + int(draw * (most - least + 1))
+
+    def _pixels(
+        self, rows: Columns, first: int, n: int
+    ) -> tuple[Int[Tensor, "b m"], UInt8[Tensor, "b m 3"]]:
+        if self.config.masks == "strict":
+            m = self.layout.known + n
+            return rows.index[:, :m], rows.rgb[:, :m]
+        if rows.images is None:
+            raise ValueError(
+                "masks (='fresh') needs whole training images, and these shards hold only the "
+                "staged pixels; stage again with --full-images, or use --masks strict"
+            )
+        index = send(self._fresh(rows.ids, first, n), rows.images.device)
+        return index, pick(rows.images, index)
+
+    def _fresh(self, ids: Int[Tensor, " b"], first: int, n: int) -> Int[Tensor, "b m"]:
+        """Masks of this epoch, of the run's own seed: the staged ones are another stream."""
+        chosen, config, layout = [], self.config, self.layout
+        while len(ids):  # a batch across two epochs has two
+            epoch, place = divmod(first, self.order.rows)
+            left = self.order.rows - place
+            chosen.append(choose(config.seed, "train", ids[:left], layout.size, layout.known, n,
+                                 draw=epoch + 1))  # fmt: skip
+            ids, first = ids[left:], first + left
+        return torch.cat(chosen)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Batches by step."""
+
+    def __getitem__(self, step: int) -> PixelBatch: ...
+
+
+def _work_for(device: torch.device) -> None:
+    """Have this thread use a worker's own GPU; pinning would open another one on the first."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+class Ahead:
+    """The next steps' batches, made in a thread and on their way to the GPU while one trains.
+
+    Not for training on CPU: a second thread there needs the same cores, and with more OpenMP
+    threads than cores each of them sleeps at every barrier.
+
+    Args:
+        steps: there are no batches from this step on.
+    """
+
+    def __init__(self, stream: Stream, device: torch.device, steps: int, depth: int = 8) -> None:
+        self.stream, self.device, self.steps, self.depth = stream, device, steps, depth
+        self._pool = ThreadPoolExecutor(1, "batches", _work_for, (device,))
+        self._coming: dict[int, Future[PixelBatch]] = {}
+
+    def __getitem__(self, step: int) -> PixelBatch:
+        wanted = range(step, max(step + 1, min(step + self.depth, self.steps)))
+        coming = self._coming
+        self._coming = {n: coming.get(n) or self._pool.submit(self._make, n) for n in wanted}
+        return self._coming.pop(step).result()
+
+    def _make(self, step: int) -> PixelBatch:
+        return self.stream[step].to(self.device)
+
+    def close(self) -> None:
+        """Leave what is not made yet."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,102 @@
+"""An image and its sparse pixels: which are known, where they are, in which order they are read."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mambaflow.kernels import random_cpu
+from mambaflow.kernels.build import PLACES
+from mambaflow.data.random_bits import within_words, words
+
+PLACE_BITS = (PLACES - 1).bit_length()  # of a pixel in its image: at most 256 x 256
+
+
+def choose(
+    seed: int,
+    split: str,
+    ids: Int[Tensor, " m"],
+    size: int,
+    known: int,
+    target: int,
+    *,
+    draw: int = 0,
+) -> Int[Tensor, "m count"]:
+    """Indices (row x size + column) of `known` known and then `target` asked pixels, disjoint.
+
+    They depend on (seed, split, image id, draw) and nothing else: the pixels of an image are
+    ranked by random words of their own.
+
+    Args:
+        draw: 0 for the mask of the data set, epoch + 1 for the fresh mask of an epoch.
+    """
+    pixels = size * size
+    if pixels > PLACES:
+        raise ValueError(f"size (={size}) must be at most 256; crop or reduce the images")
+    if not (known > 0 and target >= 0 and known + target <= pixels):
+        raise ValueError(
+            f"known (={known}) + target (={target}) must be in [1, {pixels}], the pixels of an "
+            f"image of size {size}; use ratios that add up to at most 1"
+        )
+    within_words(seed=seed, draw=draw)
+    purpose, wanted = f"mask/{split}", known + target
+    if random_cpu.serves(ids):
+        return random_cpu.ranked(seed, purpose, draw, ids, pixels, wanted)
+    return _ranked(words(seed, purpose, draw, ids, pixels))[:, :wanted]
+
+
+def _ranked(words: Int[Tensor, "m pixels"]) -> Int[Tensor, "m pixels"]:
+    """Stable argsort of 32-bit words, by sorting them with their places in the low bits.
+
+    NumPy sorts whole numbers with vector instructions, several times faster than an argsort.
+    """
+    pixels = words.shape[-1]
+    packed = words << PLACE_BITS | torch.arange(pixels, device=words.device)
+    if packed.is_cuda:
+        packed = packed.sort(-1).values
+    else:
+        packed.numpy().sort(-1)
+    return packed & ((1 << PLACE_BITS) - 1)
+
+
+def coordinates(index: Int[Tensor, "*m"], size: int) -> Float[Tensor, "*m 2"]:
+    """Pixel centres (x, y) in (0, 1)."""
+    return (torch.stack((index % size, index // size), -1) + 0.5) / size
+
+
+def grid(size: int) -> Float[Tensor, "pixels 2"]:
+    """The pixel centres of an image, row by row."""
+    return coordinates(torch.arange(size * size), size)
+
+
+def to_rgb(colours: UInt8[Tensor, "*m"]) -> Float[Tensor, "*m"]:
+    """Bytes to [-1, 1]."""
+    return colours.float().div_(127.5).sub_(1)
+
+
+def to_uint8(rgb: Float[Tensor, "*m"]) -> UInt8[Tensor, "*m"]:
+    """[-1, 1] to bytes, rounded and clipped."""
+    return ((rgb + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def copy_known(
+    rgb: Float[Tensor, "b n 3"], index: Int[Tensor, "b k"], known: Float[Tensor, "b k 3"]
+) -> Float[Tensor, "b n 3"]:
+    """A full image in which the known pixels have their own colours exactly."""
+    return rgb.scatter(1, index[..., None].expand(-1, -1, 3), known)
+
+
+def unknown(known: Int[Tensor, "m k"], size: int) -> Int[Tensor, "m n"]:
+    """The pixels that are not known, in raster order."""
+    mask = torch.ones((len(known), size * size), dtype=torch.bool)
+    mask.scatter_(1, known, False)
+    return mask.nonzero()[:, 1].view(len(known), -1)
+
+
+
+
+
+
+
+

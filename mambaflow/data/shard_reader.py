@@ -1,0 +1,205 @@
+"""A split's rows by number, from shards that are opened as they are needed, or a little before."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from jaxtyping import Int
+
+from mambaflow.data.shards import Manifest, Recipe, Rows, ShardError, ShardInfo, from_bytes, read_manifest
+from mambaflow.storage import Storage, at
+
+MEMORY_BYTES = 2**30
+THREADS = 8
+
+
+class Fetcher:
+    """Shards of a split, fetched and verified by threads.
+
+    Shards in S3 are fetched once per node, into a cache that its processes share.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, cache: Path | None = None) -> None:
+        self.storage, self.manifest = storage, manifest
+        self.cache = cache or Path(tempfile.gettempdir()) / f"mambaflow-shards-{os.getuid()}"
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="shards")
+        self._coming: dict[int, Future[Rows]] = {}
+
+    def begin(self, numbers: Sequence[int], most: int) -> None:
+        """Fetch shards in the background, while no more than `most` wait to be taken."""
+        for number in numbers:
+            if number not in self._coming and len(self._coming) < most:
+                info = self.manifest.shards[number]
+                self._coming[number] = self._pool.submit(self._verified, info)
+
+    def take(self, number: int) -> Rows:
+        """The rows of a shard, which is forgotten.
+
+        Raises:
+            ShardError: it is missing or damaged.
+        """
+        coming = self._coming.pop(number, None)
+        if coming is None or coming.exception() is not None:  # what failed then may do now
+            return self._verified(self.manifest.shards[number])
+        return coming.result()
+
+    def close(self) -> None:
+        """Fetch no more; without this the end of the process waits for all that was begun."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _verified(self, info: ShardInfo) -> Rows:
+        where = f"{self.storage.uri}/{info.name}"
+        try:
+            data = self._bytes(info)
+        except FileNotFoundError as error:
+            raise ShardError(f"shard {where} is listed and not there; stage again") from error
+        digest = hashlib.sha256(data).hexdigest()
+        if len(data) != info.bytes or digest != info.sha256:
+            raise ShardError(
+                f"shard {where} is damaged: {len(data)} bytes with sha256 {digest[:12]}…, the "
+                f"manifest says {info.bytes} with {info.sha256[:12]}…; stage the data again"
+            )
+        rows, recipe = from_bytes(data, where)
+        if len(rows) != info.rows or recipe != self.manifest.recipe:
+            raise ShardError(
+                f"shard {where} has {len(rows)} rows of recipe {recipe.hash}, the manifest says "
+                f"{info.rows} of {self.manifest.recipe.hash}; stage the data again"
+            )
+        return rows
+
+    def _bytes(self, info: ShardInfo) -> bytes:
+        """A shard's bytes, through the node's cache where it is far away."""
+        if self.storage.is_local:
+            return self.storage.read(info.name)
+        path = self.cache / f"{info.sha256}.parquet"
+        self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            data = path.read_bytes() if path.exists() else b""
+            if hashlib.sha256(data).hexdigest() != info.sha256:
+                self.storage.download(info.name, path)
+                data = path.read_bytes()
+        return data
+
+
+class ShardSet:
+    """A split's rows by number, opening only the shards that hold them.
+
+    Open shards lie side by side in one piece of memory, so that a batch is one gather per
+    column. Beyond `memory` bytes the one unused for longest makes room; shards that are expected
+    take as much again. For one thread at a time.
+    """
+
+    def __init__(
+        self, uri: str, split: str, *, cache: Path | None = None, memory: int = MEMORY_BYTES
+    ) -> None:
+        self.storage = at(uri).child(split)
+        self.manifest = read_manifest(self.storage)
+        self._fetcher = Fetcher(self.storage, self.manifest, cache)
+        rows = np.array([shard.rows for shard in self.manifest.shards], np.int64)
+        self._ends, self._starts = rows.cumsum(), rows.cumsum() - rows
+        self._stride = max(1, int(rows.max(initial=0)))
+        slot_bytes = self._stride * Rows.blank(1, self.recipe).nbytes
+        self.open_bytes = slot_bytes * len(rows)
+        """Memory that all shards would take."""
+        self.capacity = min(max(1, memory // slot_bytes), max(1, len(rows)))
+        """Shards that may be open at once."""
+        self._open = Rows.blank(self.capacity * self._stride, self.recipe)
+        self._slots = np.full(len(rows), -1)
+        self._used = np.zeros(len(rows), np.int64)
+        self._clock = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the split was staged."""
+        return self.manifest.recipe
+
+    @property
+    def window(self) -> int:
+        """Rows, one after the other, whose shards may be open together, wherever they begin; when
+        only one shard may be open, as many rows as the smallest has."""
+        rows = [shard.rows for shard in self.manifest.shards if shard.rows]
+        if self.capacity >= len(rows):
+            return max(1, len(self))
+        return max(self.capacity - 1, 1) * min(rows[:-1])
+
+    @property
+    def opened(self) -> list[int]:
+        """The shards that are open."""
+        return np.flatnonzero(self._slots >= 0).tolist()
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def rows(
+        self, row_numbers: Int[np.ndarray, " m"], *, pixels: bool = True, images: bool = True
+    ) -> Rows:
+        """Rows in the order asked for, without what is not wanted of them: see `Rows.take`.
+
+        Raises:
+            ValueError: a number beyond the rows of the split.
+            ShardError: a shard that is missing or damaged.
+        """
+        if len(row_numbers) and not (0 <= row_numbers.min() and row_numbers.max() < len(self)):
+            raise ValueError(
+                f"row_numbers ({row_numbers.min()} to {row_numbers.max()}) must be in "
+                f"[0, {len(self)}), the rows of {self.storage.uri}"
+            )
+        shards = np.searchsorted(self._ends, row_numbers, side="right")
+        wanted = np.unique(shards)
+        if len(wanted) > self.capacity:
+            order, found = self._in_turns(row_numbers, shards)
+            return found.take(order, pixels, images)
+        self._admit(wanted)
+        inside = row_numbers - self._starts[shards]
+        return self._open.take(self._slots[shards] * self._stride + inside, pixels, images)
+
+    def expect(self, row_numbers: Int[np.ndarray, " m"]) -> None:
+        """Begin to fetch, in the background, the shards of rows that will be asked for."""
+        shards = np.unique(np.searchsorted(self._ends, row_numbers, side="right"))
+        self._fetcher.begin(shards[self._slots[shards] < 0].tolist(), self.capacity)
+
+    def forget(self) -> None:
+        """Give back the memory of the shards that are open; they are opened anew when needed."""
+        self._open = Rows.blank(self.capacity * self._stride, self.recipe)
+        self._slots[:] = -1
+
+    def close(self) -> None:
+        """Leave what was expected."""
+        self._fetcher.close()
+
+    def _in_turns(
+        self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray
+    ) -> tuple[np.ndarray, Rows]:
+        """Rows of more shards than may be open at once, by shard, and where each one is there."""
+        found = Rows.blank(len(row_numbers), self.recipe)
+        order, first = np.argsort(shards, kind="stable"), 0
+        for some in np.array_split(order, 2):
+            found.put(first, self.rows(row_numbers[some]))
+            first += len(some)
+        return np.argsort(order), found
+
+    def _admit(self, wanted: Int[np.ndarray, " s"]) -> None:
+        """Open the shards that are not open yet."""
+        self._clock += 1
+        self._used[wanted] = self._clock
+        missing = wanted[self._slots[wanted] < 0].tolist()
+        self._fetcher.begin(missing, self.capacity)
+        for number in missing:
+            rows = self._fetcher.take(number)
+            slot = self._free_slot()
+            self._open.put(slot * self._stride, rows)
+            self._slots[number] = slot
+
+    def _free_slot(self) -> int:
+        opened = np.flatnonzero(self._slots >= 0)
+        if len(opened) < self.capacity:
+            return int(np.setdiff1d(np.arange(self.capacity), self._slots[opened])[0])
+        oldest = opened[self._used[opened].argmin()]
+        slot = int(self._slots[oldest])
+        self._slots[oldest] = -1
+        return slot

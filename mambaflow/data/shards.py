@@ -1,0 +1,264 @@
+"""The sparse shard: images of which only a staged choice of pixels is kept.
+
+    <root>/train/shard-00000.parquet     rows of the columns below, zstd
+    <root>/train/manifest.json           the recipe, and every shard's rows, bytes and sha256;
+                                         written last: without it there is no split
+
+A row: id int64, label int8, index uint16[k + n] and rgb uint8[3 (k + n)], the known pixels first,
+then the asked ones; and, in held-out splits or where staged so, image uint8[3 size size].
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int, UInt8, UInt16
+
+from mambaflow.data.pixels import choose
+from mambaflow.storage import Storage
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+RECIPE_KEY = b"mambaflow"
+
+
+class ShardError(ValueError):
+    """A shard or manifest that cannot be trusted; the message names it and what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that the bytes of a split's shards depend on, beside the images."""
+
+    source: str
+    split: str
+    size: int
+    known: int
+    target: int
+    mask_seed: int
+    full_images: bool
+    rows_per_shard: int
+
+    @property
+    def hash(self) -> str:
+        """Equal recipes, equal hash."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a shard, a column each."""
+
+    ids: Int[np.ndarray, " m"]
+    labels: Int[np.ndarray, " m"]
+    index: UInt16[np.ndarray, "m p"]
+    rgb: UInt8[np.ndarray, "m values"]
+    images: UInt8[np.ndarray, "m pixels"] | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the rows take."""
+        columns = (self.ids, self.labels, self.index, self.rgb, self.images)
+        return sum(c.nbytes for c in columns if c is not None)
+
+    @classmethod
+    def blank(cls, rows: int, recipe: Recipe) -> "Rows":
+        """Room for rows; the system gives it memory as it is first written to."""
+        pixels, values = recipe.known + recipe.target, 3 * recipe.size**2
+        return cls(
+            np.empty(rows, np.int64),
+            np.empty(rows, np.int8),
+            np.empty((rows, pixels), np.uint16),
+            np.empty((rows, 3 * pixels), np.uint8),
+            np.empty((rows, values), np.uint8) if recipe.full_images else None,
+        )
+
+    def take(self, rows: Int[np.ndarray, " m"], pixels: bool = True, images: bool = True) -> "Rows":
+        """Some of the rows, copied; without their chosen pixels, or without whole images."""
+        width = None if pixels else 0
+        whole = self.images if images else None
+        return Rows(
+            self.ids.take(rows),
+            self.labels.take(rows),
+            self.index[:, :width].take(rows, axis=0),
+            self.rgb[:, :width].take(rows, axis=0),
+            None if whole is None else whole.take(rows, axis=0),
+        )
+
+    def put(self, first: int, rows: "Rows") -> None:
+        """Copy rows in, from place `first` on."""
+        here = slice(first, first + len(rows))
+        self.ids[here], self.labels[here] = rows.ids, rows.labels
+        self.index[here], self.rgb[here] = rows.index, rows.rgb
+        if self.images is not None:
+            self.images[here] = rows.images
+
+
+def encode(
+    images: UInt8[np.ndarray, "m h w 3"],
+    labels: Int[np.ndarray, " m"],
+    ids: Int[np.ndarray, " m"],
+    recipe: Recipe,
+) -> Rows:
+    """Keep the pixels that the recipe's masks choose."""
+    size = recipe.size
+    if images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"images {images.shape[1:]} must be ({size}, {size}, 3), as the recipe says"
+        )
+    chosen = choose(
+        recipe.mask_seed, recipe.split, torch.from_numpy(ids), size, recipe.known, recipe.target
+    ).numpy()
+    count, pixels = len(images), size * size
+    kept = np.take_along_axis(images.reshape(count, pixels, 3), chosen[..., None], 1)
+    rgb = kept.reshape(count, 3 * chosen.shape[1])
+    whole = images.reshape(count, 3 * pixels) if recipe.full_images else None
+    return Rows(ids, labels, chosen.astype(np.uint16), rgb, whole)
+
+
+def to_bytes(rows: Rows, recipe: Recipe) -> bytes:
+    """A shard: the same rows and recipe give the same bytes."""
+    columns = {"id": pa.array(rows.ids, pa.int64()), "label": pa.array(rows.labels, pa.int8())}
+    lists = {"index": rows.index, "rgb": rows.rgb, "image": rows.images}
+    for name, values in lists.items():
+        if values is not None:
+            flat = pa.array(np.ascontiguousarray(values).ravel())
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    about = json.dumps({"format": FORMAT, "hash": recipe.hash, **asdict(recipe)}, sort_keys=True)
+    table = pa.table(columns).replace_schema_metadata({RECIPE_KEY: about.encode()})
+    sink = io.BytesIO()
+    # Parquet knows no integers below 32 bits: split into byte streams, the empty ones vanish.
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=False, column_encoding="BYTE_STREAM_SPLIT"
+    )
+    return sink.getvalue()
+
+
+def from_bytes(data: bytes, name: str) -> tuple[Rows, Recipe]:
+    """Read a shard, and check every rule of the format.
+
+    Raises:
+        ShardError: naming the shard and the rule.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(
+            f"shard {name} is not whole Parquet ({len(data)} bytes): {error}"
+        ) from error
+    recipe = _recipe(table.schema.metadata or {}, name)
+    wanted = ["id", "label", "index", "rgb"] + ["image"] * recipe.full_images
+    missing = [column for column in wanted if column not in table.column_names]
+    if missing:
+        raise ShardError(f"shard {name} lacks the column(s) {missing}; it has {table.column_names}")
+    pixels, size = recipe.known + recipe.target, recipe.size
+    rows = Rows(
+        table["id"].to_numpy(),
+        table["label"].to_numpy(),
+        _lists(table, "index", pixels, name),
+        _lists(table, "rgb", 3 * pixels, name),
+        _lists(table, "image", 3 * size * size, name) if recipe.full_images else None,
+    )
+    if rows.index.size and int(rows.index.max()) >= size * size:
+        raise ShardError(
+            f"shard {name} has a pixel index {rows.index.max()} beyond a {size} x {size} image"
+        )
+    return rows, recipe
+
+
+def _recipe(metadata: dict[bytes, bytes], name: str) -> Recipe:
+    if RECIPE_KEY not in metadata:
+        raise ShardError(f"shard {name} has no mambaflow metadata: it is another kind of Parquet")
+    try:
+        about = json.loads(metadata[RECIPE_KEY])
+        found = about.pop("format")
+        if found != FORMAT:
+            raise ShardError(f"shard {name} has format {found}, not {FORMAT}; stage the data again")
+        about.pop("hash")
+        return Recipe(**about)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"shard {name} has damaged metadata: {error!r}") from error
+
+
+def _lists(table: pa.Table, column: str, width: int, name: str) -> np.ndarray:
+    kind = table.schema.field(column).type
+    if not pa.types.is_fixed_size_list(kind) or kind.list_size != width:
+        raise ShardError(f"shard {name}: column {column} is {kind}, not lists of {width} values")
+    whole = table[column].combine_chunks()
+    if whole.null_count:
+        raise ShardError(f"shard {name}: column {column} has {whole.null_count} empty rows")
+    return whole.flatten().to_numpy().reshape(-1, width)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest says of one shard."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A split: its recipe and its shards."""
+
+    recipe: Recipe
+    shards: list[ShardInfo]
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.parquet"
+
+
+def write_manifest(split: Storage, manifest: Manifest) -> None:
+    """Publish a split; its shards are all in place."""
+    about = {
+        "format": FORMAT,
+        "hash": manifest.recipe.hash,
+        "rows": manifest.rows,
+        "recipe": asdict(manifest.recipe),
+        "shards": [asdict(shard) for shard in manifest.shards],
+    }
+    split.write(MANIFEST, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def read_manifest(split: Storage) -> Manifest:
+    """The manifest of a split.
+
+    Raises:
+        ShardError: there is none, or it is damaged.
+    """
+    where = f"{split.uri}/{MANIFEST}"
+    try:
+        about = json.loads(split.read(MANIFEST))
+        if about["format"] != FORMAT:
+            raise ShardError(f"{where} has format {about['format']}, not {FORMAT}; stage again")
+        recipe = Recipe(**about["recipe"])
+        shards = [ShardInfo(**shard) for shard in about["shards"]]
+    except FileNotFoundError as error:
+        raise ShardError(
+            f"{where} is not there: no staged split, or one whose staging did not finish; "
+            "run jobs/stage.py --out with this address"
+        ) from error
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{where} is damaged: {error!r}; stage the data again") from error
+    if about["hash"] != recipe.hash or about["rows"] != sum(s.rows for s in shards):
+        raise ShardError(f"{where} contradicts itself; stage the data again")
+    return Manifest(recipe, shards)

@@ -1,0 +1,376 @@
+"""Staging: from a source's images to a split's shards, in parallel and restartable.
+
+    <root>/claim.json                             what is staged there: written first, by the first
+    <root>/train/staging/shard-00000.parquet.json a note: this shard is whole, and its checksum
+
+A staging that stopped goes on where it was: a shard is kept if it has its note and its checksum.
+Two stagings of the same images write the same bytes; another one finds the claim, and is refused.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mambaflow.checks import require
+from mambaflow.data.shards import MANIFEST, Manifest, Recipe, ShardError, ShardInfo, encode, read_manifest, shard_name, to_bytes, write_manifest
+from mambaflow.data.sources import Item, Pixels, Source, SourceError, open_source
+from mambaflow.storage import Storage, StorageError, at
+
+CLAIM, NOTES = "claim.json", "staging"
+LABELS = range(-1, 128)  # an int8; -1 where there is none
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What to stage, how, and where."""
+
+    source: str = "sample"
+    """sample, cifar10, a .parquet file, a folder with train*.parquet and test*.parquet, or a folder
+    of images by class."""
+    out: str = "data/sample"
+    """Where to: a folder or s3://bucket/prefix."""
+    size: int = 32
+    """Side of the images in pixels; an image of another shape is refused by name."""
+    known_ratio: float = 0.2
+    """Share of the pixels that are known."""
+    target_ratio: float = 0.2
+    """Share of the pixels, disjoint from the known, that training asks for."""
+    mask_seed: int = 42
+    """Seed of the masks."""
+    validation: int = 256
+    """Training images held out for validation, and as many again for testing where the source
+    has no test images."""
+    full_images: bool = False
+    """Keep whole training images too, for training with fresh masks."""
+    rows_per_shard: int = 1024
+    """Images in a shard."""
+    on_corrupt: Literal["stop", "count"] = "stop"
+    """A corrupt image is named, and stops the staging, or is counted and left out."""
+    limit: int = 0
+    """Stage only as many training images as this; 0: all."""
+    ray: bool = True
+    """Fan out over Ray; --no-ray: one shard after the other in this process."""
+
+    def __post_init__(self) -> None:
+        for name in ("known_ratio", "target_ratio"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"{name} (={value}) must be in (0, 1); use 0.2")
+        total = self.known_ratio + self.target_ratio
+        require(
+            total <= 1,
+            f"known_ratio + target_ratio (={total:g}) must be at most 1: the two are disjoint; "
+            "use 0.2 and 0.2",
+        )
+        require(1 <= self.size <= 256, f"size (={self.size}) must be in [1, 256]; use 32")
+        require(
+            self.known > 0,
+            f"known_ratio (={self.known_ratio}) keeps no pixel of {self.size} x {self.size}; "
+            f"use at least {1 / self.size**2:.3g}",
+        )
+        require(
+            0 <= self.mask_seed < 2**32,
+            f"mask_seed (={self.mask_seed}) must be in [0, 2^32); use 42",
+        )
+        for name in ("rows_per_shard", "validation"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
+        require(self.limit >= 0, f"limit (={self.limit}) must not be negative; use 0 for all")
+
+    @property
+    def known(self) -> int:
+        """Known pixels of an image."""
+        return int(self.known_ratio * self.size**2)
+
+    @property
+    def target(self) -> int:
+        """Pixels of an image that training asks for."""
+        return int(self.target_ratio * self.size**2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split to stage: which images, how, and where to."""
+
+    source: str
+    images: str
+    out: str
+    recipe: Recipe
+    stored_split: str
+    places: np.ndarray
+    on_corrupt: str
+
+    @property
+    def storage(self) -> Storage:
+        """Where its shards go."""
+        return at(self.out).child(self.recipe.split)
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """All that the bytes of its shards depend on."""
+        places = hashlib.sha256(self.places.astype(np.int64).tobytes()).hexdigest()[:16]
+        about = {"images": self.images, "count": len(self.places), "places": places}
+        return asdict(self.recipe) | about
+
+    def tasks(self) -> Iterator["Task"]:
+        """Its shards."""
+        rows = self.recipe.rows_per_shard
+        claim = hashlib.sha256(_json(self.claim)).hexdigest()
+        for number, first in enumerate(range(0, len(self.places), rows)):
+            places = self.places[first : first + rows]
+            yield Task(
+                self.source, self.out, self.recipe, self.stored_split, places, number,
+                self.on_corrupt, claim,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to make, for a worker anywhere."""
+
+    source: str
+    out: str
+    recipe: Recipe
+    stored_split: str
+    places: np.ndarray
+    number: int
+    on_corrupt: str
+    claim: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard that is in place."""
+
+    split: str
+    info: ShardInfo
+    reused: bool
+    corrupt: list[str]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def plan(config: StageConfig, source: Source) -> list[Part]:
+    """Every split, with addresses that mean the same to every process.
+
+    Raises:
+        SourceError: the source has too few images.
+    """
+    out, parts = at(config.out).uri, []
+    for split, (stored, places) in source.splits(config.validation).items():
+        recipe = Recipe(
+            source=source.name,
+            split=split,
+            size=config.size,
+            known=config.known,
+            target=config.target,
+            mask_seed=config.mask_seed,
+            full_images=config.full_images or split != "train",
+            rows_per_shard=config.rows_per_shard,
+        )
+        if split == "train" and config.limit:
+            places = places[: config.limit]
+        parts.append(
+            Part(source.spec, source.fingerprint, out, recipe, stored, places, config.on_corrupt)
+        )
+    return parts
+
+
+def claim(out: str, parts: list[Part]) -> None:
+    """Make the place this staging's own, or find it so.
+
+    Raises:
+        ValueError: something else is staged there; nothing was written.
+    """
+    for part in parts:
+        try:
+            theirs = asdict(read_manifest(part.storage).recipe)
+        except ShardError as error:
+            log.debug("no manifest that could be in the way: %s", error)
+        else:
+            _refuse(out, part.recipe.split, theirs, part.claim)
+    ours = {part.recipe.split: part.claim for part in parts}
+    if not at(out).create(CLAIM, _json(ours)):
+        theirs = json.loads(at(out).read(CLAIM))
+        for split in ours:
+            _refuse(out, split, theirs[split], ours[split])
+
+
+def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    changes = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if v != ours.get(k)]
+    require(
+        not changes,
+        f"out (={out}) holds another staging of {split} ({'; '.join(changes)}); give another "
+        "--out, or remove that folder",
+    )
+
+
+@lru_cache(maxsize=1)
+def _opened(spec: str) -> Source:
+    """A worker's source: opened once, for all of its shards."""
+    return open_source(spec)
+
+
+def make(task: Task, source: Source | None = None) -> Done:
+    """Make one shard, or find it made; the whole of a worker's job.
+
+    Raises:
+        SourceError: a corrupt image, with on_corrupt="stop"; one of another size; a label beyond
+            an int8.
+        ValueError: a shard of another staging is in the way.
+    """
+    made = _made(task)
+    if made is not None:
+        return made
+    split, name = at(task.out).child(task.recipe.split), shard_name(task.number)
+    images, labels, ids, corrupt = _read(source or _opened(task.source), task)
+    data = to_bytes(encode(images, labels, ids, task.recipe), task.recipe)
+    info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
+    split.write(name, data)
+    note = {"claim": task.claim, "info": asdict(info), "corrupt": corrupt}
+    split.write(f"{NOTES}/{name}.json", _json(note))
+    return Done(task.recipe.split, info, False, corrupt)
+
+
+def _made(task: Task) -> Done | None:
+    """The finished shard, if it is there and whole."""
+    split, name = at(task.out).child(task.recipe.split), shard_name(task.number)
+    try:
+        note = json.loads(split.read(f"{NOTES}/{name}.json"))
+        data = split.read(name)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    require(
+        note["claim"] == task.claim,
+        f"out (={task.out}) holds a shard of another staging ({task.recipe.split}/{name}); "
+        "give another --out, or remove that folder",
+    )
+    info = ShardInfo(**note["info"])
+    if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
+        log.warning("%s/%s was damaged since it was made: making it again", split.uri, name)
+        return None
+    _stop_at(note["corrupt"], task.on_corrupt)
+    return Done(task.recipe.split, info, True, note["corrupt"])
+
+
+def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Images, labels and ids of a shard's whole images, and the faults of the others."""
+    kept, labels, ids, corrupt = [], [], [], []
+    for item in source.items(task.stored_split, task.places):
+        if item.pixels is None:
+            corrupt.append(item.fault)
+            _stop_at(corrupt, task.on_corrupt)
+        else:
+            kept.append(_checked(item, task.recipe.size))
+            labels.append(item.label)
+            ids.append(item.id)
+    images = np.stack(kept) if kept else np.empty((0, *[task.recipe.size] * 2, 3), np.uint8)
+    return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
+
+
+def _stop_at(corrupt: list[str], on_corrupt: str) -> None:
+    if corrupt and on_corrupt == "stop":
+        raise SourceError(f"corrupt image {corrupt[0]}; mend it, or use --on-corrupt count")
+
+
+def _checked(item: Item, size: int) -> Pixels:
+    """The pixels of an image that fits the shards."""
+    assert item.pixels is not None
+    height, width, _ = item.pixels.shape
+    if (height, width) != (size, size):
+        cure = f"it, or use --size {width} for all" if width == height else "all to that square"
+        raise SourceError(
+            f"image {item.where} is {width} x {height} pixels, and size (={size}) says "
+            f"{size} x {size}; crop or reduce {cure}"
+        )
+    if item.label not in LABELS:
+        raise SourceError(
+            f"image {item.where} has label {item.label}; labels must be in [-1, 127], an int8"
+        )
+    return item.pixels
+
+
+Run = Callable[[list[Task]], Iterable[Done]]
+
+
+def in_process(source: Source) -> Run:
+    """One shard after the other, on one core: small operations only lose by being shared."""
+
+    def run(tasks: list[Task]) -> Iterator[Done]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for task in tasks:
+                yield make(task, source)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
+    """Make every shard, then publish the manifests; returns what was done.
+
+    Args:
+        run: makes the shards of some tasks, in any order.
+
+    Raises:
+        SourceError, ValueError: see `make` and `claim`; no manifest is written then.
+        StorageError: shards that were made are not at `out`.
+    """
+    parts = plan(config, source)
+    for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
+        if item.pixels is not None:
+            _checked(item, config.size)
+    claim(config.out, parts)
+    done: dict[str, list[Done]] = {part.recipe.split: [] for part in parts}
+    for shard in run([task for part in parts for task in part.tasks()]):
+        done[shard.split].append(shard)
+        for fault in shard.corrupt:
+            log.warning("left out corrupt image %s", fault)
+    for part in parts:
+        _check_whole(part, done[part.recipe.split])
+    for part in parts:
+        infos = sorted((s.info for s in done[part.recipe.split]), key=lambda info: info.name)
+        write_manifest(part.storage, Manifest(part.recipe, infos))
+    every = [s for shards in done.values() for s in shards]
+    return {
+        **{split: sum(s.info.rows for s in shards) for split, shards in done.items()},
+        "shards": len(every),
+        "reused": sum(s.reused for s in every),
+        "corrupt": sum(len(s.corrupt) for s in every),
+    }
+
+
+def _check_whole(part: Part, done: list[Done]) -> None:
+    """Whatever the workers said, is it here?"""
+    rows = sum(shard.info.rows for shard in done) + sum(len(shard.corrupt) for shard in done)
+    there = set(part.storage.list("shard-"))
+    gone = sorted(s.info.name for s in done if s.info.name not in there)
+    if gone or rows != len(part.places):
+        raise StorageError(
+            f"{len(gone)} shard(s) such as {gone[:1]} and {len(part.places) - rows} image(s) of "
+            f"{part.recipe.split} are not at out (={part.out}); it must be a folder that all "
+            "nodes share, or s3://bucket/prefix"
+        )
+    if not any(shard.info.rows for shard in done):
+        raise SourceError(f"every image of split {part.recipe.split} is corrupt; mend the source")
+
+
+def stage_once(name: str, root: Path = Path("data")) -> str:
+    """The folder of an embedded data set, staged in this process if it is not yet."""
+    config = StageConfig(source=name, out=str(root / name), full_images=True)
+    if not at(config.out).child("test").exists(MANIFEST):
+        source = open_source(name)
+        log.info("staged %s: %s", config.out, stage(config, source, in_process(source)))
+    return config.out

@@ -1,0 +1,1 @@
+"""The one wing that imports Ray: a cluster, training and staging on it."""

@@ -1,0 +1,1 @@
+"""Completing held-out images, scoring them, and the classical fills to beat."""

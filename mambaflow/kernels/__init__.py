@@ -1,0 +1,1 @@
+"""Compiled and fused operators: they know numbers alone, neither images nor models."""

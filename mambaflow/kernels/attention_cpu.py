@@ -1,0 +1,123 @@
+"""The compiled attention as an operator of torch: differentiable, and whole to torch.compile, which
+does not look into it."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mambaflow.kernels.build import built, dense, kernels, numbers, pointer, wanted
+from mambaflow.kernels.scan_op import blank_gradients
+
+
+def serves(query: Tensor) -> bool:
+    """Whether there is a compiled kernel for this: in float32 on CPU."""
+    return query.device.type == "cpu" and query.dtype == torch.float32 and built()
+
+
+def attend(
+    query: Float[Tensor, "b h n e"], key: Float[Tensor, "b h k e"], value: Float[Tensor, "b h k f"]
+) -> Float[Tensor, "b h n f"]:
+    """softmax(query key') value in float32, of memory O(n + k); not for forward-mode gradients.
+
+    Raises:
+        ValueError: another device or precision, shapes that do not fit one another, or no keys:
+            the kernel sees addresses.
+    """
+    _refuse_misread(query, key, value)
+    given = query, key, value
+    return _attend(*given, wanted(*given))[0]
+
+
+def _refuse_misread(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            raise ValueError(
+                f"{name} (={x.dtype} on {x.device}) must be float32 on cpu for the native kernel; "
+                "use attention.attend, which chooses"
+            )
+    fits = query.dim() == key.dim() == value.dim() == 4
+    fits = fits and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    if not (fits and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2]):
+        shapes = ", ".join(f"{tuple(x.shape)}" for x in (query, key, value))
+        raise ValueError(
+            f"query, key, value (={shapes}) must be (b, h, n, e), (b, h, k, e), (b, h, k, f); "
+            "expand what is shared"
+        )
+    if key.shape[2] == 0:
+        raise ValueError("key (=0 tokens) must hold at least one; a mean of none is undefined")
+
+
+def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:
+    strides = [s for x in (query, key, value) for s in x.stride()[:3]]
+    return numbers([*query.shape[:3], *key.shape[2:], value.shape[3], *strides])
+
+
+def _blank(query: Tensor, value: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Room for the output and, where `keep`, for the maximum and sum of every row of scores."""
+    rows = query.shape[:3]
+    kept = (2, *rows) if keep else (0,)
+    return query.new_empty(*rows, value.shape[3]), query.new_empty(kept)
+
+
+def _run(kernel: Any, query: Tensor, key: Tensor, value: Tensor, given: list) -> None:
+    if kernel(_shape(query, key, value), *given, torch.get_num_threads()):
+        raise MemoryError(f"no memory for attention over {key.shape[2]:,} keys")
+
+
+def _forward(query, key, value, keep: bool) -> tuple[Tensor, Tensor]:
+    query, key, value = (dense(x) for x in (query, key, value))
+    out, kept = _blank(query, value, keep)
+    given = [pointer(x) for x in (query, key, value, out, kept if keep else None)]
+    _run(kernels().mambaflow_attention_forward, query, key, value, given)
+    return out, kept
+
+
+def _gradients(dout, out, kept, query, key, value, keys: bool) -> list[Tensor]:
+    """Of the query, and where `keys` of key and value."""
+    dout, out = dout.contiguous(), out.contiguous()
+    query, key, value = (dense(x) for x in (query, key, value))
+    found = blank_gradients(*((query, key, value) if keys else (query,)))
+    to = found if keys else [*found, None, None]
+    given = [pointer(x) for x in (query, key, value, out, kept, dout, *to)]
+    _run(kernels().mambaflow_attention_backward, query, key, value, given)
+    return found
+
+
+INPUTS = "Tensor query, Tensor key, Tensor value"
+_attend = torch.library.custom_op(
+    "mambaflow::attend",
+    _forward,
+    mutates_args=(),
+    schema=f"({INPUTS}, bool keep) -> (Tensor, Tensor)",
+)
+_through = torch.library.custom_op(
+    "mambaflow::attend_backward", _gradients, mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor kept, {INPUTS}, bool keys) -> Tensor[]",
+)  # fmt: skip
+_attend.register_fake(lambda query, key, value, keep: _blank(query, value, keep))
+
+
+_through.register_fake(
+    lambda dout, out, kept, query, key, value, keys: blank_gradients(
+        *((query, key, value) if keys else (query,))
+    )
+)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:3])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _back(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None
+    keys = any(ctx.needs_input_grad[1:3])
+    found = _through(dout, *ctx.saved_tensors, keys)
+    return *found, *[None] * (4 - len(found))
+
+
+_attend.register_autograd(_back, setup_context=_keep)

@@ -1,0 +1,267 @@
+"""The compiled scan and convolution as operators of torch: differentiable, and whole to
+torch.compile, which looks into neither."""
+
+import ctypes
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mambaflow.kernels.build import (
+    CHUNK,
+    LANES,
+    MAX_STATES,
+    MAX_TAPS,
+    built,
+    dense,
+    kernels,
+    numbers,
+    pointer,
+    wanted,
+)
+from mambaflow.kernels.linear import across, product
+from mambaflow.kernels.scan_op import blank_gradients, keep_first, scan_operator
+
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
+
+
+def serves(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
+    """Whether there are compiled kernels for this: on CPU, not double, within their sizes."""
+    fits = states <= MAX_STATES and taps <= MAX_TAPS
+    return x.device.type == "cpu" and x.dtype in KINDS and fits and built()
+
+
+def scan(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """The gated selective scan in float32, from half precisions too; see `models.selective_scan`.
+
+    Raises:
+        ValueError: over 64 states, double precision, another device: the kernel sees addresses.
+    """
+    within("states of A", A.shape[-1], MAX_STATES)
+    check(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
+    given = [None if x is None else dense(x) for x in (u, dt, A, B, C, D, z)]
+    return _scan(*given, wanted(*given))[0].to(u.dtype)
+
+
+def conv(
+    x: Float[Tensor, "b n d"], weight: Float[Tensor, "d 1 w"], bias: Float[Tensor, " d"]
+) -> Float[Tensor, "b n d"]:
+    """silu of the causal convolution in float32; see `models.mamba.causal_conv`.
+
+    Raises:
+        ValueError: as `scan`; more than 8 taps.
+    """
+    within("taps of weight", weight.shape[-1], MAX_TAPS)
+    check(x=x, weight=weight, bias=bias)
+    turned = weight.squeeze(1).t().float().contiguous()
+    return _conv(dense(x), turned, bias.float().contiguous()).to(x.dtype)
+
+
+def inner(
+    xz: Float[Tensor, "b n dd"],
+    conv: nn.Conv1d,
+    to_ranks: nn.Linear,
+    to_dt: nn.Linear,
+    A: Float[Tensor, "d s"],
+    D: Float[Tensor, " d"],
+) -> Float[Tensor, "b n d"]:
+    """All of a Mamba block between its outer projections: convolution, projections, scan.
+
+    What `models.mamba.Mamba` computes with `models.mamba.causal_conv` and `models.selective_scan`; xz is u before the
+    convolution, then the gate, side by side. In float32, from half precisions too.
+    """
+    weight = conv.weight.squeeze(1).t()
+    rest: tuple[Any, ...] = weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
+    names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
+    check(**dict(zip(names, (xz, *rest), strict=True)))
+    given = dense(xz), *(x.float().contiguous() for x in rest)
+    return _inner(*given, wanted(*given))[0].to(xz.dtype)
+
+
+def within(what: str, number: int, most: int) -> None:
+    """Refuse what the kernels' registers have no room for."""
+    if not 1 <= number <= most:
+        raise ValueError(f"{what} (={number}) must be 1 to {most} here; use backend='chunked'")
+
+
+def check(**tensors: Tensor | None) -> None:
+    """Refuse tensors that the kernels would misread."""
+    for name, x in tensors.items():
+        if x is not None and (x.device.type != "cpu" or x.dtype not in KINDS):
+            raise ValueError(
+                f"{name} (={x.dtype} on {x.device}) must be float32, bfloat16 or float16 on cpu "
+                "for the native kernel; use backend='auto'"
+            )
+
+
+def _strides(*rows: Tensor | None) -> list[int]:
+    return [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
+
+
+def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Room for the output and, where `keep`, for the states at the start of every chunk."""
+    (b, n, d), s = u.shape, A.shape[1]
+    kept = (b, -(-n // CHUNK), -(-d // LANES), s, LANES) if keep else (0,)
+    return u.new_empty(b, n, d), u.new_empty(kept)
+
+
+def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor]:
+    """The output, and what is kept of the states."""
+    y, kept = _blank(u, A, keep)
+    _scan_into(y, u, dt, A, B, C, D, z, kept if keep else None)
+    return y, kept
+
+
+def _scan_into(y, u, dt, A, B, C, D, z, kept: Tensor | None) -> None:
+    """The output to `y`, which may be `u`: each chunk of it is read before it is written."""
+    (b, n, d), s = u.shape, A.shape[1]
+    A, D = A.contiguous(), D.contiguous()
+    shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z)])
+    given = [pointer(x) for x in (u, dt, A, B, C, D, z, y, kept)]
+    kernels().mambaflow_scan_forward(shape, *given, torch.get_num_threads())
+
+
+def _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz) -> tuple[Tensor, ...]:
+    """The gradients of all inputs but z, whose goes into the rows of `dz`."""
+    (b, n, d), s = u.shape, A.shape[1]
+    dy = dy.contiguous()
+    groups = max(1, min(GROUPS // max(b, 1), -(-d // LANES)))
+    du, ddt = u.new_empty(b, n, d), u.new_empty(b, n, d)
+    dA, dD = u.new_empty(b, d, s), u.new_empty(b, d)
+    dB, dC = u.new_empty(groups, b, n, s), u.new_empty(groups, b, n, s)
+    shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z, dz)])
+    given = [pointer(x) for x in (u, dt, A, B, C, D, z, dy, kept, du, ddt, dz, dA, dD, dB, dC)]
+    kernels().mambaflow_scan_backward(
+        shape, *given, ctypes.c_int64(groups), torch.get_num_threads()
+    )
+    return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0)
+
+
+def _conv_forward(x, weight, bias) -> Tensor:
+    (b, n, d), taps = x.shape, weight.shape[0]
+    y = x.new_empty(b, n, d)
+    given = [pointer(v) for v in (x, weight, bias, y)]
+    shape = numbers([b, n, d, taps, *_strides(x)])
+    kernels().mambaflow_conv_forward(shape, *given, torch.get_num_threads())
+    return y
+
+
+def _conv_backward(x, weight, bias, dy, dx) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias; that of x goes into the rows of `dx`."""
+    (b, n, d), taps = x.shape, weight.shape[0]
+    dy = dy.contiguous()
+    dweight, dbias = x.new_empty(b, taps, d), x.new_empty(b, d)
+    given = [pointer(v) for v in (x, weight, bias, dy, dx, dweight, dbias)]
+    shape = numbers([b, n, d, taps, *_strides(x, dx)])
+    kernels().mambaflow_conv_backward(shape, *given, torch.get_num_threads())
+    return dweight.sum(0), dbias.sum(0)
+
+
+def _scan_gradients(dy, kept, u, dt, A, B, C, D, z) -> list[Tensor]:
+    dz = None if z is None else u.new_empty(u.shape)
+    found = _scan_backward(u, dt, A.contiguous(), B, C, D.contiguous(), z, kept, dy, dz)
+    return [*found] if dz is None else [*found, dz]
+
+
+_scan = scan_operator("scan", _scan_forward, _scan_gradients, _blank)
+
+
+def _conv_gradients(dy, x, weight, bias) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    return dx, *_conv_backward(x, weight, bias, dy, dx)
+
+
+CONV = "Tensor x, Tensor weight, Tensor bias"
+_conv = torch.library.custom_op(
+    "mambaflow::conv", _conv_forward, mutates_args=(), schema=f"({CONV}) -> Tensor"
+)
+_through_conv = torch.library.custom_op(
+    "mambaflow::conv_backward", _conv_gradients, mutates_args=(),
+    schema=f"(Tensor dy, {CONV}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+_conv.register_fake(lambda x, weight, bias: x.new_empty(x.shape))
+_through_conv.register_fake(lambda dy, *inputs: tuple(blank_gradients(*inputs)))
+_conv.register_autograd(
+    lambda ctx, dy: _through_conv(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def _alone(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output of `inner` where nothing is kept."""
+    return y, y.new_empty(0), y.new_empty(0), y.new_empty(0), y.new_empty(0)
+
+
+def _inner_forward(
+    xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output and, where `keep`, what its backward pass needs of the way there."""
+    x, z = xz.chunk(2, -1)
+    u = _conv_forward(x, weight, bias)
+    ranks = product(u.flatten(0, 1), to_ranks, None).view(*u.shape[:2], len(to_ranks))
+    low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
+    dt = product(low.flatten(0, 1), to_dt, dt_bias).view(u.shape)
+    if not keep:  # as little memory as there can be: queries may be many
+        _scan_into(u, u, dt, A, B, C, D, z, None)
+        return _alone(u)
+    y, kept = _scan_forward(u, dt, A, B, C, D, z, keep)
+    return y, kept, u, ranks, dt
+
+
+def _inner_gradients(
+    dy, kept, u, ranks, dt, xz, weight, bias, to_ranks, to_dt, dt_bias, A, D
+) -> list[Tensor]:
+    """The gradients written where they are wanted, not joined and added later."""
+    dxz = xz.new_empty(xz.shape)
+    (x, z), (dx, dz) = xz.chunk(2, -1), dxz.chunk(2, -1)
+    low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
+    du, ddt, dA, dB, dC, dD = _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz)
+    du, ddt, u, low = (v.flatten(0, 1) for v in (du, ddt, u, low))
+    dranks = torch.cat((product(ddt, to_dt.t(), None), dB.flatten(0, 1), dC.flatten(0, 1)), -1)
+    du += product(dranks, to_ranks.t(), None)
+    dweight, dbias = _conv_backward(x, weight, bias, du, dx)
+    to_ranks, to_dt = across(dranks, u).contiguous(), across(ddt, low).contiguous()
+    return [dxz, dweight, dbias, to_ranks, to_dt, ddt.sum(0), dA, dD]
+
+
+INNER = (
+    "Tensor xz, Tensor weight, Tensor bias, Tensor to_ranks, Tensor to_dt, Tensor dt_bias, "
+    "Tensor A, Tensor D"
+)
+_inner = torch.library.custom_op(
+    "mambaflow::inner", _inner_forward, mutates_args=(),
+    schema=f"({INNER}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+_through_inner = torch.library.custom_op(
+    "mambaflow::inner_backward", _inner_gradients, mutates_args=(),
+    schema=f"(Tensor dy, Tensor kept, Tensor u, Tensor ranks, Tensor dt, {INNER}) -> Tensor[]",
+)  # fmt: skip
+
+
+@_inner.register_fake
+def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
+    u = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+    if not keep:
+        return _alone(u)
+    ranks = xz.new_empty(*xz.shape[:2], to_ranks.shape[0])
+    return *_blank(u, A, keep), u, ranks, torch.empty_like(u)
+
+
+_through_inner.register_fake(lambda dy, kept, u, ranks, dt, *inputs: blank_gradients(*inputs))
+_inner.register_autograd(
+    lambda ctx, dy, *_: (
+        *([None] * 8 if dy is None else _through_inner(dy, *ctx.saved_tensors)),
+        None,
+    ),
+    setup_context=keep_first,
+)

@@ -1,0 +1,1 @@
+"""The network: the selective scan, attention, the velocity field, and how its weights are read."""

@@ -1,0 +1,211 @@
+"""The selective state-space model of Gu & Dao 2023: its scan, and the Mamba block around it.
+
+The scan, for each channel with s numbers of state (Algorithm 2; zero-order hold for A, Euler
+for B, as in the authors' code), with dt = softplus(raw dt) and a gate z:
+
+    h_i = exp(dt_i A) h_{i-1} + dt_i B_i u_i      y_i = (C_i . h_i + D u_i) silu(z_i)
+
+One function, `selective_scan`, and several ways to compute it. Tokens come before channels,
+(b, n, d): channels are contiguous, and no way but mamba-ssm's needs a transpose.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mambaflow.kernels import scan_cpu
+
+CHUNK = 64
+log = logging.getLogger(__name__)
+
+Scan = Callable[..., Tensor]
+
+
+def scan_reference(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """The recurrence as it is written, step by step, in the dtype given; autograd keeps it all."""
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    y, _ = _recur(h, u, F.softplus(dt), A, B, C)
+    return _finish(y, u, D, z)
+
+
+def _recur(
+    h: Float[Tensor, "b d s"], u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b d s"]]:
+    decay = torch.exp(dt[..., None] * A)
+    drive = (dt * u)[..., None] * B[:, :, None]
+    states = []
+    for a, x in zip(decay.unbind(1), drive.unbind(1), strict=True):
+        h = torch.addcmul(x, a, h)
+        states.append(h)
+    return torch.einsum("bnds,bns->bnd", torch.stack(states, 1), C), h
+
+
+def _finish(y: Tensor, u: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
+    y = y + D * u
+    return y if z is None else y * F.silu(z)
+
+
+def scan_chunked(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """The same in chunks, each computed again in the backward pass.
+
+    What is kept is the state between chunks, n s / 64 numbers per channel: memory is O(n), and
+    (b, n, d, s) never exists. Half precisions, as autocast gives them, are float32 inside.
+    """
+    kind, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
+    u, dt, A, B, C, D = (x.to(wide) for x in (u, dt, A, B, C, D))
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    outputs = []
+    for u_i, dt_i, B_i, C_i in zip(
+        *(x.split(CHUNK, 1) for x in (u, F.softplus(dt), B, C)), strict=True
+    ):
+        if torch.is_grad_enabled():
+            y, h = checkpoint(
+                _recur, h, u_i, dt_i, A, B_i, C_i, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, h = _recur(h, u_i, dt_i, A, B_i, C_i)
+        outputs.append(y)
+    return _finish(torch.cat(outputs, 1), u, D, None if z is None else z.to(wide)).to(kind)
+
+
+@torch.compiler.disable  # what mamba-ssm compiled is nothing that torch.compile can look into
+def scan_cuda(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """mamba-ssm's kernel, which takes channels before tokens."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def turned(x: Tensor) -> Tensor:
+        return x.to(u.dtype).transpose(1, 2)
+
+    gate = None if z is None else turned(z)
+    # Its A and D are float32 always; what is of tokens shares one precision.
+    y = selective_scan_fn(
+        turned(u), turned(dt), A.float(), turned(B), turned(C), D.float(), z=gate,
+        delta_softplus=True,
+    )  # fmt: skip
+    return y.transpose(1, 2)
+
+
+def scan_triton(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """Our kernel for GPUs without mamba-ssm."""
+    from mambaflow.kernels import scan_triton
+
+    return scan_triton.scan(u, dt, A, B, C, D, z)
+
+
+BACKENDS: dict[str, Scan] = {
+    "reference": scan_reference,
+    "chunked": scan_chunked,
+    "native": scan_cpu.scan,
+    "cuda": scan_cuda,
+    "triton": scan_triton,
+}
+
+
+def selective_scan(
+    u: Float[Tensor, "b n d"],
+    dt: Float[Tensor, "b n d"],
+    A: Float[Tensor, "d s"],
+    B: Float[Tensor, "b n s"],
+    C: Float[Tensor, "b n s"],
+    D: Float[Tensor, " d"],
+    z: Float[Tensor, "b n d"] | None = None,
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "b n d"]:
+    """The gated selective scan.
+
+    Args:
+        u: what drives the state.
+        dt: raw step sizes; their softplus is taken here.
+        A: decay rates, negative.
+        z: gate, or none.
+        backend: "auto" takes the fastest there is for these tensors.
+
+    Raises:
+        ValueError: an unknown backend; shapes that disagree; what the backend cannot take.
+    """
+    (b, n, d), s = u.shape, A.shape[-1]
+    agree(dt=(dt, (b, n, d)), A=(A, (d, s)), B=(B, (b, n, s)), C=(C, (b, n, s)), D=(D, (d,)))
+    agree(z=(z, (b, n, d)))
+    if backend == "auto":
+        backend = fastest(u, s)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    if not u.numel():  # nothing to scan, and gradients of nothing are zero
+        return _finish(u * dt, u, D, z) + 0 * (A.sum() + B.sum() + C.sum())
+    return BACKENDS[backend](u, dt, A, B, C, D, z)
+
+
+def agree(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse shapes that disagree, before a kernel reads beyond them."""
+    for name, (x, shape) in tensors.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} (of shape {tuple(x.shape)}) must have shape {shape}")
+
+
+def fastest(u: Tensor, states: int) -> str:
+    """The backend that "auto" takes for a tensor like this one, with this many states."""
+    if u.is_cuda and u.dtype != torch.float64:
+        return _on_gpu()
+    return "native" if scan_cpu.serves(u, states=states) else "chunked"
+
+
+@torch.compiler.assume_constant_result  # which torch.compile reads of a plain function alone
+def _on_gpu() -> str:
+    return "cuda" if _has_mamba_ssm() else _without_mamba_ssm()
+
+
+@cache
+def _has_mamba_ssm() -> bool:
+    return importlib.util.find_spec("mamba_ssm") is not None
+
+
+@cache
+def _without_mamba_ssm() -> str:
+    """The backend on a GPU that lacks mamba_ssm, after one warning."""
+    backend = "chunked" if importlib.util.find_spec("triton") is None else "triton"
+    log.warning(
+        "mamba_ssm is not installed: the scan on this GPU takes the slower backend %r; where nvcc "
+        "is present, MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation 'mambaflow[cuda]'",
+        backend,
+    )
+    return backend

@@ -1,0 +1,134 @@
+"""The curves and pictures of a run, wherever the run is kept."""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from mambaflow.storage import Storage
+
+Number = int | float
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The curves of a run, as TensorBoard events and as lines of metrics.jsonl.
+
+    A run that goes on after step s drops what an earlier, interrupted try logged beyond s, so
+    that every step is there once; after 0 there is nothing to keep.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            _keep_until(path, step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        self._step = step
+
+    def scalars(self, step: int, values: Mapping[str, Number]) -> None:
+        """One line of metrics.jsonl with the step, the wall time and the values as they are."""
+        line = {"step": step, "time": time.time(), **values}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._step = step
+
+    def image(self, step: int, tag: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """A picture in TensorBoard."""
+        self._writer.add_image(tag, image, step, dataformats="HWC")
+
+    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, Number]) -> None:
+        """The settings, dotted names for nested ones, beside the run's final numbers."""
+        events: Any = self._writer.file_writer
+        for summary in hparams(_flat(settings), dict(metrics)):
+            events.add_summary(summary)  # SummaryWriter.add_hparams would open a sub-run
+        self.scalars(self._step, metrics)
+
+    def flush(self) -> None:
+        """Everything logged so far is in the files."""
+        self._lines.flush()
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and end; a second close does nothing."""
+        self._lines.close()
+        self._writer.close()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            flat[f"{prefix}{key}"] = value if plain else repr(value)
+    return flat
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Rewrite the lines up to `step`; the last line may be torn by a kill, no other."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            logged = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}:{number} (={line[:60]!r}) must be a JSON object with a step; "
+                    "mend or remove the line"
+                ) from error
+            log.warning("%s:%d: dropped a torn last line %r", path, number, line[:60])
+            continue
+        if step and logged <= step:
+            kept.append(line + "\n")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+class Logbook:
+    """The first worker's curves and pictures: a RunLog in the run's folder, or, when the run is
+    in S3, in a scratch folder that `push` copies there."""
+
+    def __init__(self, run: Storage, step: int) -> None:
+        self.run = run
+        self._scratch: tempfile.TemporaryDirectory | None = None
+        if run.is_local:
+            folder = Path(run.path)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="mambaflow-")
+            folder = Path(self._scratch.name)
+            if run.exists("metrics.jsonl"):
+                run.download("metrics.jsonl", folder / "metrics.jsonl")
+        self.folder = folder
+        self.log = RunLog(folder, step)
+
+    def push(self) -> None:
+        """Make everything logged so far last."""
+        self.log.flush()
+        if self._scratch is None:
+            return
+        for file in sorted(self.folder.rglob("*")):
+            if file.is_file():
+                self.run.upload(file, file.relative_to(self.folder).as_posix())
+
+    def close(self) -> None:
+        """Push, and give the scratch folder back."""
+        self.push()
+        self.log.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()

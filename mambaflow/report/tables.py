@@ -1,0 +1,78 @@
+"""What a person sees of a run: result tables, pictures of completions, and training curves."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, rows of text and a caption that says where the numbers come from."""
+
+    heading: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.heading):
+                raise ValueError(
+                    f"row {list(row)} must have {len(self.heading)} cells, one for each of "
+                    f"{list(self.heading)}; use '' for an empty one"
+                )
+
+    def __str__(self) -> str:
+        """Markdown that also reads well in a terminal: the first column left, others right."""
+        lines = [self.heading, *self.rows]
+        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        text = "\n".join(_row(line, widths) for line in (self.heading, rule, *self.rows))
+        return f"{text}\n\n{self.caption}\n" if self.caption else f"{text}\n"
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cells[0].ljust(widths[0])]
+    padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return f"| {' | '.join(padded)} |"
+
+
+# Column: key of a row, key of its standard error, decimals.
+COLUMNS: dict[str, tuple[str, str, int]] = {
+    "PSNR full": ("psnr", "psnr_se", 2),
+    "PSNR unknown": ("psnr_unknown", "psnr_unknown_se", 2),
+    "SSIM": ("ssim", "ssim_se", 3),
+    "speckle": ("speckle", "", 4),
+    "outliers": ("outlier_rate", "", 4),
+    "spread": ("spread", "", 2),
+    "coherence": ("coherence", "", 2),
+    "NFE": ("nfe", "", 0),
+    "s / image": ("seconds", "", 4),
+}
+
+
+def results_table(rows: Mapping[str, Mapping[str, Number]], caption: str = "") -> Table:
+    """Methods by what is known of them; a column that no method has is left out.
+
+    Args:
+        rows: method -> the numbers of `metrics` reports, `nfe` and `seconds`.
+    """
+    shown = {
+        title: spec for title, spec in COLUMNS.items() if any(spec[0] in r for r in rows.values())
+    }
+    body = [[name, *(_cell(row, *spec) for spec in shown.values())] for name, row in rows.items()]
+    return Table(["method", *shown], body, caption)
+
+
+def _cell(row: Mapping[str, Number], key: str, error: str, decimals: int) -> str:
+    if key not in row:
+        return ""
+    text = f"{row[key]:.{decimals}f}"
+    return f"{text} ± {row[error]:.{decimals}f}" if error in row else text
+
+
+def provenance(command: str, data: str, seed: int, **more: object) -> str:
+    """The caption of a table: what to run again to get its numbers, and the day they are from."""
+    facts = {"data": data, "seed": seed, **more, "date": time.strftime("%Y-%m-%d")}
+    return f"`{command}`; " + ", ".join(f"{key} {value}" for key, value in facts.items())

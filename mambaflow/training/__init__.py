@@ -1,0 +1,1 @@
+"""The loop, its checkpoints, and one run from its configuration to its report."""

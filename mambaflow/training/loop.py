@@ -1,0 +1,146 @@
+"""The training loop as a generator: it yields after every step, and the caller decides what to
+log, save or stop. It knows nothing of Ray, of files, or of who else is training."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mambaflow.config import ModelConfig, TrainConfig
+from mambaflow.data.batches import PixelBatch, Stream
+from mambaflow.flow import path
+from mambaflow.models.velocity_field import VelocityField
+
+EMA_RAMP = 10.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of each step: linear warm-up, then a cosine to zero at the last step."""
+
+    lr: float
+    warmup: int
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+    @classmethod
+    def of(cls, config: TrainConfig, steps: int) -> "Schedule":
+        """The schedule of a run of `steps` steps."""
+        return cls(config.lr, min(config.warmup_steps, steps // 50 + 1), steps)
+
+
+class TrainState:
+    """All that a run's next step depends on: weights, their average, optimiser, step."""
+
+    def __init__(self, model: ModelConfig, train: TrainConfig, device: torch.device) -> None:
+        with torch.random.fork_rng(devices=[]):  # weights are a function of the seed alone
+            torch.manual_seed(train.seed)
+            self.model = VelocityField(model)
+        self.model.to(device)
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(self.model, train.weight_decay), lr=train.lr, fused=True
+        )
+        self.step = 0
+        self._weights: list[Tensor] = [p.detach() for p in self.model.parameters()]
+        self._averaged: list[Tensor] = list(self.averaged.parameters())
+
+    def average(self, decay: float) -> None:
+        """Move the averaged weights; the decay is ramped up so that early ones are forgotten
+        (Karras et al. 2024, without the power-law profile)."""
+        ramped = min(decay, (1 + self.step) / (EMA_RAMP + self.step))
+        torch._foreach_lerp_(self._averaged, self._weights, 1 - ramped)
+
+
+def _decay_groups(model: nn.Module, decay: float) -> list[dict]:
+    """Matrices decay; biases, norms and what the scan marks (A_log, D) do not."""
+    named = list(model.parameters())
+    plain = [p for p in named if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
+    kept = {id(p) for p in plain}
+    return [
+        {"params": [p for p in named if id(p) not in kept], "weight_decay": decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After a step. Tensors stay on the device: reading one is what waits for it."""
+
+    step: int
+    loss: Float[Tensor, ""]
+    grad_norm: Float[Tensor, ""]
+    lr: float
+    waited: float
+    """Seconds that this process stood still for its batch; a GPU may have had work left."""
+
+
+Forward = Callable[[PixelBatch, Tensor, Tensor], Tensor]
+
+
+def compiled(forward: Forward, how: str) -> Forward:
+    """The model through torch.compile: as it is ("off"), "on", or "on" with CUDA "graphs"."""
+    if how == "off":
+        return forward
+    if how == "on":
+        return torch.compile(forward)
+    recorded = torch.compile(forward, mode="reduce-overhead")
+
+    def replayed(batch: PixelBatch, x: Tensor, t: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be reused
+        return recorded(batch, x, t)
+
+    return replayed
+
+
+def fit(
+    state: TrainState,
+    batches: Stream,
+    config: TrainConfig,
+    steps: int,
+    forward: Forward | None = None,
+) -> Iterator[Progress]:
+    """Train from `state.step` to `steps`, yielding after each step.
+
+    Args:
+        forward: the model as the gradient should see it (wrapped for DDP, or compiled);
+            by default `state.model`.
+    """
+    schedule = Schedule.of(config, steps)
+    device = next(state.model.parameters()).device
+    forward = state.model if forward is None else forward
+    while state.step < steps:
+        start = time.perf_counter()
+        batch = batches[state.step].to(device)
+        waited = time.perf_counter() - start
+        lr = schedule(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        value = loss(forward, batch, config)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.average(config.ema_decay)
+        yield Progress(state.step, value.detach(), norm.detach(), lr, waited)
+
+
+def loss(forward: Forward, batch: PixelBatch, config: TrainConfig) -> Float[Tensor, ""]:
+    """The flow-matching loss of a batch; its noise and times are functions of the batch."""
+    x_1, x_0 = batch.query_rgb, batch.noise(config.seed)
+    t = path.sample_times(batch.times(config.seed), config.share_at_zero, config.time_law)
+    x_t = path.interpolate(x_0, x_1, t)
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        velocity = forward(batch, x_t, t)
+    return path.loss(velocity, x_0, x_1, t, config.weighting)

@@ -1,0 +1,396 @@
+"""Sources: the same images as other programs read, and a reason for those that cannot be."""
+
+import hashlib
+import io
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from mambaflow.data import sources
+from mambaflow.data.sources import (
+    CIFAR10_FOLDER,
+    PHOTOGRAPHS,
+    SAMPLE_COUNTS,
+    Sample,
+    SourceError,
+    decoded,
+    open_source,
+    photograph,
+)
+
+
+def pictures(count, size=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def encoded(image, kind="PNG", **settings):
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, kind, **settings)
+    return sink.getvalue()
+
+
+def write_parquet(file, images, labels, *, column="img", rows=3):
+    """The layout of the public release, in row groups of a few rows."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [None if data is None else {"bytes": data, "path": None} for data in images]
+    table = pa.table({column: pa.array(cells, kind), "label": pa.array(labels, pa.int64())})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, row_group_size=rows)
+    return file
+
+
+def write_folder(root, images, classes=("bird", "cat")):
+    for number, image in enumerate(images):
+        file = root / classes[number % len(classes)] / f"{number:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(image))
+    return root
+
+
+def read(source, split, places=None):
+    places = np.arange(source.count(split)) if places is None else np.array(places)
+    return list(source.items(split, places))
+
+
+# Parquet
+
+
+def test_parquet_gives_every_row_in_any_order(tmp_path):
+    images = pictures(20)
+    parts = [(0, 7), (7, 8), (8, 20)]
+    for number, (first, end) in enumerate(parts):
+        file = tmp_path / "set" / f"train-{number}-of-3.parquet"
+        write_parquet(file, [encoded(i) for i in images[first:end]], range(first, end))
+    write_parquet(tmp_path / "set" / "test.parquet", [encoded(images[3])], [None], column="image")
+    source = open_source(str(tmp_path / "set"))
+    assert (source.count("train"), source.count("test")) == (20, 1)
+    for places in (range(20), [19, 0, 7, 7, 8, 3]):
+        for place, item in zip(places, read(source, "train", places), strict=True):
+            assert (item.id, item.label, item.fault) == (place, place, "")
+            assert np.array_equal(item.pixels, images[place])
+    (test,) = read(source, "test")
+    assert test.label == -1 and np.array_equal(test.pixels, images[3])
+
+
+def test_one_training_file_is_the_data_set_and_its_other_encodings_are_not(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [encoded(i) for i in pictures(5)], range(5))
+    write_parquet(tmp_path / "train_jpeg.parquet", [encoded(i) for i in pictures(9)], range(9))
+    assert open_source(str(tmp_path)).count("train") == 5
+    assert open_source(str(tmp_path / "train_jpeg.parquet")).count("train") == 9
+
+
+def test_a_file_alone_is_read_by_the_row_group(tmp_path, monkeypatch):
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(9)], range(9))
+    source, opened = open_source(str(file)), []
+    read_row_group = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, number, *rest: opened.append(number) or read_row_group(self, number, *rest),
+    )
+    read(source, "train", range(4, 9))
+    read(source, "train", [8])
+    assert opened == [1, 2]  # not the first, and the last one once
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"picture": [1], "label": [1]}, r"columns {'picture': 'int64', .*must have img"),
+        ({"img": [b"x"]}, r"must have img \(or image\) and label"),
+        ({"img": [b"x"], "label": [1]}, r"img must be struct<bytes, path>"),
+        ({"img": [{"bytes": b"x"}], "label": ["cat"]}, r"label an integer"),
+    ],
+)
+def test_parquet_of_other_columns_is_refused_by_name(tmp_path, table, message):
+    pq.write_table(pa.table(table), tmp_path / "odd.parquet")
+    with pytest.raises(SourceError, match=f"odd.parquet has .*{message}"):
+        open_source(str(tmp_path / "odd.parquet"))
+
+
+def test_parquet_that_is_cut_off_is_refused_by_name(tmp_path):
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(9)], range(9))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SourceError, match=r"f.parquet is not whole Parquet: .*fetch it again"):
+        open_source(str(file))
+
+
+def test_a_folder_of_other_parquet_is_refused(tmp_path):
+    write_parquet(tmp_path / "0000.parquet", [encoded(i) for i in pictures(2)], range(2))
+    with pytest.raises(SourceError, match=r"holds no train\*.parquet, only \['0000.parquet'\]"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.realdata
+def test_real_cifar_is_what_pillow_and_pyarrow_read(real_cifar):
+    source = open_source(str(real_cifar))
+    table = pq.read_table(real_cifar / "train.parquet")
+    assert source.count("train") == len(table) > 1000 and source.count("test") == 512
+    places = [0, 17, len(table) - 1]
+    for place, item in zip(places, read(source, "train", places), strict=True):
+        data = table["img"][place].as_py()["bytes"]
+        assert np.array_equal(item.pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        assert item.label == table["label"][place].as_py() and item.pixels.shape == (32, 32, 3)
+
+
+# Corrupt images
+
+
+def test_every_flipped_byte_of_a_png_is_found_or_harmless():
+    image = read(Sample(), "test", [5])[0].pixels  # noise would hide less
+    data = encoded(image)
+    found = 0
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        item = decoded(3, 1, bytes(changed), "row 3")
+        if item.pixels is None:
+            found += 1
+            assert item.fault.startswith("row 3: ") and len(item.fault) > len("row 3: ")
+        else:
+            assert np.array_equal(item.pixels, image), f"byte {place} changes the image unseen"
+    assert found > 0.9 * len(data)
+
+
+@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "BMP", "WEBP"]))
+@settings(deadline=None, max_examples=80)
+def test_a_damaged_image_gives_a_fault_and_never_an_exception(data, kind):
+    whole = bytearray(encoded(pictures(1)[0], kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    item = decoded(0, 0, bytes(whole[: data.draw(st.integers(0, len(whole)))]), "here")
+    assert (item.pixels is None) == bool(item.fault)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_cut_off_is_corrupt(kind):
+    data = encoded(pictures(1, size=16)[0], kind)
+    for length in (0, 1, 10, len(data) // 2, len(data) - 12):
+        assert decoded(0, 0, data[:length], "here").fault.startswith("here: ")
+
+
+def test_grey_transparent_and_palette_images_become_colours():
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for mode in ("L", "RGBA", "P", "LA"):
+        sink = io.BytesIO()
+        Image.fromarray(grey).convert(mode).save(sink, "PNG")
+        item = decoded(0, 0, sink.getvalue(), "here")
+        assert np.array_equal(item.pixels, np.stack([grey] * 3, -1)), mode
+
+
+# Folders
+
+
+def test_a_folder_for_each_class_gives_training_images(tmp_path):
+    images = pictures(6)
+    source = open_source(str(write_folder(tmp_path / "set", images)))
+    items = read(source, "train")
+    assert source.count("test") == 0 and source.classes == ["bird", "cat"]
+    assert [item.label for item in items] == [0, 0, 0, 1, 1, 1]
+    for item, number in zip(items, (0, 2, 4, 1, 3, 5), strict=True):
+        assert np.array_equal(item.pixels, images[number])
+
+
+def test_a_folder_with_train_and_test_gives_both(tmp_path):
+    write_folder(tmp_path / "train", pictures(6))
+    write_folder(tmp_path / "test", pictures(3, seed=1), ("cat", "horse"))
+    source = open_source(str(tmp_path))
+    assert (source.count("train"), source.count("test")) == (6, 3)
+    assert [item.label for item in read(source, "test")] == [1, 1, -1]  # no horse was trained on
+
+
+def test_a_folder_without_class_folders_is_refused_with_a_cure(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(pictures(1)[0]))
+    with pytest.raises(SourceError, match=r"no images in class folders; put them in .*/CLASS/NAME"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("spec", ["cifar100", "nowhere/at/all", "s3://bucket/images", ""])
+def test_what_is_no_source_is_refused_with_the_valid_ones(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "")
+    message = r"is none of: sample, cifar10|no images in class folders"
+    with pytest.raises(SourceError, match=message):
+        open_source(spec)
+
+
+def test_the_spec_opens_the_same_source_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "set", pictures(4))
+    write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(4)], range(4))
+    for spec in ("set", "f.parquet", "sample"):
+        monkeypatch.chdir(tmp_path)
+        source = open_source(spec)
+        monkeypatch.chdir("/")
+        again = open_source(source.spec)
+        assert again.fingerprint == source.fingerprint and again.name == source.name
+        for one, other in zip(read(source, "train", range(4)), read(again, "train", range(4)),
+                              strict=True):  # fmt: skip
+            assert np.array_equal(one.pixels, other.pixels)
+
+
+def test_other_images_have_another_fingerprint(tmp_path):
+    found = set()
+    for seed in (0, 1):
+        images = [encoded(i) for i in pictures(4, seed=seed)]
+        file = write_parquet(tmp_path / str(seed) / "f.parquet", images, range(4))
+        found.add(open_source(str(file)).fingerprint)
+    for count in (4, 5):
+        folder = write_folder(tmp_path / "folders" / str(count), pictures(count))
+        found.add(open_source(str(folder)).fingerprint)
+    assert len(found) == 4
+
+
+# Splits
+
+
+class Counted(Sample):
+    """A source of so many images, none of which is looked at."""
+
+    def __init__(self, train, test):
+        self.counts, self.name = {"train": train, "test": test}, "counted"
+
+    def count(self, split):
+        return self.counts[split]
+
+    splits = sources.Source.splits
+
+
+@given(train=st.integers(2, 400), test=st.integers(0, 9), validation=st.integers(1, 150))
+def test_splits_share_no_image_and_lose_none(train, test, validation):
+    source = Counted(train, test)
+    held = validation if test else 2 * validation
+    if held >= train:
+        with pytest.raises(SourceError, match=rf"validation \(={validation}\) leaves nothing"):
+            source.splits(validation)
+        return
+    splits = source.splits(validation)
+    places = {name: places.tolist() for name, (_, places) in splits.items()}
+    from_train = [p for name, (stored, _) in splits.items() if stored == "train"
+                  for p in places[name]]  # fmt: skip
+    assert sorted(from_train) == list(range(train))
+    assert len(places["validation"]) == validation
+    assert len(places["test"]) == (test or validation)
+    assert all(p == sorted(p) for p in places.values())
+
+
+def test_the_validation_split_is_pinned():
+    # Or else old validation images would be trained on.
+    _, places = Counted(50_000, 1).splits(256)["validation"]
+    assert hashlib.sha256(places.tobytes()).hexdigest()[:16] == "fc61c1e6c95439ee"
+
+
+# The sample
+
+
+def test_the_sample_is_pinned():
+    first = {split: read(Sample(), split, range(64)) for split in PHOTOGRAPHS}
+    pixels = b"".join(i.pixels.tobytes() for items in first.values() for i in items)
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "f7d74aaaa8ffa9b7"
+
+
+def test_sample_splits_share_no_photograph():
+    names = [name for split in PHOTOGRAPHS.values() for name in split]
+    assert len(names) == len(set(names))
+    contents = {hashlib.sha256(photograph(name).tobytes()).digest() for name in names}
+    assert len(contents) == len(names)
+    for split, those in PHOTOGRAPHS.items():
+        assert {i.label for i in read(Sample(), split, range(200))} == set(range(len(those)))
+
+
+def test_a_crop_depends_on_its_own_number_alone():
+    together = read(Sample(), "train", range(10))
+    for number in (9, 4):
+        (alone,) = read(Sample(), "train", [number])
+        assert np.array_equal(alone.pixels, together[number].pixels)
+
+
+@pytest.mark.parametrize("split", list(PHOTOGRAPHS))
+def test_crops_are_varied_photographs(split):
+    crops = np.stack([item.pixels for item in read(Sample(), split, range(256))]).astype(float)
+    assert crops.shape == (256, 32, 32, 3)
+    assert len({crop.tobytes() for crop in crops}) == 256
+    contrast = crops.std((1, 2)).max(-1)
+    assert (contrast > sources.CONTRAST).mean() > 0.97 and np.median(contrast) > 30
+    # Neighbours in a photograph are alike, in noise they are not.
+    across = np.corrcoef(crops[:, :, :-1].ravel(), crops[:, :, 1:].ravel())[0, 1]
+    assert across > 0.85
+
+
+def test_the_sample_has_its_own_splits():
+    splits = Sample().splits(100)
+    assert {k: len(p) for k, (_, p) in splits.items()} == SAMPLE_COUNTS | {"validation": 100}
+    assert all(stored == split for split, (stored, _) in splits.items())
+    with pytest.raises(SourceError, match=r"validation \(=257\) must be at most 256"):
+        Sample().splits(257)
+
+
+def test_a_package_without_its_photographs_is_named(monkeypatch):
+    monkeypatch.setattr(sources, "KEPT_IN", {"skimage": "nowhere", "no_such_package": ""})
+    photograph.cache_clear()
+    with pytest.raises(SourceError, match="photograph coffee.png is in none of .*install"):
+        photograph("coffee.png")
+
+
+# CIFAR-10 as torchvision keeps it
+
+
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch):
+    """torchvision's folder with four images a file, and their checksums in torchvision."""
+    images = pictures(24, size=32)
+    folder = tmp_path / "torchvision" / CIFAR10_FOLDER
+    folder.mkdir(parents=True)
+
+    def batch(name, first):
+        flat = images[first : first + 4].transpose(0, 3, 1, 2).reshape(4, -1)
+        data = pickle.dumps({"data": flat, "labels": list(range(4))})
+        (folder / name).write_bytes(data)
+        return name, hashlib.md5(data).hexdigest()
+
+    train = [batch(f"data_batch_{k + 1}", 4 * k) for k in range(5)]
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch", 20)])
+    meta = pickle.dumps({"label_names": list("abcd")})
+    (folder / "meta").write_bytes(meta)
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": "meta", "key": "label_names",
+                          "md5": hashlib.md5(meta).hexdigest()},
+    )  # fmt: skip
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    return tmp_path / "torchvision", images
+
+
+def test_torchvisions_folder_is_read_where_it_lies(small_cifar):
+    folder, images = small_cifar
+    by_name = open_source("cifar10", download_to=folder)  # already there: nothing is fetched
+    for source in (open_source(str(folder)), by_name, open_source(by_name.spec)):
+        assert (source.count("train"), source.count("test")) == (20, 4)
+        for item, image in zip(read(source, "train"), images[:20], strict=True):
+            assert np.array_equal(item.pixels, image) and item.label == item.id % 4
+        assert np.array_equal(read(source, "test", [3])[0].pixels, images[23])
+        assert source.name == "cifar10" and source.spec == str(folder)
+
+
+def test_a_damaged_torchvision_folder_is_refused_with_a_cure(small_cifar):
+    folder, _ = small_cifar
+    (folder / CIFAR10_FOLDER / "data_batch_2").write_bytes(b"half")
+    with pytest.raises(SourceError, match=r"could not be read in .*use --source FILE.parquet"):
+        open_source(str(folder))
+
+
+def test_a_download_without_a_network_says_what_to_do_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SourceError) as refused:
+        open_source("cifar10", download_to=tmp_path / "down")
+    for part in ("could not be downloaded to", str(tmp_path), "offline, use --source FILE.parquet",
+                 "--source sample"):  # fmt: skip
+        assert part in str(refused.value)

@@ -1,0 +1,439 @@
+"""The command line of jobs/train.py: every flag arrives, and bad input changes nothing."""
+
+import ast
+import hashlib
+import inspect
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from small import FLAGS
+
+import jobs.train as job
+from jobs.train import main, parse
+from mambaflow import config as config_module
+from mambaflow.config import (
+    ARCHITECTURES,
+    ModelConfig,
+    RunConfig,
+    ScaleConfig,
+    TrainConfig,
+    first_run,
+    from_json,
+    mission,
+)
+from mambaflow.data.shards import MANIFEST
+from mambaflow.models import weights
+from mambaflow.storage import at
+
+# Every flag, a value that is not its default, and the flags that it needs beside it.
+FLAG_VALUES: dict[str, tuple[object, str]] = {
+    "arch": ("v1", ""), "recipe": ("first-run", ""), "run_name": ("mine", ""),
+    "storage": ("elsewhere", ""), "data": ("shards", ""), "resume": (True, ""),
+    "d_model": (96, ""), "num_layers": (6, ""), "bidirectional": (False, ""),
+    "scan": ("append", "--start plain"), "curve": ("raster", ""), "d_state": (8, ""),
+    "d_conv": (3, ""), "expand": (3, ""), "readout": ("cross_attention", ""),
+    "perceiver_iterations": (3, ""), "num_heads": (4, ""), "mlp_ratio": (3, ""),
+    "frequencies": (32, ""), "max_frequency": (8.0, ""), "time_scale": (500.0, ""),
+    "modulation": ("add", ""), "residual": (False, ""), "windows": (False, ""),
+    "surroundings": (False, ""),
+    "start": ("plain", ""), "coordinates": ("corner", ""), "rgb_low": (0.0, ""),
+    "epochs": (7, ""), "batch_size": (32, ""), "lr": (3e-4, ""), "warmup_steps": (9, ""),
+    "weight_decay": (0.1, ""), "grad_clip": (0.5, ""), "ema_decay": (0.9, ""),
+    "share_at_zero": (0.3, ""), "time_law": ("logit_normal", ""), "weighting": ("velocity", ""),
+    "masks": ("fresh", ""), "min_queries": (100, "--max-queries 300"), "max_queries": (300, ""),
+    "precision": ("bf16", ""), "seed": (4, ""), "log_every": (3, ""), "eval_every": (50, ""),
+    "eval_images": (11, ""), "test_images": (12, ""), "sample_steps": (5, ""),
+    "num_workers": (2, ""), "min_workers": (1, ""), "use_gpu": (True, ""), "ray": (False, ""),
+    "max_failures": (1, ""), "compile": ("on", ""),
+}  # fmt: skip
+PARTS = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
+
+
+def flat(config: RunConfig) -> dict[str, object]:
+    values = asdict(config)
+    return {**values.pop("model"), **values.pop("train"), **values.pop("scale"), **values}
+
+
+def option(name: str, value: object) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={value}"
+
+
+def test_the_list_of_flags_is_pinned():
+    names = [f.name for kind in (RunConfig, *PARTS.values()) for f in fields(kind)]
+    assert sorted(FLAG_VALUES) == sorted(set(names) - {*PARTS, "command"})
+
+
+@pytest.mark.parametrize("name", sorted(FLAG_VALUES.keys() - {"arch", "recipe"}))
+def test_a_flag_arrives_typed_and_alone(name):
+    value, beside = FLAG_VALUES[name]
+    before = flat(parse(beside.split()))
+    after = flat(parse([*beside.split(), option(name, value)]))
+    assert before[name] != value and type(after[name]) is type(value)
+    assert after == before | {name: value}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_architecture_brings_its_own_defaults(arch):
+    assert parse(["--arch", arch]) == parse([f"--arch={arch}"]) == mission(arch)
+    assert parse(["--arch", arch]).model == ARCHITECTURES[arch]
+    assert parse(["--arch", arch, "--recipe", "first-run"]) == first_run(arch)
+    changed = parse(["--recipe=first-run", "--arch", arch, "--d-model=64", "--epochs=2"])
+    assert changed.model == replace(first_run(arch).model, d_model=64)
+    assert changed.train == replace(first_run(arch).train, epochs=2)
+
+
+def test_the_default_run_is_the_described_one():
+    run = parse([])
+    assert run == mission("v2") and (run.train.epochs, run.train.batch_size) == (1000, 64)
+    assert run.train.lr == 1e-4 and run.train.grad_clip == 1.0 and run.scale.ray
+    assert parse(["--arch=v1"]).model.d_model == 512
+
+
+def described() -> dict[str, str]:
+    """Field -> the docstring under it, from the source."""
+    found = {}
+    for node in ast.walk(ast.parse(inspect.getsource(config_module))):
+        if isinstance(node, ast.ClassDef):
+            for a, b in zip(node.body, node.body[1:], strict=False):
+                if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr):
+                    found[a.target.id] = plain(b.value.value)
+    return found
+
+
+def plain(text: str) -> str:
+    """Words without line breaks and frames."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text).strip()
+
+
+def test_help_exits_0_and_names_every_flag_with_what_it_does(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    text = plain(capsys.readouterr().out)
+    about = described()
+    for name in FLAG_VALUES:
+        assert re.search(rf"--{name.replace('_', '-')}\b", text), name
+        assert about[name] in text, name
+    assert "--command" not in text and "Exit codes: 0 done; 1 failed; 2 bad input" in text
+
+
+# --- Bad input -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return small.staged(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def done(shards, tmp_path_factory) -> Path:
+    """Storage with one finished run, `done`."""
+    storage = tmp_path_factory.mktemp("done")
+    assert main([*FLAGS, f"--data={shards}", f"--storage={storage}", "--run-name=done"]) == 0
+    return storage
+
+
+@dataclass
+class Place:
+    """What a case may spoil: a copy of the shards, and of storage with a finished run."""
+
+    shards: Path
+    storage: Path
+    patch: pytest.MonkeyPatch
+
+    def shard(self, change: Callable[[bytes], bytes], name: str = "shard-00000.parquet") -> None:
+        path = self.shards / "train" / name
+        before = path.read_bytes()
+        path.write_bytes(change(before))
+        assert path.read_bytes() != before
+
+    def manifest(self, change: Callable[[dict], None], split: str = "train") -> None:
+        path = self.shards / split / MANIFEST
+        about = json.loads(path.read_text())
+        change(about)
+        path.write_text(json.dumps(about))
+
+    def run(self, *more: str, name: str = "new") -> list[str]:
+        where = [f"--data={self.shards}", f"--storage={self.storage}", f"--run-name={name}"]
+        return [*FLAGS, *where, *more]
+
+
+@pytest.fixture
+def place(tmp_path, shards, done, monkeypatch) -> Place:
+    copies = (tmp_path / "shards", tmp_path / "runs")
+    shutil.copytree(shards, copies[0])
+    shutil.copytree(done, copies[1])
+    if (tmp_path / "runs" / "done" / "config.json").exists():  # its data is the copy
+        path = tmp_path / "runs" / "done" / "config.json"
+        path.write_text(path.read_text().replace(str(shards), str(copies[0])))
+    return Place(*copies, monkeypatch)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    """Exit code and words of a job that ends early."""
+    capsys.readouterr()
+    try:
+        code = main(argv)
+    except SystemExit as ended:
+        code = ended.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return code, plain(err + out)
+
+
+BAD_FLAGS = {
+    "unknown architecture": ("--arch=v9", "unknown arch 'v9'; valid: v1, v2"),
+    "unknown recipe": ("--recipe=slow", "unknown recipe 'slow'; valid: mission, first-run"),
+    "a flag without its value": ("--arch", "argument --arch: expected one argument"),
+    "unknown flag": ("--bogus=1", "Unrecognized options: --bogus=1"),
+    "a word for a number": ("--lr=fast", "Error parsing --lr: could not convert string to float"),
+    "a fraction for a count": ("--epochs=1.5", "Error parsing --epochs: invalid literal for int()"),
+    "unknown choice": ("--scan=sideways", "--scan'. Expected one of ('known', 'append', 'joint')"),
+    "unknown precision": ("--precision=fp8", "--precision'. Expected one of ('fp32', 'bf16')"),
+    "heads that do not fit": (
+        "--d-model=17", "d_model (=17) must be divisible by num_heads (=2); use 16 or 18"),
+    "odd layers": ("--num-layers=3", "num_layers (=3) must be even when bidirectional"),
+    "a scan that mixes queries in": (
+        "--scan=joint", "start (='gaussian') needs a fill of the known pixels alone"),
+    "negative rate": ("--lr=-1", "lr (=-1.0) must be positive; use"),
+    "no epochs": ("--epochs=0", "epochs (=0) must be positive; use 1 or more"),
+    "a share above one": ("--ema-decay=1.5", "ema_decay (=1.5) must be in [0, 1]; use a share"),
+    "negative seed": ("--seed=-1", "seed (=-1) must be in [0, 2^32); use 0"),
+    "more queries at least than at most": (
+        "--min-queries=9", "min_queries (=9) must be at most max_queries (=0); give both"),
+    "negative warm-up": ("--warmup-steps=-1", "warmup_steps (=-1) must not be negative"),
+    "a path for a name": (
+        "--run-name=a/b", "run_name (='a/b') must be a plain folder name, without ['/']; use let"),
+    "a name of dots": ("--run-name=..", "run_name (='..') must be a plain folder name"),
+    "a name with a space": ("--run-name=a b", "run_name (='a b') must be a plain folder name"),
+    "no workers": ("--num-workers=0", "num_workers (=0) must be positive"),
+    "workers without torchrun": (
+        "--num-workers=2", "num_workers (=2) without Ray must be the number of processes (=1); "
+        "start them with torchrun --nproc-per-node 2"),
+    "more workers at least than at most": (
+        "--min-workers=3", "min_workers (=3) must be in [0, num_workers (=1)]"),
+    "unknown storage": ("--storage=ftp://x/y", "unknown scheme 'ftp' in 'ftp://x/y'; valid: a pa"),
+    "a bucket without a name": ("--storage=s3:///x", "'s3:///x' must name a bucket; use s3://buck"),
+    "more queries than targets": (
+        "--max-queries=500", "max_queries (=500) must be at most 28"),
+    "no run to resume": (
+        "--resume", "run_name (='new') has nothing to resume in"),
+    "no such data": ("--data=/nowhere/at/all", "/nowhere/at/all/train/manifest.json is not there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_bad_flag_is_refused_with_code_2_and_changes_nothing(place, capsys, case):
+    flag, message = BAD_FLAGS[case]
+    before = tree(place.storage), tree(place.shards)
+    code, words = refusal(place.run(flag), capsys)
+    assert code == 2 and message in words, words
+    assert (tree(place.storage), tree(place.shards)) == before
+
+
+def with_shard(place: Place, change: Callable[[bytes], bytes]) -> None:
+    """Shard 0 replaced, and described in the manifest as it now is."""
+    place.shard(change)
+    data = (place.shards / "train" / "shard-00000.parquet").read_bytes()
+    now = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    place.manifest(lambda about: about["shards"][0].update(now))
+
+
+def another_recipe(place: Place) -> None:
+    other = place.shards.parent / "other"
+    small.staged(other, mask_seed=7)
+    data = (other / "shards/train/shard-00000.parquet").read_bytes()
+    with_shard(place, lambda before: data)
+    shutil.rmtree(other)
+
+
+def another_split(place: Place) -> None:
+    small.staged(place.shards.parent / "other", known_ratio=0.3)
+    shutil.rmtree(place.shards / "validation")
+    (place.shards.parent / "other/shards/validation").rename(place.shards / "validation")
+    shutil.rmtree(place.shards.parent / "other")
+
+
+def without_images(place: Place) -> None:
+    shutil.rmtree(place.shards)
+    small.staged(place.shards.parent / "other", full_images=False)
+    (place.shards.parent / "other/shards").rename(place.shards)
+    shutil.rmtree(place.shards.parent / "other")
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+BAD_DATA: dict[str, tuple[Callable[[Place], object], str, str]] = {
+    "a staging that did not finish": (
+        lambda p: (p.shards / "train" / MANIFEST).unlink(), "",
+        "train/manifest.json is not there: no staged split, or one whose staging did not finish; "
+        "run jobs/stage.py --out"),
+    "no test split": (
+        lambda p: shutil.rmtree(p.shards / "test"), "", "test/manifest.json is not there"),
+    "a truncated shard": (
+        lambda p: p.shard(lambda data: data[:-100]), "",
+        "train/shard-00000.parquet is damaged: "),
+    "a flipped bit in a shard": (
+        lambda p: p.shard(flip), "", "train/shard-00000.parquet is damaged: "),
+    "a shard that is listed and gone": (
+        lambda p: (p.shards / "train/shard-00000.parquet").unlink(), "",
+        "train/shard-00000.parquet is listed and not there; stage again"),
+    "a damaged held-out shard": (
+        lambda p: (p.shards / "test/shard-00000.parquet").write_bytes(b"PAR1"), "",
+        "test/shard-00000.parquet is damaged: 4 bytes"),
+    "a shard that is no Parquet": (
+        lambda p: with_shard(p, lambda data: b"x" * 999), "",
+        "train/shard-00000.parquet is not whole Parquet (999 bytes)"),
+    "a shard of another recipe": (another_recipe, "", "train/shard-00000.parquet"),
+    "splits of two stagings": (
+        another_split, "", "must hold validation images, staged as the training ones (28 known"),
+    "a manifest that contradicts itself": (
+        lambda p: p.manifest(lambda about: about.update(rows=41)), "",
+        "train/manifest.json contradicts itself; stage the data again"),
+    "a manifest that is not JSON": (
+        lambda p: (p.shards / "train" / MANIFEST).write_text('{"format": 1'), "",
+        "train/manifest.json is damaged: "),
+    "a manifest of another format": (
+        lambda p: p.manifest(lambda about: about.update(format=9)), "",
+        "train/manifest.json has format 9, not 1; stage again"),
+    "fresh masks without images": (
+        without_images, "--masks=fresh",
+        "masks (='fresh') needs whole training images, and {shards} holds only the staged pixels; "
+        "stage again with --full-images, or use --masks strict"),
+    "a GPU that is not there": (
+        lambda p: p.patch.setattr(torch.cuda, "is_available", lambda: False), "--use-gpu",
+        "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu"),
+    "torch.compile without a compiler": (
+        lambda p: p.patch.setattr("shutil.which", lambda name: None), "--compile=on",
+        "compile (='on') needs a compiler: no C++ compiler (CXX, g++, c++, clang++); install g++"),
+    "torchrun with another number of workers": (
+        lambda p: p.patch.setenv("WORLD_SIZE", "3"), "--num-workers=2",
+        "num_workers (=2) without Ray must be the number of processes (=3)"),
+    "storage that cannot be written": (
+        lambda p: (p.storage / "file").write_text("x"), "--storage={storage}/file",
+        "{storage}/file/new"),
+    "an S3 address without its slashes": (None, "--storage=s3:bucket/x", "use s3://bucket/prefix"),
+    "a name that is taken": (
+        None, "--run-name=done",
+        "run_name (='done') is taken by a finished run in {storage}; use --resume to go on, or "
+        "another --run-name"),
+    "resume with another model and training": (
+        None, "--run-name=done --resume --d-model=32 --lr=1e-3",
+        "run_name (='done') cannot resume with another configuration (model.d_model: 16 -> 32; "
+        "train.lr: 0.002 -> 0.001); give the same flags, or another --run-name"),
+    "resume of a run that is already longer": (
+        None, "--run-name=done --resume --epochs=2",
+        "epochs (=2) end at step 10, and run_name (='done') is already at step 20; use --epochs 4"),
+    "resume of another version's run": (
+        lambda p: (p.storage / "done/config.json").write_text('{"model": {"warp": 1}}'),
+        "--run-name=done --resume",
+        "done/config.json is not of this version of mambaflow: unknown field(s) ['warp']"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_and_places_are_refused_with_code_2_and_change_nothing(place, capsys, case):
+    spoil, flags, message = BAD_DATA[case]
+    if spoil:
+        spoil(place)
+    names = {"shards": place.shards, "storage": place.storage}
+    before = tree(place.storage), tree(place.shards)
+    code, words = refusal(place.run(*flags.format(**names).split()), capsys)
+    assert code == 2 and words.startswith("error: "), words
+    assert message.format(**names) in words, words
+    assert (tree(place.storage), tree(place.shards)) == before
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("what", ["storage", "data"])
+def test_a_bucket_that_does_not_exist_is_named(place, capsys, bucket, what):
+    before = tree(place.storage)
+    code, words = refusal(place.run(f"--{what}=s3://no-such-bucket/x"), capsys)
+    assert code == 2 and "s3://no-such-bucket/x" in words, words
+    assert "create the bucket, or name another" in words, words
+    assert tree(place.storage) == before
+
+
+@pytest.mark.s3
+def test_an_endpoint_that_cannot_be_reached_is_named(place, capsys, bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    code, words = refusal(place.run(f"--storage={bucket}/runs"), capsys)
+    assert code == 2 and "127.0.0.1:9" in words and "check AWS_ENDPOINT_URL" in words, words
+
+
+def test_a_later_shard_that_is_damaged_ends_with_code_3_and_mended_goes_on(
+    place, capsys, done, monkeypatch
+):
+    last = place.shards / "train/shard-00002.parquet"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-50])
+    code, words = refusal(place.run(), capsys)
+    assert code == job.DAMAGED == 3, words
+    assert "train/shard-00002.parquet is damaged" in words and "stage the data again" in words
+    assert "mended? go on with --resume --run-name new" in words
+    last.write_bytes(whole)
+    assert main(place.run("--resume")) == 0
+    runs = at(place.storage / "new"), at(done / "done")
+    digests = [weights.read_index(run, small.STEPS).files for run in runs]
+    assert digests[0] == digests[1]
+
+
+def test_a_run_of_which_all_checkpoints_are_damaged_ends_with_code_3(place, capsys):
+    for index in place.storage.glob("done/step_*/checkpoint.json"):
+        index.write_text("{")
+    code, words = refusal(place.run("--resume", name="done"), capsys)
+    assert code == 3 and "checkpoints in" in words and "are damaged" in words, words
+
+
+def test_a_run_writes_down_what_was_asked_and_shows_its_end(place, capsys):
+    assert main(place.run("--seed=3")) == 0
+    out = capsys.readouterr().out
+    folder = place.storage / "new"
+    assert "| posterior mean " in out and f"run folder   {folder}" in out
+    assert f"picture      {folder}/report/picture.png" in out
+    assert f"tensorboard --logdir {place.storage}" in out
+    config = from_json((folder / "config.json").read_bytes())
+    assert config.train == replace(small.FIT, seed=3) and config.model == small.MODEL
+    assert config.data == str(place.shards) and config.command.startswith("python ")
+    assert {p.name for p in (folder / "report").iterdir()} == {
+        "picture.png", "results.json", "table.md",
+    }  # fmt: skip
+
+
+def test_a_run_without_a_name_is_called_after_its_architecture_and_the_time(place):
+    assert main([f for f in place.run() if not f.startswith("--run-name")]) == 0
+    (made,) = {p.name for p in place.storage.iterdir()} - {"done"}
+    assert re.fullmatch(r"v2-\d{8}-\d{6}", made)
+
+
+def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, monkeypatch):
+    monkeypatch.setattr("mambaflow.training.stop_signal.STOP_POLL_S", -1.0)
+    fit = job.train
+
+    def stopping(config: RunConfig, world: job.World) -> job.Outcome:
+        (place.storage / "new" / "STOP").touch()
+        return fit(config, world)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "train", stopping)
+        assert main(place.run()) == 143
+    assert "stopped after step 1; go on with --resume --run-name new" in capsys.readouterr().out
+    assert main(place.run("--resume")) == 0

@@ -1,0 +1,170 @@
+"""The velocity field: its size, its symmetries, and what its answers may depend on."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambaflow.config import ARCHITECTURES, ModelConfig
+from mambaflow.kernels import attention_cpu
+from mambaflow.models import attention
+from mambaflow.models.velocity_field import VelocityField, gaussian_start, parameters
+
+SMALL = replace(ARCHITECTURES["v2"], d_model=32, num_layers=4, num_heads=4, frequencies=8)
+PLAIN = replace(ARCHITECTURES["v1"], d_model=32, num_layers=2, num_heads=4, frequencies=8)
+
+
+@dataclass
+class Asked:
+    known_xy: Tensor
+    known_rgb: Tensor
+    query_xy: Tensor
+
+
+def stirred(config: ModelConfig) -> VelocityField:
+    """A model none of whose weights is zero, as after training."""
+    torch.manual_seed(0)
+    model = VelocityField(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def asked(b: int = 2, k: int = 20, n: int = 13) -> Asked:
+    torch.manual_seed(1)
+    return Asked(torch.rand(b, k, 2), torch.rand(b, k, 3) * 2 - 1, torch.rand(b, n, 2))
+
+
+@pytest.mark.parametrize(("arch", "least", "most"), [("v1", 13e6, 16e6), ("v2", 5.5e6, 7.5e6)])
+def test_parameter_counts_are_the_architectures(arch, least, most):
+    assert least <= parameters(VelocityField(ARCHITECTURES[arch])) <= most
+
+
+def test_parameter_counts_do_not_move_unnoticed():
+    counts = {arch: parameters(VelocityField(c)) for arch, c in ARCHITECTURES.items()}
+    assert counts == {"v1": 13_991_939, "v2": 6_616_143}
+
+
+@pytest.mark.parametrize("scan", ["known", "append", "joint"])
+@pytest.mark.parametrize("readout", ["cross_attention", "perceiver"])
+@pytest.mark.parametrize("modulation", ["add", "adaln"])
+def test_every_combination_runs_and_is_blind_to_the_order_of_pixels(scan, readout, modulation):
+    config = replace(
+        SMALL, scan=scan, readout=readout, modulation=modulation,
+        start="gaussian" if scan == "known" else "plain",
+    )  # fmt: skip
+    model, given, x = stirred(config), asked(), torch.randn(2, 13, 3)
+    t = torch.tensor([0.3, 0.8])
+    v = model.given(given)(x, t)
+    k, n = torch.randperm(20), torch.randperm(13)
+    turned = Asked(given.known_xy[:, k], given.known_rgb[:, k], given.query_xy[:, n])
+    torch.testing.assert_close(model.given(turned)(x[:, n], t), v[:, n], rtol=1e-4, atol=1e-4)
+
+
+def test_the_posterior_mean_depends_on_the_known_pixels_alone():
+    model, given = stirred(SMALL), asked()
+    zero = torch.zeros(2)
+    x, other = torch.randn(2, 13, 3), torch.randn(2, 13, 3)
+    mean = x + model.given(given)(x, zero)
+    torch.testing.assert_close(other + model.given(given)(other, zero), mean, rtol=1e-5, atol=1e-5)
+    fewer = replace_queries(given, given.query_xy[:, :4])
+    torch.testing.assert_close(
+        x[:, :4] + model.given(fewer)(x[:, :4], zero), mean[:, :4], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_posterior_mean_is_spared_the_attention_among_queries_and_is_the_same():
+    model, given, heard = stirred(SMALL), asked(), []
+    model.readout.blocks[0].among.register_forward_hook(lambda *_: heard.append(True))
+    x = torch.randn(2, 13, 3)
+    whole = model.given(given)(x, torch.zeros(2))
+    assert heard.pop() and not heard
+    with torch.no_grad():
+        spared = model.given(given)(x, torch.zeros(2))
+        assert not heard
+        mixed = model.given(given)(x, torch.tensor([0.0, 0.5]))
+    assert heard and torch.equal(spared[0], mixed[0])
+    torch.testing.assert_close(spared, whole, rtol=1e-3, atol=1e-3)  # other attention: see attend
+
+
+def replace_queries(given: Asked, query_xy: Tensor) -> Asked:
+    return Asked(given.known_xy, given.known_rgb, query_xy)
+
+
+def test_a_sample_sees_its_neighbours_noise():
+    model, given = stirred(SMALL), asked()
+    x, t = torch.randn(2, 13, 3), torch.full((2,), 0.7)
+    moved = x.clone()
+    moved[:, 0] += 1
+    change = (model.given(given)(moved, t) - model.given(given)(x, t)).abs().amax(-1)
+    assert (change[:, 1:] > 1e-5).all()
+
+
+def test_v1_is_causal_queries_do_not_change_the_memory_of_known_pixels():
+    model, given = stirred(PLAIN), asked()
+    x, t = torch.randn(2, 13, 3), torch.full((2,), 0.5)
+    first = given.query_xy.clone()  # a query changes only those after it along the raster
+    order = (first[..., 1] * 1024).floor() * 4096 + first[..., 0] * 1024
+    last = order.argmax(-1)
+    moved = x.clone()
+    moved[torch.arange(2), last] += 1
+    change = (model.given(given)(moved, t) - model.given(given)(x, t)).abs().amax(-1)
+    change[torch.arange(2), last] = 0
+    assert change.max() < 1e-5
+
+
+def test_one_velocity_serves_any_number_of_calls():
+    model, given = stirred(SMALL), asked()
+    velocity = model.given(given)
+    for t in (0.0, 0.4, 1.0):
+        x, when = torch.randn(2, 13, 3), torch.full((2,), t)
+        torch.testing.assert_close(velocity(x, when), model(given, x, when))
+        assert velocity(x, when).isfinite().all()
+
+
+def test_the_start_is_the_exact_velocity_of_independent_gaussians():
+    torch.manual_seed(3)
+    x, fill, variance = torch.randn(4, 5, 3).double(), torch.randn(4, 5, 3).double(), 0.2
+    t = torch.tensor([0.0, 0.2, 0.7, 0.999]).double()[:, None, None]
+    velocity, shown, factor = gaussian_start(x, t, fill, torch.tensor(variance).double())
+    spread = variance * t**2 + (1 - t) ** 2
+    expected = fill + variance * t / spread * (x - t * fill)  # E[x_1 | x_t]
+    torch.testing.assert_close(velocity, (expected - x) / (1 - t))
+    torch.testing.assert_close(shown, (x - t * fill) / spread.sqrt())
+    torch.testing.assert_close(factor * (1 - t), (variance * (1 - t) ** 2 / spread).sqrt())
+
+
+def test_an_untrained_v2_starts_as_a_smooth_fill():
+    torch.manual_seed(4)
+    model = VelocityField(SMALL).eval()
+    grid = torch.rand(1, 400, 2)
+    colour = lambda xy: torch.sin(3 * xy @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 2.0]]))  # noqa: E731
+    given = Asked(grid, colour(grid), torch.rand(1, 100, 2))
+    x = torch.randn(1, 100, 3)
+    mean = x + model.given(given)(x, torch.zeros(1))
+    error = (mean - colour(given.query_xy)).square().mean()
+    assert error < 0.15 * colour(given.query_xy).var()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_no_activation_grows_with_the_square_of_the_queries(kernel, monkeypatch):
+    if not kernel:  # and more tokens than those whose scores are kept: see attend
+        monkeypatch.setattr(attention_cpu, "serves", lambda query: False)
+        monkeypatch.setattr(attention, "PLAIN", 2 * 200 * 200)
+    model = stirred(SMALL)
+    largest = {}
+    for n in (300, 1200):
+        given = asked(1, 20, n)
+        sizes = []
+
+        def note(z, sizes=sizes):
+            sizes.append(z.numel())
+            return z
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda z: z):
+            model(given, torch.randn(1, n, 3), torch.tensor([0.5]))
+        largest[n] = max(sizes)
+    assert largest[1200] <= 4.1 * largest[300] and math.isfinite(largest[1200])

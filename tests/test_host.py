@@ -1,0 +1,72 @@
+"""What a worker's process takes of its machine."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mambaflow import host
+
+
+def test_workers_share_the_cores_of_their_node(monkeypatch):
+    monkeypatch.delenv("MAMBAFLOW_THREADS", raising=False)
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    try:
+        host.share_cores(1)
+        assert torch.get_num_threads() == cores
+        host.share_cores(2 * cores)
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("MAMBAFLOW_THREADS", "3")
+        host.share_cores(1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+FAULTS = """
+import ctypes, resource, sys, threading, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages: their faults are few
+from mambaflow.host import keep_memory
+if sys.argv[1:] == ["kept", "main"]:
+    assert keep_memory()
+
+def step():
+    for _ in range(4):
+        torch.ones(2**24 + 1)  # 64 MiB, all of it written to
+
+def train():
+    for _ in range(5):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+if sys.argv[2] == "thread":  # as under Ray
+    worker = threading.Thread(target=train)
+    worker.start()
+    worker.join()
+else:
+    train()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_large_tensors_are_not_mapped_anew_at_every_step(where):
+    def faults(how):
+        command = [sys.executable, "-c", FAULTS, how, where]
+        plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        env = plain | (host.KEEP_MEMORY if (how, where) == ("kept", "thread") else {})
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        return int(done.stdout)
+
+    assert faults("kept") < 1000, "pages of 4 KiB; a step writes 65,536 of them"
+    assert faults("given back") > 50_000
+
+
+def test_another_allocator_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert host.keep_memory() is False
