@@ -16,13 +16,13 @@ import tyro
 from tqdm import tqdm
 
 from mambaflow.data.sources import Source, open_source
-from mambaflow.data.staging import Done, StageConfig, Task, in_process, make, stage
+from mambaflow.data.staging import ShardResult, ShardTask, StageConfig, in_process, make, stage
 
 IN_FLIGHT = 64
 RETRIES = 3
 
 
-def on_ray(tasks: list[Task]) -> Iterator[Done]:
+def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
     """Make shards on the cluster at RAY_ADDRESS or a private one, a bounded number at a time."""
     from mambaflow.distributed.cluster import connect
     from mambaflow.distributed.train import ray
@@ -42,7 +42,7 @@ def on_ray(tasks: list[Task]) -> Iterator[Done]:
                 raise error.cause from error
 
 
-def shown(tasks: list[Task], config: StageConfig, source: Source) -> Iterator[Done]:
+def shown(tasks: list[ShardTask], config: StageConfig, source: Source) -> Iterator[ShardResult]:
     """The shards as they are made, with a progress bar."""
     run = on_ray if config.ray else in_process(source)
     return iter(tqdm(run(tasks), total=len(tasks), unit="shard", disable=None))

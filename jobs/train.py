@@ -32,11 +32,11 @@ from mambaflow.config import RECIPES, RunConfig
 from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
-from mambaflow.host import keep_memory, share_cores
+from mambaflow.host import keep_memory, share_threads
 from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.models.weights import CheckpointError
 from mambaflow.storage import Storage, at
-from mambaflow.training.process_group import Point, World
+from mambaflow.training.process_group import ProcessGroup, RunProgress
 from mambaflow.training.run import Outcome, RunFailed, check_data, open_run, train
 from mambaflow.training.stop_signal import STOP
 
@@ -123,11 +123,11 @@ def stoppable(run: Storage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[Point], None]]:
+def progress_bar() -> Iterator[Callable[[RunProgress], None]]:
     """A bar that shows the newest point of the run."""
     with tqdm(unit="step", dynamic_ncols=True, disable=None) as bar:
 
-        def watch(point: Point) -> None:
+        def watch(point: RunProgress) -> None:
             bar.total, bar.n = point.steps, point.step
             bar.set_postfix_str(f"loss {point.loss:.4f}, {point.samples_per_second:.0f} samples/s")
 
@@ -156,29 +156,29 @@ def cluster(config: RunConfig) -> Iterator[None]:
         yield
 
 
-class ProcessWorld(World):
+class TorchrunProcessGroup(ProcessGroup):
     """This process, alone or among torchrun's."""
 
-    def __init__(self, use_gpu: bool, watch: Callable[[Point], None]) -> None:
+    def __init__(self, use_gpu: bool, watch: Callable[[RunProgress], None]) -> None:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
         if device is not None:
             torch.cuda.set_device(device)
-        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_memory()
         if size > 1:
             dist.init_process_group("nccl" if use_gpu else "gloo")
         super().__init__(rank, size, device or torch.device("cpu"))
         self.watch = watch
 
-    def pin(self, point: Point) -> None:
+    def report_progress(self, point: RunProgress) -> None:
         self.watch(point)
 
 
 def without_ray(config: RunConfig) -> Outcome:
     """Train in this process; a bare GPU box needs no Ray."""
     with progress_bar() as watch:
-        outcome = train(config, ProcessWorld(config.scale.use_gpu, watch))
+        outcome = train(config, TorchrunProcessGroup(config.scale.use_gpu, watch))
     if dist.is_initialized():
         dist.destroy_process_group()
     return outcome

@@ -3,7 +3,7 @@
     from mambaflow import heun, load_model, uniform_times
 
     model, _ = load_model("runs/first-v2")                # the best checkpoint of a run
-    velocity = model.given(batch)                         # known pixels and places asked
+    velocity = model.condition(batch)                         # known pixels and places asked
     rgb = heun(velocity, noise, uniform_times(16))        # (b, n, 3) in [-1, 1]
 
 The alphabet, the same in every room:

@@ -66,7 +66,7 @@ class ModelConfig:
     """The noisy query reaches the output past the attention, not only through it."""
     windows: bool = True
     """Gaussian windows of learned width in attention, and known colours among its values."""
-    surroundings: bool = True
+    local_linear: bool = True
     """A known pixel enters the scan with planes fitted to the known colours around it."""
     start: Literal["plain", "gaussian"] = "gaussian"
     """The network predicts the velocity, or a correction to the exact answer for independent
@@ -110,7 +110,7 @@ ARCHITECTURES: dict[str, ModelConfig] = {
         readout="cross_attention",
         modulation="add",
         windows=False,
-        surroundings=False,
+        local_linear=False,
         start="plain",
     ),
     "v2": ModelConfig(),
@@ -134,7 +134,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     ema_decay: float = 0.999
-    """Decay of the averaged weights, which are the ones evaluated; ramped up from 0."""
+    """Decay of the weights' exponential average (EMA): its weights are the ones
+    evaluated; ramped up from 0."""
     share_at_zero: float = 0.1
     """Share of each batch at t = 0, where the posterior mean is trained."""
     time_law: Literal["uniform", "logit_normal"] = "uniform"

@@ -10,7 +10,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
-def share_cores(workers: int) -> None:
+def share_threads(workers: int) -> None:
     """Give this worker its share of the node's cores, or MAMBAFLOW_THREADS of them.
 
     Launchers leave each worker one thread (OMP_NUM_THREADS=1) however many cores there are.

@@ -101,7 +101,7 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[str]:
-        """Keys that begin with `prefix`, sorted."""
+        """KeyValue that begin with `prefix`, sorted."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -247,7 +247,7 @@ class S3Storage(Storage):
 
     @contextlib.contextmanager
     def _named(self, key: str) -> Iterator[None]:
-        """Failures as errors that name the file, the cause and a cure."""
+        """FailureReporter as errors that name the file, the cause and a cure."""
         where = f"{self.uri}/{key}"
         try:
             yield

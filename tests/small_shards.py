@@ -6,8 +6,8 @@ import numpy as np
 
 from mambaflow.data.shards import (
     Manifest,
-    Recipe,
     ShardInfo,
+    ShardSpec,
     encode,
     shard_name,
     to_bytes,
@@ -15,7 +15,7 @@ from mambaflow.data.shards import (
 )
 from mambaflow.storage import at
 
-RECIPE = Recipe(
+SPEC = ShardSpec(
     source="test", split="train", size=6, known=7, target=7, mask_seed=3, full_images=True,
     rows_per_shard=10,
 )  # fmt: skip
@@ -25,21 +25,21 @@ def pictures(count, size, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
-def rows_of(recipe, first=0, count=10):
+def rows_of(spec, first=0, count=10):
     ids = np.arange(first, first + count)
-    images = pictures(first + count, recipe.size)[first:]
-    return encode(images, ids % 128, ids, recipe)
+    images = pictures(first + count, spec.size)[first:]
+    return encode(images, ids % 128, ids, spec)
 
 
-def published(root, recipe=RECIPE, counts=(10, 10, 4)):
+def published(root, spec=SPEC, counts=(10, 10, 4)):
     """A split in shards of so many rows."""
-    split, infos, first = at(root).child(recipe.split), [], 0
+    split, infos, first = at(root).child(spec.split), [], 0
     for number, count in enumerate(counts):
-        data = to_bytes(rows_of(recipe, first, count), recipe)
+        data = to_bytes(rows_of(spec, first, count), spec)
         split.write(shard_name(number), data)
         infos.append(ShardInfo(shard_name(number), count, len(data), digest(data)))
         first += count
-    write_manifest(split, Manifest(recipe, infos))
+    write_manifest(split, Manifest(spec, infos))
     return root
 
 

@@ -22,9 +22,9 @@ import torch
 from mambaflow.kernels import linear
 from mambaflow.data.batches import PixelBatch
 from mambaflow.config import ARCHITECTURES, TrainConfig
-from mambaflow.training import TrainState, loss
+from mambaflow.training.loop import TrainState, loss
 
-products.LEAST = 0  # where oneDNN makes large products, small ones too
+linear.MIN_MULTIPLICATIONS = 0  # where oneDNN makes large products, small ones too
 small = dict(d_model=32, num_layers=2, num_heads=4, frequencies=8, mlp_ratio=2)
 train = TrainConfig(batch_size=4, share_at_zero=0.25)
 state = TrainState(replace(ARCHITECTURES[sys.argv[1]], **small), train, torch.device("cpu"))

@@ -16,7 +16,7 @@ from mambaflow.benchmarks.bench import Fixed
 from mambaflow.benchmarks.sample import solvers
 from mambaflow.config import ARCHITECTURES, TrainConfig
 from mambaflow.data.batches import Batches, Layout, PixelBatch, _places
-from mambaflow.data.device_rows import Columns
+from mambaflow.data.device_rows import DeviceRows
 from mambaflow.flow import samplers
 from mambaflow.kernels import random_cpu
 from mambaflow.models import selective_scan
@@ -37,7 +37,9 @@ class Shapes(FakeTensorMode):
 def gpu(monkeypatch):
     """A machine that has a GPU, and tensors that hold nothing."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(random_cpu, "serves", lambda given: False)  # it would read the numbers
+    monkeypatch.setattr(
+        random_cpu, "is_supported", lambda given: False
+    )  # it would read the numbers
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(selective_scan, "_on_gpu", lambda: "triton")
     _places.cache_clear()
@@ -57,7 +59,7 @@ def batch() -> PixelBatch:
     return PixelBatch(xy[:, :30], rgb[:, :30], xy[:, 30:], rgb[:, 30:], torch.arange(8))
 
 
-def blank_gradients(trained: TrainState, loss: torch.Tensor) -> None:
+def empty_gradients(trained: TrainState, loss: torch.Tensor) -> None:
     """In place of a backward pass, which would wake the GPU that is not there."""
     assert loss.requires_grad and loss.device == GPU
     for p in trained.model.parameters():
@@ -69,10 +71,10 @@ def blank_gradients(trained: TrainState, loss: torch.Tensor) -> None:
 def test_a_training_step_stays_on_the_gpu(arch, gpu, monkeypatch):
     train = TrainConfig(batch_size=8, share_at_zero=0.25)
     trained = state(arch, train, monkeypatch)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda self: blank_gradients(trained, self))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: empty_gradients(trained, self))
     for step in fit(trained, Fixed(batch()), train, 2):
         assert step.loss.device == step.grad_norm.device == GPU
-    assert all(p.device == GPU for p in trained.averaged.parameters())
+    assert all(p.device == GPU for p in trained.ema.parameters())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -92,9 +94,9 @@ def test_what_was_left_on_the_cpu_would_be_found(arch, lost, gpu, monkeypatch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_sampler_stays_on_the_gpu(arch, gpu, monkeypatch):
     monkeypatch.setattr(samplers, "_intervals", lambda times: [(0.0, 0.5), (0.5, 1.0)])
-    model = state(arch, TrainConfig(), monkeypatch).averaged
+    model = state(arch, TrainConfig(), monkeypatch).ema
     given = batch().to(GPU)
-    velocity = torch.enable_grad()(model.given(given))  # without, it looks at the times
+    velocity = torch.enable_grad()(model.condition(given))  # without, it looks at the times
     for solve in solvers(torch.randn_like(given.query_rgb), 2).values():
         assert solve(velocity).device == GPU
 
@@ -102,7 +104,7 @@ def test_every_sampler_stays_on_the_gpu(arch, gpu, monkeypatch):
 class Held:
     """Rows that are all on the GPU: no reader is asked."""
 
-    window = 24
+    shuffle_block = 24
 
     def __len__(self) -> int:
         return 24
@@ -115,14 +117,14 @@ class Held:
 
 @pytest.mark.parametrize("masks", ["strict", "fresh"])
 def test_resident_rows_make_batches_on_the_gpu(masks, gpu, monkeypatch):
-    rows = Columns(
+    rows = DeviceRows(
         torch.arange(24),
         torch.zeros(24, 408, dtype=torch.int32, device=GPU),
         torch.zeros(24, 408, 3, dtype=torch.uint8, device=GPU),
         torch.zeros(24, 1024, 3, dtype=torch.uint8, device=GPU) if masks == "fresh" else None,
     )
     train = TrainConfig(batch_size=8, masks=masks)
-    batches = Batches(Held(), Layout(32, 204, 204), train, resident=rows)
+    batches = Batches(Held(), Layout(32, 204, 204), train, device_rows=rows)
     monkeypatch.setattr(batches.order, "stretch", lambda first, count: np.arange(count))
     drawn = torch.zeros(8, 408, dtype=torch.int64)
     monkeypatch.setattr("mambaflow.data.batches.choose", lambda *given, draw: drawn)

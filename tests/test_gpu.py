@@ -10,12 +10,12 @@ import torch
 
 from mambaflow.config import ARCHITECTURES, ScaleConfig, TrainConfig
 from mambaflow.data.batches import Batches
-from mambaflow.data.device_rows import resident
+from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.models import selective_scan
 from mambaflow.storage import at
 from mambaflow.training.loop import TrainState, loss
-from mambaflow.training.process_group import World
+from mambaflow.training.process_group import ProcessGroup
 from mambaflow.training.run import open_run, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -80,7 +80,7 @@ def test_a_step_on_the_gpu_has_the_loss_and_gradients_of_the_cpu(arch, tmp_path)
 def test_rows_on_the_gpu_give_the_batches_and_noise_of_the_cpu(masks, tmp_path):
     shards = ShardSet(str(small.staged(tmp_path)), "train")
     config = TrainConfig(batch_size=8, masks=masks)
-    held = resident(shards, GPU, images=masks == "fresh")
+    held = device_resident(shards, GPU, images=masks == "fresh")
     assert held is not None and held.rgb.is_cuda
     near_one, plain = (Batches(shards, small.LAYOUT, config, 0, 1, rows) for rows in (held, None))
     for step in (0, 4, 5):
@@ -97,7 +97,7 @@ import numpy as np, torch
 from dataclasses import replace
 from mambaflow.data.batches import PixelBatch
 from mambaflow.config import ARCHITECTURES, TrainConfig
-from mambaflow.training import TrainState, compiled, fit
+from mambaflow.training.loop import TrainState, compiled, fit
 
 small = dict(d_model=64, num_layers=2, num_heads=4, frequencies=8, mlp_ratio=2)
 train = TrainConfig(batch_size=8, lr=1e-3)
@@ -136,6 +136,6 @@ def test_a_run_on_the_gpu_ends_and_a_longer_one_resumes_from_it(tmp_path):
     for epochs, resume in ((small.FIT.epochs, False), (small.FIT.epochs + 1, True)):
         longer = replace(config, resume=resume, train=replace(config.train, epochs=epochs))
         open_run(longer)
-        outcome = train(longer, World(0, 1, GPU))
+        outcome = train(longer, ProcessGroup(0, 1, GPU))
         assert (outcome.status, outcome.step) == ("finished", epochs * small.STEPS // 4)
     assert at(tmp_path / "runs").child("gpu").exists("report/results.json")

@@ -15,12 +15,12 @@ def test_workers_share_the_cores_of_their_node(monkeypatch):
     monkeypatch.delenv("MAMBAFLOW_THREADS", raising=False)
     before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     try:
-        host.share_cores(1)
+        host.share_threads(1)
         assert torch.get_num_threads() == cores
-        host.share_cores(2 * cores)
+        host.share_threads(2 * cores)
         assert torch.get_num_threads() == 1
         monkeypatch.setenv("MAMBAFLOW_THREADS", "3")
-        host.share_cores(1)
+        host.share_threads(1)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

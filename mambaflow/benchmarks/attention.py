@@ -11,7 +11,7 @@ from mambaflow.config import ARCHITECTURES
 from mambaflow.models.attention import attend, fused, plain
 from mambaflow.report.tables import Table
 
-WINDOW = 3  # dimensions that place the window, and colours that it reads: a tenth of a head
+WIDENED_BY = 3  # dimensions that place the window, and colours that it reads: a tenth of a head
 LONG = 4096  # points that attend to one another where an image of 64 x 64 is sampled
 
 
@@ -37,7 +37,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
 def _inputs(config: BenchmarkConfig, b: int, n: int) -> list[Tensor]:
     torch.manual_seed(0)
     model = ARCHITECTURES[config.arch]
-    shape = (b, model.num_heads, n, model.d_model // model.num_heads + WINDOW)
+    shape = (b, model.num_heads, n, model.d_model // model.num_heads + WIDENED_BY)
     return [torch.randn(shape, device=config.device, requires_grad=True) for _ in range(3)]
 
 

@@ -37,7 +37,7 @@ def per_item(shards: ShardSet, queries: int, batch_size: int) -> Iterator[object
     rows = shards.rows(np.arange(len(shards)))
     if rows.images is None:
         raise ValueError(f"data (={shards.storage.uri}) must be staged with --full-images")
-    known, size = shards.recipe.known, shards.recipe.size
+    known, size = shards.spec.known, shards.spec.size
     whole, labels = rows.images.reshape(-1, size, size, 3), rows.labels.tolist()
 
     class Images(CIFAR10):
@@ -73,7 +73,7 @@ def reading(batches: Batches) -> Work:
 def measure(config: BenchmarkConfig) -> list[Table]:
     """Batches from staged shards against the per-item way, and against what training takes."""
     shards = ShardSet(config.data, "train")
-    layout, b = Layout.of(shards.recipe, ARCHITECTURES[config.arch]), config.batch_size
+    layout, b = Layout.of(shards.spec, ARCHITECTURES[config.arch]), config.batch_size
     usual = per_item(shards, config.queries, b)
     state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
     training = fit(state, Fixed(random_batch(config, config.queries)), step_config(config), 10**9)

@@ -23,7 +23,7 @@ def one_call(config: BenchmarkConfig, size: int, t: float) -> tuple[float, float
     noise = torch.randn_like(batch.query_rgb)
     start = time.perf_counter()
     with torch.no_grad():
-        model.given(batch)(noise, torch.full((1,), t, device=config.device))
+        model.condition(batch)(noise, torch.full((1,), t, device=config.device))
     if config.device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30

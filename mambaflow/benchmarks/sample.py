@@ -10,7 +10,7 @@ from torch import Tensor
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, race, random_batch
 from mambaflow.config import ARCHITECTURES
 from mambaflow.data.batches import PixelBatch
-from mambaflow.flow.samplers import Counted, ddim, heun, mean, midpoint, sde, uniform_times
+from mambaflow.flow.samplers import CountedVelocity, ddim, heun, mean, midpoint, sde, uniform_times
 from mambaflow.models.velocity_field import Velocity, VelocityField
 from mambaflow.report.tables import Table
 
@@ -53,11 +53,11 @@ def _at_size(config: BenchmarkConfig, model: VelocityField, size: int) -> Table:
 def _complete(
     model: VelocityField, batch: PixelBatch, solve: Callable[[Velocity], Tensor]
 ) -> Tensor:
-    return solve(model.given(batch))
+    return solve(model.condition(batch))
 
 
 def calls(solve: Callable[[Velocity], Tensor]) -> int:
     """How often a sampler asks for the velocity."""
-    counted = Counted(lambda x, t: torch.zeros_like(x))
+    counted = CountedVelocity(lambda x, t: torch.zeros_like(x))
     solve(counted)
     return counted.calls

@@ -9,7 +9,7 @@ from mambaflow.benchmarks.bench import BenchmarkConfig, Work, against, device_na
 from mambaflow.config import ARCHITECTURES
 from mambaflow.kernels.linear import linear
 from mambaflow.models.mamba import Mamba
-from mambaflow.models.selective_scan import fastest, selective_scan
+from mambaflow.models.selective_scan import fastest_backend, selective_scan
 from mambaflow.report.tables import Table
 
 
@@ -56,7 +56,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     inputs = scan_inputs(config, n, width * model.expand, model.d_state)
     gemms = block_gemms(block, b, n)
     factors = [x for x, _ in gemms] + [layer.weight for _, layer in gemms]
-    best = fastest(inputs[0], model.d_state)
+    best = fastest_backend(inputs[0], model.d_state)
     works: dict[str, tuple[Callable[[], list[Tensor]], list[Tensor]]] = {
         "block's matrix products": (lambda: [linear(x, m.weight) for x, m in gemms], factors),
         "the same by torch alone": (lambda: [x @ m.weight.t() for x, m in gemms], factors),

@@ -42,7 +42,7 @@ def waits(config: BenchmarkConfig, kind: type[ShardSet]) -> tuple[list[float], f
         shards = len(whole.manifest.shards)
         third = whole.open_bytes * max(shards // 3, 1) // shards
         reader = kind(config.data, "train", cache=Path(cache), memory=third)
-        batches = Batches(reader, Layout.of(reader.recipe, recipe.model), train)
+        batches = Batches(reader, Layout.of(reader.spec, recipe.model), train)
         state = TrainState(recipe.model, train, torch.device(config.device))
         start = time.perf_counter()
         steps = fit(state, batches, train, batches.steps_per_epoch)

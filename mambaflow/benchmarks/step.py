@@ -17,7 +17,7 @@ from mambaflow.benchmarks.bench import (
 )
 from mambaflow.config import ARCHITECTURES
 from mambaflow.data.batches import PixelBatch
-from mambaflow.kernels.linear import large, product
+from mambaflow.kernels.linear import large, linear_forward
 from mambaflow.models.velocity_field import parameters
 from mambaflow.report.tables import Table
 from mambaflow.training.loop import Progress, TrainState, compiled, fit
@@ -27,7 +27,7 @@ PROFILED, SHOWN = 3, 14  # steps, and operations of them
 
 
 def _between(xz: Size, conv: Size, bias: Size, to_ranks: Size, to_dt: Size, *_: object) -> int:
-    """FLOPs of the products that `scan_cpu.inner` hides: to the ranks, and from them to dt."""
+    """FLOPs of the products inside `scan_cpu.mamba_inner`: to the ranks, from them to dt."""
     return 2 * xz[0] * xz[1] * (math.prod(to_ranks) + math.prod(to_dt))
 
 
@@ -39,14 +39,14 @@ def _attention(query: Size, key: Size, value: Size, *_: object) -> int:
 # Inputs of the backward operators: the slope and what was kept, then those of the forward one. What
 # is computed again on the way is not counted.
 INSIDE: dict[object, Callable[..., int]] = {
-    torch.ops.mambaflow.inner: lambda *shapes, **_: _between(*shapes),
-    torch.ops.mambaflow.inner_backward: lambda *shapes, **_: 2 * _between(*shapes[5:]),
+    torch.ops.mambaflow.mamba_inner: lambda *shapes, **_: _between(*shapes),
+    torch.ops.mambaflow.mamba_inner_backward: lambda *shapes, **_: 2 * _between(*shapes[5:]),
     torch.ops.mambaflow.attend: lambda *shapes, **_: _attention(*shapes),
     torch.ops.mambaflow.attend_backward: lambda *given, **_: (
         _attention(*given[3:]) * (2 if given[-1] else 1)
     ),
-    torch.ops.mambaflow.product: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
-    torch.ops.mambaflow.across: lambda dy, x, **_: 2 * math.prod(x) * dy[1],
+    torch.ops.mambaflow.linear: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    torch.ops.mambaflow.weight_grad: lambda dy, x, **_: 2 * math.prod(x) * dy[1],
 }
 
 
@@ -67,7 +67,7 @@ def products(config: BenchmarkConfig) -> tuple[dict[str, Work], int]:
     a, b = (torch.randn(side, side, device=config.device, dtype=kind) for _ in range(2))
     works: dict[str, Work] = {"torch's product": lambda: a @ b}
     if large(a, b):
-        works["oneDNN's product"] = lambda: product(a, b, None)
+        works["oneDNN's product"] = lambda: linear_forward(a, b, None)
     return works, 2 * side**3
 
 

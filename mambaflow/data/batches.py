@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mambaflow.data.device_rows import Columns, pick, send
+from mambaflow.data.device_rows import DeviceRows, gather_pixels, to_device
 from mambaflow.config import ModelConfig, TrainConfig
 from mambaflow.checks import require
 from mambaflow.data.pixels import choose, grid, to_rgb
 from mambaflow.data.random_bits import normal, philox, uniform
-from mambaflow.data.shards import Recipe, Rows
+from mambaflow.data.shards import ShardSpec, Rows
 
 FEISTEL_ROUNDS = 6
-BLOCK = 2**13
+STRETCH = 2**13
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class PixelBatch:
     def to(self, device: torch.device | str) -> "PixelBatch":
         """The same batch on another device; to a GPU through pinned memory, without waiting."""
         names = [f.name for f in fields(self) if f.name != "number"]
-        return replace(self, **{name: send(getattr(self, name), device) for name in names})
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
     def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
         """x_0 of each sample."""
         b, n, _ = self.query_xy.shape
         drawn = normal(seed, "noise", 0, self.number, 3 * n).view(b, n, 3)
-        return send(drawn, self.query_xy.device)
+        return to_device(drawn, self.query_xy.device)
 
     def times(self, seed: int) -> Float[Tensor, " b"]:
         """The uniform draw from which the time of each sample is made."""
-        return send(uniform(seed, "time", 0, self.number, 1)[:, 0], self.query_xy.device)
+        return to_device(uniform(seed, "time", 0, self.number, 1)[:, 0], self.query_xy.device)
 
 
 class RowOrder:
@@ -60,37 +60,37 @@ class RowOrder:
 
     A permutation without a table: a Feistel network over the smallest even number of bits
     that holds the rows, walked until it lands inside (Black & Rogaway 2002). Rows are shuffled
-    within windows of `window` rows and windows among themselves, so that only the shards of one
-    window are open at a time; with one window, which is the rule while all shards fit in
+    within blocks of `block` rows and blocks among themselves, so that only the shards of one
+    block are open at a time; with one block, which is the rule while all shards fit in
     shard_reader.MEMORY_BYTES, the shuffle is over all. Memory does not grow with the number of rows.
     """
 
-    def __init__(self, rows: int, seed: int, window: int = 2**20) -> None:
+    def __init__(self, rows: int, seed: int, block: int = 2**20) -> None:
         require(rows > 0, f"rows (={rows}) must be positive; stage at least one image")
-        require(window > 0, f"window (={window}) must be positive; use 2**20")
-        self.rows, self.seed, self.window = rows, seed, min(window, rows)
-        self._block = lru_cache(maxsize=4)(self._make_block)
+        require(block > 0, f"block (={block}) must be positive; use 2**20")
+        self.rows, self.seed, self.block = rows, seed, min(block, rows)
+        self._stretch_of = lru_cache(maxsize=4)(self._make_stretch)
 
     def row(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """The row of each sample of the stream."""
         epoch, place = number // self.rows, number % self.rows
-        window, inside = place // self.window, place % self.window
-        whole = self.rows // self.window  # a last, shorter window keeps its place
-        shuffled = self._permute(window, whole, epoch, torch.full_like(window, -1))
-        window = torch.where(window < whole, shuffled, window)
-        rest = self.rows - whole * self.window
-        size = torch.where(window < whole, self.window, rest)
-        return window * self.window + self._permute(inside, size, epoch, window)
+        block, inside = place // self.block, place % self.block
+        whole = self.rows // self.block  # a last, shorter block keeps its place
+        shuffled = self._permute(block, whole, epoch, torch.full_like(block, -1))
+        block = torch.where(block < whole, shuffled, block)
+        rest = self.rows - whole * self.block
+        size = torch.where(block < whole, self.block, rest)
+        return block * self.block + self._permute(inside, size, epoch, block)
 
     def stretch(self, first: int, count: int) -> Int[np.ndarray, " count"]:
-        """The rows of `count` samples in a row, from blocks that serve many steps: a
+        """The rows of `count` samples in a row, from stretches that serve many steps: a
         permutation's rounds cost as much for one sample as for hundreds."""
-        blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
-        found = np.concatenate([self._block(b) for b in blocks])
-        return found[first - blocks[0] * BLOCK :][:count]
+        stretches = range(first // STRETCH, (first + count - 1) // STRETCH + 1)
+        found = np.concatenate([self._stretch_of(s) for s in stretches])
+        return found[first - stretches[0] * STRETCH :][:count]
 
-    def _make_block(self, block: int) -> Int[np.ndarray, " rows"]:
-        return self.row(torch.arange(block * BLOCK, (block + 1) * BLOCK)).numpy()
+    def _make_stretch(self, number: int) -> Int[np.ndarray, " rows"]:
+        return self.row(torch.arange(number * STRETCH, (number + 1) * STRETCH)).numpy()
 
     def _permute(
         self, place: Int[Tensor, " m"], size: int | Tensor, epoch: Tensor, salt: Tensor
@@ -122,7 +122,7 @@ class RowReader(Protocol):
     """Shards, as far as batches need them."""
 
     @property
-    def window(self) -> int: ...
+    def shuffle_block(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -144,9 +144,9 @@ class Layout:
     rgb_low: float = -1.0
 
     @classmethod
-    def of(cls, recipe: Recipe, model: ModelConfig) -> "Layout":
+    def of(cls, spec: ShardSpec, model: ModelConfig) -> "Layout":
         """The layout of shards for a model."""
-        return cls(recipe.size, recipe.known, recipe.target, model.coordinates, model.rgb_low)
+        return cls(spec.size, spec.known, spec.target, model.coordinates, model.rgb_low)
 
     def xy(self, index: Int[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
         """Where pixels are."""
@@ -184,7 +184,7 @@ class Batches:
     """This worker's slice of each step's batch: `batches[step]`.
 
     Args:
-        resident: all rows of the reader, on the device where batches are to be made.
+        device_rows: all rows of the reader, on the device where batches are to be made.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Batches:
         config: TrainConfig,
         rank: int = 0,
         world: int = 1,
-        resident: Columns | None = None,
+        device_rows: DeviceRows | None = None,
     ) -> None:
         require(
             config.batch_size % world == 0,
@@ -210,8 +210,8 @@ class Batches:
             + (" or --masks fresh" if config.masks == "strict" else ""),
         )
         self.reader, self.layout, self.config = reader, layout, config
-        self.rank, self.world, self.resident = rank, world, resident
-        self.order = RowOrder(len(reader), config.seed, reader.window)
+        self.rank, self.world, self.device_rows = rank, world, device_rows
+        self.order = RowOrder(len(reader), config.seed, reader.shuffle_block)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -225,14 +225,14 @@ class Batches:
         index, colours = self._pixels(rows, first, self.queries(step))
         return self.layout.batch(index, colours, torch.arange(first, first + share))
 
-    def _rows(self, first: int, share: int) -> Columns:
+    def _rows(self, first: int, share: int) -> DeviceRows:
         numbers = self.order.stretch(first, share)
-        if self.resident is not None:
-            return self.resident.take(numbers)
+        if self.device_rows is not None:
+            return self.device_rows.take(numbers)
         fresh = self.config.masks == "fresh"
-        rows = Columns.of(self.reader.rows(numbers, pixels=not fresh, images=fresh))
-        if self.order.window < self.order.rows:  # the shards of the next window, in good time
-            self.reader.expect(self.order.stretch(first + self.order.window, share))
+        rows = DeviceRows.of(self.reader.rows(numbers, pixels=not fresh, images=fresh))
+        if self.order.block < self.order.rows:  # the shards of the next block, in good time
+            self.reader.expect(self.order.stretch(first + self.order.block, share))
         return rows
 
     def queries(self, step: int) -> int:
@@ -246,7 +246,7 @@ class Batches:
         return least + int(draw * (most - least + 1))
 
     def _pixels(
-        self, rows: Columns, first: int, n: int
+        self, rows: DeviceRows, first: int, n: int
     ) -> tuple[Int[Tensor, "b m"], UInt8[Tensor, "b m 3"]]:
         if self.config.masks == "strict":
             m = self.layout.known + n
@@ -256,8 +256,8 @@ class Batches:
                 "masks (='fresh') needs whole training images, and these shards hold only the "
                 "staged pixels; stage again with --full-images, or use --masks strict"
             )
-        index = send(self._fresh(rows.ids, first, n), rows.images.device)
-        return index, pick(rows.images, index)
+        index = to_device(self._fresh(rows.ids, first, n), rows.images.device)
+        return index, gather_pixels(rows.images, index)
 
     def _fresh(self, ids: Int[Tensor, " b"], first: int, n: int) -> Int[Tensor, "b m"]:
         """Masks of this epoch, of the run's own seed: the staged ones are another stream."""
@@ -284,7 +284,7 @@ def _work_for(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-class Ahead:
+class Prefetcher:
     """The next steps' batches, made in a thread and on their way to the GPU while one trains.
 
     Not for training on CPU: a second thread there needs the same cores, and with more OpenMP

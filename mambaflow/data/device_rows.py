@@ -13,7 +13,7 @@ from mambaflow.data.shards import Rows
 SHARE = 4  # of a GPU's free memory, one part at most goes to the data set
 
 
-def send(x: Tensor, device: torch.device | str) -> Tensor:
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on another device; to a GPU through pinned memory, without waiting."""
     if torch.device(device).type == "cuda" and not x.is_cuda:
         x = x.contiguous().pin_memory()
@@ -21,7 +21,7 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Columns:
+class DeviceRows:
     """Rows as batches are made from them."""
 
     ids: Int[Tensor, " m"]
@@ -31,7 +31,7 @@ class Columns:
     images: UInt8[Tensor, "m pixels 3"] | None
 
     @classmethod
-    def of(cls, rows: Rows, images: bool = True) -> "Columns":
+    def of(cls, rows: Rows, images: bool = True) -> "DeviceRows":
         """The same rows on CPU, with whole images or without; only the index is copied."""
         m, p = rows.index.shape
         whole = rows.images if images else None
@@ -48,30 +48,30 @@ class Columns:
         columns = (self.index, self.rgb, self.images)
         return sum(c.nbytes for c in columns if c is not None)
 
-    def to(self, device: torch.device) -> "Columns":
+    def to(self, device: torch.device) -> "DeviceRows":
         """The same rows on another device."""
         images = None if self.images is None else self.images.to(device)
-        return Columns(self.ids, self.index.to(device), self.rgb.to(device), images)
+        return DeviceRows(self.ids, self.index.to(device), self.rgb.to(device), images)
 
-    def take(self, rows: Int[np.ndarray, " n"]) -> "Columns":
+    def take(self, rows: Int[np.ndarray, " n"]) -> "DeviceRows":
         """Some of the rows, copied."""
         here = torch.from_numpy(rows)
-        there = send(here, self.index.device)
+        there = to_device(here, self.index.device)
         images = None if self.images is None else self.images.index_select(0, there)
         index, rgb = self.index.index_select(0, there), self.rgb.index_select(0, there)
-        return Columns(self.ids.index_select(0, here), index, rgb, images)
+        return DeviceRows(self.ids.index_select(0, here), index, rgb, images)
 
 
-def resident(shards: ShardSet, device: torch.device, images: bool) -> Columns | None:
+def device_resident(shards: ShardSet, device: torch.device, images: bool) -> DeviceRows | None:
     """All rows in the memory of the GPU that trains, so that no batch has to travel; None on CPU,
     and where they are more than memory for shards holds or a quarter of what the GPU has free.
 
     Args:
         images: whole images too, where the shards hold them.
     """
-    if device.type != "cuda" or shards.window < len(shards):
+    if device.type != "cuda" or shards.shuffle_block < len(shards):
         return None
-    rows = Columns.of(shards.rows(np.arange(len(shards))), images)
+    rows = DeviceRows.of(shards.rows(np.arange(len(shards))), images)
     free, _ = torch.cuda.mem_get_info(device)
     if rows.nbytes > free // SHARE:
         return None
@@ -79,7 +79,7 @@ def resident(shards: ShardSet, device: torch.device, images: bool) -> Columns | 
     return rows.to(device)
 
 
-def pick(images: UInt8[Tensor, "b p 3"], index: Int[Tensor, "b m"]) -> UInt8[Tensor, "b m 3"]:
+def gather_pixels(images: UInt8[Tensor, "b p 3"], index: Int[Tensor, "b m"]) -> UInt8[Tensor, "b m 3"]:
     """The pixels of each image at its own index."""
     b, p, _ = images.shape
     flat = index + torch.arange(0, b * p, p, device=index.device)[:, None]

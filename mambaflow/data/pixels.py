@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambaflow.kernels import random_cpu
 from mambaflow.kernels.build import PLACES
-from mambaflow.data.random_bits import within_words, words
+from mambaflow.data.random_bits import require_uint32, bits
 
 PLACE_BITS = (PLACES - 1).bit_length()  # of a pixel in its image: at most 256 x 256
 
@@ -39,20 +39,20 @@ def choose(
             f"known (={known}) + target (={target}) must be in [1, {pixels}], the pixels of an "
             f"image of size {size}; use ratios that add up to at most 1"
         )
-    within_words(seed=seed, draw=draw)
+    require_uint32(seed=seed, draw=draw)
     purpose, wanted = f"mask/{split}", known + target
-    if random_cpu.serves(ids):
+    if random_cpu.is_supported(ids):
         return random_cpu.ranked(seed, purpose, draw, ids, pixels, wanted)
-    return _ranked(words(seed, purpose, draw, ids, pixels))[:, :wanted]
+    return _ranked(bits(seed, purpose, draw, ids, pixels))[:, :wanted]
 
 
-def _ranked(words: Int[Tensor, "m pixels"]) -> Int[Tensor, "m pixels"]:
+def _ranked(bits32: Int[Tensor, "m pixels"]) -> Int[Tensor, "m pixels"]:
     """Stable argsort of 32-bit words, by sorting them with their places in the low bits.
 
     NumPy sorts whole numbers with vector instructions, several times faster than an argsort.
     """
-    pixels = words.shape[-1]
-    packed = words << PLACE_BITS | torch.arange(pixels, device=words.device)
+    pixels = bits32.shape[-1]
+    packed = bits32 << PLACE_BITS | torch.arange(pixels, device=bits32.device)
     if packed.is_cuda:
         packed = packed.sort(-1).values
     else:

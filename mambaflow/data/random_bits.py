@@ -24,7 +24,7 @@ def philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "*
 
     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3.
     """
-    if random_cpu.serves(counter):
+    if random_cpu.is_supported(counter):
         return random_cpu.philox(counter, key)
     return _philox(counter, key)
 
@@ -46,14 +46,14 @@ def _philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "
     return torch.stack((a, b, c, d), -1)
 
 
-def within_words(**values: int) -> None:
+def require_uint32(**values: int) -> None:
     """Refuse what a word of 32 bits cannot hold."""
     for name, value in values.items():
         if not 0 <= value <= _MASK:
             raise ValueError(f"{name} (={value}) must be in [0, 2^32); use a smaller {name}")
 
 
-def words(
+def bits(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Int[Tensor, "m count"]:
     """`count` random words in [0, 2^32) for each item, a function of all four arguments.
@@ -65,14 +65,14 @@ def words(
         item: row or image numbers, 0 <= item < 2^62.
         count: words for each item.
     """
-    within_words(seed=seed, stream=stream)
-    if random_cpu.serves(item):
-        return random_cpu.words(seed, purpose, stream, item, count)
-    return _words(seed, purpose, stream, item, count)
+    require_uint32(seed=seed, stream=stream)
+    if random_cpu.is_supported(item):
+        return random_cpu.bits(seed, purpose, stream, item, count)
+    return _bits(seed, purpose, stream, item, count)
 
 
-def _words(seed: int, purpose: str, stream: int, item: Tensor, count: int) -> Tensor:
-    """Words by torch, on any device; words.cpp's are the same."""
+def _bits(seed: int, purpose: str, stream: int, item: Tensor, count: int) -> Tensor:
+    """Words by torch, on any device; random.cpp's are the same."""
     blocks = -(-count // 4)
     block = torch.arange(blocks, device=item.device).expand(len(item), blocks)
     wide = item[:, None].expand(len(item), blocks)
@@ -85,7 +85,7 @@ def uniform(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Float[Tensor, "m count"]:
     """Float32 in the open interval (0, 1): the middles of 2^23 equal cells."""
-    return ((words(seed, purpose, stream, item, count) >> 9).float() + 0.5) * 2.0**-23
+    return ((bits(seed, purpose, stream, item, count) >> 9).float() + 0.5) * 2.0**-23
 
 
 def normal(

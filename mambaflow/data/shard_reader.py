@@ -11,7 +11,7 @@ import numpy as np
 from filelock import FileLock
 from jaxtyping import Int
 
-from mambaflow.data.shards import Manifest, Recipe, Rows, ShardError, ShardInfo, from_bytes, read_manifest
+from mambaflow.data.shards import Manifest, ShardSpec, Rows, ShardError, ShardInfo, from_bytes, read_manifest
 from mambaflow.storage import Storage, at
 
 MEMORY_BYTES = 2**30
@@ -64,11 +64,11 @@ class Fetcher:
                 f"shard {where} is damaged: {len(data)} bytes with sha256 {digest[:12]}…, the "
                 f"manifest says {info.bytes} with {info.sha256[:12]}…; stage the data again"
             )
-        rows, recipe = from_bytes(data, where)
-        if len(rows) != info.rows or recipe != self.manifest.recipe:
+        rows, spec = from_bytes(data, where)
+        if len(rows) != info.rows or spec != self.manifest.spec:
             raise ShardError(
-                f"shard {where} has {len(rows)} rows of recipe {recipe.hash}, the manifest says "
-                f"{info.rows} of {self.manifest.recipe.hash}; stage the data again"
+                f"shard {where} has {len(rows)} rows of spec {spec.hash}, the manifest says "
+                f"{info.rows} of {self.manifest.spec.hash}; stage the data again"
             )
         return rows
 
@@ -103,23 +103,23 @@ class ShardSet:
         rows = np.array([shard.rows for shard in self.manifest.shards], np.int64)
         self._ends, self._starts = rows.cumsum(), rows.cumsum() - rows
         self._stride = max(1, int(rows.max(initial=0)))
-        slot_bytes = self._stride * Rows.blank(1, self.recipe).nbytes
+        slot_bytes = self._stride * Rows.blank(1, self.spec).nbytes
         self.open_bytes = slot_bytes * len(rows)
         """Memory that all shards would take."""
         self.capacity = min(max(1, memory // slot_bytes), max(1, len(rows)))
         """Shards that may be open at once."""
-        self._open = Rows.blank(self.capacity * self._stride, self.recipe)
+        self._open = Rows.blank(self.capacity * self._stride, self.spec)
         self._slots = np.full(len(rows), -1)
         self._used = np.zeros(len(rows), np.int64)
         self._clock = 0
 
     @property
-    def recipe(self) -> Recipe:
+    def spec(self) -> ShardSpec:
         """How the split was staged."""
-        return self.manifest.recipe
+        return self.manifest.spec
 
     @property
-    def window(self) -> int:
+    def shuffle_block(self) -> int:
         """Rows, one after the other, whose shards may be open together, wherever they begin; when
         only one shard may be open, as many rows as the smallest has."""
         rows = [shard.rows for shard in self.manifest.shards if shard.rows]
@@ -165,7 +165,7 @@ class ShardSet:
 
     def forget(self) -> None:
         """Give back the memory of the shards that are open; they are opened anew when needed."""
-        self._open = Rows.blank(self.capacity * self._stride, self.recipe)
+        self._open = Rows.blank(self.capacity * self._stride, self.spec)
         self._slots[:] = -1
 
     def close(self) -> None:
@@ -176,7 +176,7 @@ class ShardSet:
         self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray
     ) -> tuple[np.ndarray, Rows]:
         """Rows of more shards than may be open at once, by shard, and where each one is there."""
-        found = Rows.blank(len(row_numbers), self.recipe)
+        found = Rows.blank(len(row_numbers), self.spec)
         order, first = np.argsort(shards, kind="stable"), 0
         for some in np.array_split(order, 2):
             found.put(first, self.rows(row_numbers[some]))

@@ -1,7 +1,7 @@
 """The sparse shard: images of which only a staged choice of pixels is kept.
 
     <root>/train/shard-00000.parquet     rows of the columns below, zstd
-    <root>/train/manifest.json           the recipe, and every shard's rows, bytes and sha256;
+    <root>/train/manifest.json           the spec, and every shard's rows, bytes and sha256;
                                          written last: without it there is no split
 
 A row: id int64, label int8, index uint16[k + n] and rgb uint8[3 (k + n)], the known pixels first,
@@ -24,7 +24,7 @@ from mambaflow.storage import Storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-RECIPE_KEY = b"mambaflow"
+METADATA_KEY = b"mambaflow"
 
 
 class ShardError(ValueError):
@@ -32,7 +32,7 @@ class ShardError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class ShardSpec:
     """All that the bytes of a split's shards depend on, beside the images."""
 
     source: str
@@ -46,7 +46,7 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """Equal recipes, equal hash."""
+        """Equal specs, equal hash."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -71,15 +71,15 @@ class Rows:
         return sum(c.nbytes for c in columns if c is not None)
 
     @classmethod
-    def blank(cls, rows: int, recipe: Recipe) -> "Rows":
+    def blank(cls, rows: int, spec: ShardSpec) -> "Rows":
         """Room for rows; the system gives it memory as it is first written to."""
-        pixels, values = recipe.known + recipe.target, 3 * recipe.size**2
+        pixels, values = spec.known + spec.target, 3 * spec.size**2
         return cls(
             np.empty(rows, np.int64),
             np.empty(rows, np.int8),
             np.empty((rows, pixels), np.uint16),
             np.empty((rows, 3 * pixels), np.uint8),
-            np.empty((rows, values), np.uint8) if recipe.full_images else None,
+            np.empty((rows, values), np.uint8) if spec.full_images else None,
         )
 
     def take(self, rows: Int[np.ndarray, " m"], pixels: bool = True, images: bool = True) -> "Rows":
@@ -107,34 +107,34 @@ def encode(
     images: UInt8[np.ndarray, "m h w 3"],
     labels: Int[np.ndarray, " m"],
     ids: Int[np.ndarray, " m"],
-    recipe: Recipe,
+    spec: ShardSpec,
 ) -> Rows:
-    """Keep the pixels that the recipe's masks choose."""
-    size = recipe.size
+    """Keep the pixels that the spec's masks choose."""
+    size = spec.size
     if images.shape[1:] != (size, size, 3):
         raise ValueError(
-            f"images {images.shape[1:]} must be ({size}, {size}, 3), as the recipe says"
+            f"images {images.shape[1:]} must be ({size}, {size}, 3), as the spec says"
         )
     chosen = choose(
-        recipe.mask_seed, recipe.split, torch.from_numpy(ids), size, recipe.known, recipe.target
+        spec.mask_seed, spec.split, torch.from_numpy(ids), size, spec.known, spec.target
     ).numpy()
     count, pixels = len(images), size * size
     kept = np.take_along_axis(images.reshape(count, pixels, 3), chosen[..., None], 1)
     rgb = kept.reshape(count, 3 * chosen.shape[1])
-    whole = images.reshape(count, 3 * pixels) if recipe.full_images else None
+    whole = images.reshape(count, 3 * pixels) if spec.full_images else None
     return Rows(ids, labels, chosen.astype(np.uint16), rgb, whole)
 
 
-def to_bytes(rows: Rows, recipe: Recipe) -> bytes:
-    """A shard: the same rows and recipe give the same bytes."""
+def to_bytes(rows: Rows, spec: ShardSpec) -> bytes:
+    """A shard: the same rows and spec give the same bytes."""
     columns = {"id": pa.array(rows.ids, pa.int64()), "label": pa.array(rows.labels, pa.int8())}
     lists = {"index": rows.index, "rgb": rows.rgb, "image": rows.images}
     for name, values in lists.items():
         if values is not None:
             flat = pa.array(np.ascontiguousarray(values).ravel())
             columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    about = json.dumps({"format": FORMAT, "hash": recipe.hash, **asdict(recipe)}, sort_keys=True)
-    table = pa.table(columns).replace_schema_metadata({RECIPE_KEY: about.encode()})
+    about = json.dumps({"format": FORMAT, "hash": spec.hash, **asdict(spec)}, sort_keys=True)
+    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: about.encode()})
     sink = io.BytesIO()
     # Parquet knows no integers below 32 bits: split into byte streams, the empty ones vanish.
     pq.write_table(
@@ -143,7 +143,7 @@ def to_bytes(rows: Rows, recipe: Recipe) -> bytes:
     return sink.getvalue()
 
 
-def from_bytes(data: bytes, name: str) -> tuple[Rows, Recipe]:
+def from_bytes(data: bytes, name: str) -> tuple[Rows, ShardSpec]:
     """Read a shard, and check every rule of the format.
 
     Raises:
@@ -155,36 +155,36 @@ def from_bytes(data: bytes, name: str) -> tuple[Rows, Recipe]:
         raise ShardError(
             f"shard {name} is not whole Parquet ({len(data)} bytes): {error}"
         ) from error
-    recipe = _recipe(table.schema.metadata or {}, name)
-    wanted = ["id", "label", "index", "rgb"] + ["image"] * recipe.full_images
+    spec = _spec(table.schema.metadata or {}, name)
+    wanted = ["id", "label", "index", "rgb"] + ["image"] * spec.full_images
     missing = [column for column in wanted if column not in table.column_names]
     if missing:
         raise ShardError(f"shard {name} lacks the column(s) {missing}; it has {table.column_names}")
-    pixels, size = recipe.known + recipe.target, recipe.size
+    pixels, size = spec.known + spec.target, spec.size
     rows = Rows(
         table["id"].to_numpy(),
         table["label"].to_numpy(),
         _lists(table, "index", pixels, name),
         _lists(table, "rgb", 3 * pixels, name),
-        _lists(table, "image", 3 * size * size, name) if recipe.full_images else None,
+        _lists(table, "image", 3 * size * size, name) if spec.full_images else None,
     )
     if rows.index.size and int(rows.index.max()) >= size * size:
         raise ShardError(
             f"shard {name} has a pixel index {rows.index.max()} beyond a {size} x {size} image"
         )
-    return rows, recipe
+    return rows, spec
 
 
-def _recipe(metadata: dict[bytes, bytes], name: str) -> Recipe:
-    if RECIPE_KEY not in metadata:
+def _spec(metadata: dict[bytes, bytes], name: str) -> ShardSpec:
+    if METADATA_KEY not in metadata:
         raise ShardError(f"shard {name} has no mambaflow metadata: it is another kind of Parquet")
     try:
-        about = json.loads(metadata[RECIPE_KEY])
+        about = json.loads(metadata[METADATA_KEY])
         found = about.pop("format")
         if found != FORMAT:
             raise ShardError(f"shard {name} has format {found}, not {FORMAT}; stage the data again")
         about.pop("hash")
-        return Recipe(**about)
+        return ShardSpec(**about)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ShardError(f"shard {name} has damaged metadata: {error!r}") from error
 
@@ -211,9 +211,9 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A split: its recipe and its shards."""
+    """A split: its spec and its shards."""
 
-    recipe: Recipe
+    spec: ShardSpec
     shards: list[ShardInfo]
 
     @property
@@ -231,9 +231,9 @@ def write_manifest(split: Storage, manifest: Manifest) -> None:
     """Publish a split; its shards are all in place."""
     about = {
         "format": FORMAT,
-        "hash": manifest.recipe.hash,
+        "hash": manifest.spec.hash,
         "rows": manifest.rows,
-        "recipe": asdict(manifest.recipe),
+        "recipe": asdict(manifest.spec),  # as format 1 calls it
         "shards": [asdict(shard) for shard in manifest.shards],
     }
     split.write(MANIFEST, (json.dumps(about, indent=2) + "\n").encode())
@@ -250,7 +250,7 @@ def read_manifest(split: Storage) -> Manifest:
         about = json.loads(split.read(MANIFEST))
         if about["format"] != FORMAT:
             raise ShardError(f"{where} has format {about['format']}, not {FORMAT}; stage again")
-        recipe = Recipe(**about["recipe"])
+        spec = ShardSpec(**about["recipe"])
         shards = [ShardInfo(**shard) for shard in about["shards"]]
     except FileNotFoundError as error:
         raise ShardError(
@@ -259,6 +259,6 @@ def read_manifest(split: Storage) -> Manifest:
         ) from error
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ShardError(f"{where} is damaged: {error!r}; stage the data again") from error
-    if about["hash"] != recipe.hash or about["rows"] != sum(s.rows for s in shards):
+    if about["hash"] != spec.hash or about["rows"] != sum(s.rows for s in shards):
         raise ShardError(f"{where} contradicts itself; stage the data again")
-    return Manifest(recipe, shards)
+    return Manifest(spec, shards)

@@ -23,7 +23,7 @@ from filelock import FileLock
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from mambaflow.data.random_bits import uniform, words
+from mambaflow.data.random_bits import uniform, bits
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -52,7 +52,7 @@ class Source(ABC):
     """Images by split and place."""
 
     name: str
-    spec: str
+    address: str
     """What opens the source again, in any process that sees the same files."""
 
     @property
@@ -83,7 +83,7 @@ class Source(ABC):
                 f"validation (={validation}) leaves nothing to train on: {self.name} has {train} "
                 f"training and {test} test images; use {max(1, train // 10)}, or more images"
             )
-        rank = words(SPLIT_SEED, "validation", 0, torch.arange(train), 1)[:, 0].argsort(stable=True)
+        rank = bits(SPLIT_SEED, "validation", 0, torch.arange(train), 1)[:, 0].argsort(stable=True)
         places = rank.numpy()
         return {
             "train": ("train", np.sort(places[held:])),
@@ -93,22 +93,22 @@ class Source(ABC):
         }  # fmt: skip
 
 
-def open_source(spec: str, download_to: Path = Path("data/torchvision")) -> Source:
+def open_source(address: str, download_to: Path = Path("data/torchvision")) -> Source:
     """The source that a name or a path describes.
 
     Args:
-        spec: sample; cifar10; a folder in which torchvision keeps it; a .parquet file, or a
+        address: sample; cifar10; a folder in which torchvision keeps it; a .parquet file, or a
             folder with train*.parquet and test*.parquet; a folder of images with one folder for
             each class (inside train/ and test/, or at its top for training alone).
 
     Raises:
         SourceError: it is none of these.
     """
-    if spec == "sample":
+    if address == "sample":
         return Sample()
-    if spec == "cifar10":
+    if address == "cifar10":
         return Cifar10(download_to, download=True)
-    path = Path(spec).expanduser().resolve()
+    path = Path(address).expanduser().resolve()
     if path.is_file() and path.suffix == ".parquet":
         return ParquetSource({"train": [path], "test": []}, path)
     if path.is_dir():
@@ -117,7 +117,7 @@ def open_source(spec: str, download_to: Path = Path("data/torchvision")) -> Sour
         files = sorted(path.glob("*.parquet"))
         return ParquetSource(_parquet_splits(path, files), path) if files else FolderSource(path)
     raise SourceError(
-        f"source (={spec!r}) is none of: {', '.join(EMBEDDED)}, a .parquet file, a folder of "
+        f"source (={address!r}) is none of: {', '.join(EMBEDDED)}, a .parquet file, a folder of "
         "them, a folder of images; a path must be one that every node sees"
     )
 
@@ -171,7 +171,7 @@ class ParquetSource(Source):
     """The public CIFAR-10 Parquet layout: img (or image) struct<bytes, path>, label."""
 
     def __init__(self, files: dict[str, list[Path]], path: Path) -> None:
-        self.name, self.spec = path.name, str(path)
+        self.name, self.address = path.name, str(path)
         self.files = files
         self.groups = {split: [g for f in fs for g in _groups(f)] for split, fs in files.items()}
         self._open: tuple[RowGroup, pa.ChunkedArray, np.ndarray] | None = None
@@ -245,7 +245,7 @@ class FolderSource(Source):
     """Images in a folder for each class, sorted by name."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.name, self.spec = root, root.name, str(root)
+        self.root, self.name, self.address = root, root.name, str(root)
         train = root / "train" if (root / "train").is_dir() else root
         self.files = {"train": _images(train), "test": _images(root / "test")}
         if not self.files["train"]:
@@ -285,13 +285,13 @@ class Cifar10(Source):
     def __init__(self, folder: Path, *, download: bool) -> None:
         from torchvision.datasets import CIFAR10
 
-        self.spec = str(folder.resolve())
+        self.address = str(folder.resolve())
         try:
             if download:
                 folder.mkdir(parents=True, exist_ok=True)
                 with FileLock(folder / "download.lock"):
-                    CIFAR10(self.spec, download=True)
-            self.sets = {s: CIFAR10(self.spec, train=s == "train") for s in ("train", "test")}
+                    CIFAR10(self.address, download=True)
+            self.sets = {s: CIFAR10(self.address, train=s == "train") for s in ("train", "test")}
         except (OSError, RuntimeError) as error:
             raise SourceError(
                 f"CIFAR-10 could not be {'downloaded to' if download else 'read in'} {folder} "
@@ -346,7 +346,7 @@ class Sample(Source):
     little contrast, of which sky and background have many, are drawn again, a few times at most.
     """
 
-    name = spec = "sample"
+    name = address = "sample"
 
     @property
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mambaflow.checks import require
-from mambaflow.data.shards import MANIFEST, Manifest, Recipe, ShardError, ShardInfo, encode, read_manifest, shard_name, to_bytes, write_manifest
+from mambaflow.data.shards import MANIFEST, Manifest, ShardSpec, ShardError, ShardInfo, encode, read_manifest, shard_name, to_bytes, write_manifest
 from mambaflow.data.sources import Item, Pixels, Source, SourceError, open_source
 from mambaflow.storage import Storage, StorageError, at
 
@@ -97,13 +97,13 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPlan:
     """A split to stage: which images, how, and where to."""
 
     source: str
     images: str
     out: str
-    recipe: Recipe
+    spec: ShardSpec
     stored_split: str
     places: np.ndarray
     on_corrupt: str
@@ -111,43 +111,43 @@ class Part:
     @property
     def storage(self) -> Storage:
         """Where its shards go."""
-        return at(self.out).child(self.recipe.split)
+        return at(self.out).child(self.spec.split)
 
     @property
     def claim(self) -> dict[str, Any]:
         """All that the bytes of its shards depend on."""
         places = hashlib.sha256(self.places.astype(np.int64).tobytes()).hexdigest()[:16]
         about = {"images": self.images, "count": len(self.places), "places": places}
-        return asdict(self.recipe) | about
+        return asdict(self.spec) | about
 
-    def tasks(self) -> Iterator["Task"]:
+    def tasks(self) -> Iterator["ShardTask"]:
         """Its shards."""
-        rows = self.recipe.rows_per_shard
-        claim = hashlib.sha256(_json(self.claim)).hexdigest()
+        rows = self.spec.rows_per_shard
+        claim_hash = hashlib.sha256(_json(self.claim)).hexdigest()
         for number, first in enumerate(range(0, len(self.places), rows)):
             places = self.places[first : first + rows]
-            yield Task(
-                self.source, self.out, self.recipe, self.stored_split, places, number,
-                self.on_corrupt, claim,
+            yield ShardTask(
+                self.source, self.out, self.spec, self.stored_split, places, number,
+                self.on_corrupt, claim_hash,
             )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard to make, for a worker anywhere."""
 
     source: str
     out: str
-    recipe: Recipe
+    spec: ShardSpec
     stored_split: str
     places: np.ndarray
     number: int
     on_corrupt: str
-    claim: str
+    claim_hash: str
 
 
 @dataclass(frozen=True)
-class Done:
+class ShardResult:
     """A shard that is in place."""
 
     split: str
@@ -160,7 +160,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def plan(config: StageConfig, source: Source) -> list[Part]:
+def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
     """Every split, with addresses that mean the same to every process.
 
     Raises:
@@ -168,7 +168,7 @@ def plan(config: StageConfig, source: Source) -> list[Part]:
     """
     out, parts = at(config.out).uri, []
     for split, (stored, places) in source.splits(config.validation).items():
-        recipe = Recipe(
+        spec = ShardSpec(
             source=source.name,
             split=split,
             size=config.size,
@@ -181,12 +181,12 @@ def plan(config: StageConfig, source: Source) -> list[Part]:
         if split == "train" and config.limit:
             places = places[: config.limit]
         parts.append(
-            Part(source.spec, source.fingerprint, out, recipe, stored, places, config.on_corrupt)
+            SplitPlan(source.address, source.fingerprint, out, spec, stored, places, config.on_corrupt)
         )
     return parts
 
 
-def claim(out: str, parts: list[Part]) -> None:
+def stake_claim(out: str, parts: list[SplitPlan]) -> None:
     """Make the place this staging's own, or find it so.
 
     Raises:
@@ -194,12 +194,12 @@ def claim(out: str, parts: list[Part]) -> None:
     """
     for part in parts:
         try:
-            theirs = asdict(read_manifest(part.storage).recipe)
+            theirs = asdict(read_manifest(part.storage).spec)
         except ShardError as error:
             log.debug("no manifest that could be in the way: %s", error)
         else:
-            _refuse(out, part.recipe.split, theirs, part.claim)
-    ours = {part.recipe.split: part.claim for part in parts}
+            _refuse(out, part.spec.split, theirs, part.claim)
+    ours = {part.spec.split: part.claim for part in parts}
     if not at(out).create(CLAIM, _json(ours)):
         theirs = json.loads(at(out).read(CLAIM))
         for split in ours:
@@ -216,12 +216,12 @@ def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) 
 
 
 @lru_cache(maxsize=1)
-def _opened(spec: str) -> Source:
+def _opened(address: str) -> Source:
     """A worker's source: opened once, for all of its shards."""
-    return open_source(spec)
+    return open_source(address)
 
 
-def make(task: Task, source: Source | None = None) -> Done:
+def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     """Make one shard, or find it made; the whole of a worker's job.
 
     Raises:
@@ -232,27 +232,27 @@ def make(task: Task, source: Source | None = None) -> Done:
     made = _made(task)
     if made is not None:
         return made
-    split, name = at(task.out).child(task.recipe.split), shard_name(task.number)
+    split, name = at(task.out).child(task.spec.split), shard_name(task.number)
     images, labels, ids, corrupt = _read(source or _opened(task.source), task)
-    data = to_bytes(encode(images, labels, ids, task.recipe), task.recipe)
+    data = to_bytes(encode(images, labels, ids, task.spec), task.spec)
     info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
     split.write(name, data)
-    note = {"claim": task.claim, "info": asdict(info), "corrupt": corrupt}
+    note = {"claim": task.claim_hash, "info": asdict(info), "corrupt": corrupt}
     split.write(f"{NOTES}/{name}.json", _json(note))
-    return Done(task.recipe.split, info, False, corrupt)
+    return ShardResult(task.spec.split, info, False, corrupt)
 
 
-def _made(task: Task) -> Done | None:
+def _made(task: ShardTask) -> ShardResult | None:
     """The finished shard, if it is there and whole."""
-    split, name = at(task.out).child(task.recipe.split), shard_name(task.number)
+    split, name = at(task.out).child(task.spec.split), shard_name(task.number)
     try:
         note = json.loads(split.read(f"{NOTES}/{name}.json"))
         data = split.read(name)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     require(
-        note["claim"] == task.claim,
-        f"out (={task.out}) holds a shard of another staging ({task.recipe.split}/{name}); "
+        note["claim"] == task.claim_hash,
+        f"out (={task.out}) holds a shard of another staging ({task.spec.split}/{name}); "
         "give another --out, or remove that folder",
     )
     info = ShardInfo(**note["info"])
@@ -260,10 +260,10 @@ def _made(task: Task) -> Done | None:
         log.warning("%s/%s was damaged since it was made: making it again", split.uri, name)
         return None
     _stop_at(note["corrupt"], task.on_corrupt)
-    return Done(task.recipe.split, info, True, note["corrupt"])
+    return ShardResult(task.spec.split, info, True, note["corrupt"])
 
 
-def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def _read(source: Source, task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Images, labels and ids of a shard's whole images, and the faults of the others."""
     kept, labels, ids, corrupt = [], [], [], []
     for item in source.items(task.stored_split, task.places):
@@ -271,10 +271,10 @@ def _read(source: Source, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarra
             corrupt.append(item.fault)
             _stop_at(corrupt, task.on_corrupt)
         else:
-            kept.append(_checked(item, task.recipe.size))
+            kept.append(_checked(item, task.spec.size))
             labels.append(item.label)
             ids.append(item.id)
-    images = np.stack(kept) if kept else np.empty((0, *[task.recipe.size] * 2, 3), np.uint8)
+    images = np.stack(kept) if kept else np.empty((0, *[task.spec.size] * 2, 3), np.uint8)
     return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
 
 
@@ -300,13 +300,13 @@ def _checked(item: Item, size: int) -> Pixels:
     return item.pixels
 
 
-Run = Callable[[list[Task]], Iterable[Done]]
+Run = Callable[[list[ShardTask]], Iterable[ShardResult]]
 
 
 def in_process(source: Source) -> Run:
     """One shard after the other, on one core: small operations only lose by being shared."""
 
-    def run(tasks: list[Task]) -> Iterator[Done]:
+    def run(tasks: list[ShardTask]) -> Iterator[ShardResult]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -325,24 +325,24 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
         run: makes the shards of some tasks, in any order.
 
     Raises:
-        SourceError, ValueError: see `make` and `claim`; no manifest is written then.
+        SourceError, ValueError: see `make` and `stake_claim`; no manifest is written then.
         StorageError: shards that were made are not at `out`.
     """
     parts = plan(config, source)
     for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
         if item.pixels is not None:
             _checked(item, config.size)
-    claim(config.out, parts)
-    done: dict[str, list[Done]] = {part.recipe.split: [] for part in parts}
+    stake_claim(config.out, parts)
+    done: dict[str, list[ShardResult]] = {part.spec.split: [] for part in parts}
     for shard in run([task for part in parts for task in part.tasks()]):
         done[shard.split].append(shard)
         for fault in shard.corrupt:
             log.warning("left out corrupt image %s", fault)
     for part in parts:
-        _check_whole(part, done[part.recipe.split])
+        _check_whole(part, done[part.spec.split])
     for part in parts:
-        infos = sorted((s.info for s in done[part.recipe.split]), key=lambda info: info.name)
-        write_manifest(part.storage, Manifest(part.recipe, infos))
+        infos = sorted((s.info for s in done[part.spec.split]), key=lambda info: info.name)
+        write_manifest(part.storage, Manifest(part.spec, infos))
     every = [s for shards in done.values() for s in shards]
     return {
         **{split: sum(s.info.rows for s in shards) for split, shards in done.items()},
@@ -352,7 +352,7 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
     }
 
 
-def _check_whole(part: Part, done: list[Done]) -> None:
+def _check_whole(part: SplitPlan, done: list[ShardResult]) -> None:
     """Whatever the workers said, is it here?"""
     rows = sum(shard.info.rows for shard in done) + sum(len(shard.corrupt) for shard in done)
     there = set(part.storage.list("shard-"))
@@ -360,11 +360,11 @@ def _check_whole(part: Part, done: list[Done]) -> None:
     if gone or rows != len(part.places):
         raise StorageError(
             f"{len(gone)} shard(s) such as {gone[:1]} and {len(part.places) - rows} image(s) of "
-            f"{part.recipe.split} are not at out (={part.out}); it must be a folder that all "
+            f"{part.spec.split} are not at out (={part.out}); it must be a folder that all "
             "nodes share, or s3://bucket/prefix"
         )
     if not any(shard.info.rows for shard in done):
-        raise SourceError(f"every image of split {part.recipe.split} is corrupt; mend the source")
+        raise SourceError(f"every image of split {part.spec.split} is corrupt; mend the source")
 
 
 def stage_once(name: str, root: Path = Path("data")) -> str:

@@ -28,10 +28,10 @@ from mambaflow.checks import require
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, to_dict
 from mambaflow.data.shards import ShardError
 from mambaflow.distributed.cluster import LOCAL, cluster_address, ray
-from mambaflow.host import share_cores
+from mambaflow.host import share_threads
 from mambaflow.models.weights import CheckpointError
 from mambaflow.training.loop import Forward
-from mambaflow.training.process_group import Point, World
+from mambaflow.training.process_group import ProcessGroup, RunProgress
 from mambaflow.training.run import Outcome, RunFailed, check_storage, train
 
 log = logging.getLogger(__name__)
@@ -98,14 +98,14 @@ def await_room(scale: ScaleConfig, patience_s: float = PATIENCE_S) -> None:
         remove_placement_group(group)
 
 
-class Board:
+class ProgressActor:
     """Where workers pin the newest point of a run and what they log, for the driver to show."""
 
     def __init__(self) -> None:
-        self.point: Point | None = None
+        self.point: RunProgress | None = None
         self.lines: list[tuple[int, str, str]] = []
 
-    def pin(self, point: Point) -> None:
+    def report_progress(self, point: RunProgress) -> None:
         """Replace the point."""
         self.point = point
 
@@ -113,7 +113,7 @@ class Board:
         """Add a line of a log."""
         self.lines.append((level, name, text))
 
-    def news(self) -> tuple[Point | None, list[tuple[int, str, str]]]:
+    def news(self) -> tuple[RunProgress | None, list[tuple[int, str, str]]]:
         """The newest point, and the lines since the last call."""
         lines, self.lines = self.lines, []
         return self.point, lines
@@ -122,10 +122,10 @@ class Board:
 def _board() -> Any:
     """A board on the driver's own node, so that it lives as long as the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here).remote()
 
 
-class Told(logging.Handler):
+class ActorLogHandler(logging.Handler):
     """A worker's log, told to the board: the first worker's whole, of others the warnings."""
 
     def __init__(self, board: Any, rank: int) -> None:
@@ -137,7 +137,7 @@ class Told(logging.Handler):
         self.board.say.remote(record.levelno, record.name, text)
 
 
-class Failures(ray.train.UserCallback):
+class FailureReporter(ray.train.UserCallback):
     """Tells the board which workers failed; runs in Ray's controller."""
 
     def __init__(self, board: Any) -> None:
@@ -156,7 +156,7 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else repr(error)
 
 
-class RayWorld(World):
+class RayProcessGroup(ProcessGroup):
     """One worker of Ray Train."""
 
     def __init__(self, board: Any) -> None:
@@ -169,26 +169,26 @@ class RayWorld(World):
     def wrap(self, model: torch.nn.Module) -> Forward:
         return ray.train.torch.prepare_model(model, move_to_device=False)
 
-    def reported(self, scores: dict[str, float], uri: str) -> None:
+    def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
         """Tell Ray of a checkpoint that is in place: others wait here for the first worker."""
         ray.train.report({**scores, "checkpoint": uri})
 
-    def pin(self, point: Point) -> None:
+    def report_progress(self, point: RunProgress) -> None:
         self.board.pin.remote(point)
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
     """What every worker runs: the job of training, in Ray's world."""
-    config, world = from_dict(settings["run"]), RayWorld(settings["board"])
-    share_cores(ray.train.get_context().get_local_world_size())
-    told = Told(world.board, world.rank)
+    config, group = from_dict(settings["run"]), RayProcessGroup(settings["board"])
+    share_threads(ray.train.get_context().get_local_world_size())
+    told = ActorLogHandler(group.board, group.rank)
     logging.getLogger("mambaflow").addHandler(told)
     check_storage(config)
-    outcome = train(config, world)
+    outcome = train(config, group)
     return {"status": outcome.status, "step": outcome.step}
 
 
-def train_on_ray(config: RunConfig, watch: Callable[[Point], None]) -> Outcome:
+def train_on_ray(config: RunConfig, watch: Callable[[RunProgress], None]) -> Outcome:
     """Train through Ray Train on the connected cluster, and wait for the end.
 
     Args:
@@ -230,7 +230,7 @@ def _trainer(config: RunConfig, board: Any, scratch: str) -> Any:
                 # A lost node costs one of each where its place is waited for in vain.
                 controller_failure_limit=CONTROLLER_FAILURES + scale.max_failures,
             ),
-            callbacks=[Failures(board)],
+            callbacks=[FailureReporter(board)],
             logging_config=api.LoggingConfig("WARNING"),
         ),
     )
@@ -256,7 +256,7 @@ def _account(error: ray.train.TrainingFailedError, scale: ScaleConfig) -> str:
     return _missing(scale) or _last_line(error)
 
 
-def _watched(fit: Callable[[], Any], board: Any, watch: Callable[[Point], None]) -> Any:
+def _watched(fit: Callable[[], Any], board: Any, watch: Callable[[RunProgress], None]) -> Any:
     """Run `fit` in a thread, while this one, which is where signals arrive, shows the news."""
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(fit)
@@ -266,7 +266,7 @@ def _watched(fit: Callable[[], Any], board: Any, watch: Callable[[Point], None])
         return ending.result()
 
 
-def _show(board: Any, watch: Callable[[Point], None]) -> None:
+def _show(board: Any, watch: Callable[[RunProgress], None]) -> None:
     try:
         point, lines = ray.get(board.news.remote(), timeout=SOON_S)
     except (ray.exceptions.RayError, TimeoutError) as error:

@@ -22,7 +22,7 @@ from mambaflow.data.pixels import copy_known, unknown
 from mambaflow.data.random_bits import normal
 from mambaflow.evaluation.baselines import fill_images
 from mambaflow.evaluation.metrics import Calibration, Quality, Speckle
-from mambaflow.flow.samplers import Counted, heun, mean, uniform_times
+from mambaflow.flow.samplers import CountedVelocity, heun, mean, uniform_times
 from mambaflow.models.velocity_field import VelocityField
 from mambaflow.report.pictures import only_known, picture
 from mambaflow.report.tables import provenance, results_table
@@ -34,7 +34,7 @@ Images = Float[Tensor, "m h w 3"]
 
 
 @dataclass(frozen=True)
-class Holdout:
+class EvalSet:
     """Held-out images with their staged masks."""
 
     layout: Layout
@@ -43,7 +43,7 @@ class Holdout:
     ids: Int[Tensor, " m"]
 
     @classmethod
-    def read(cls, reader: RowReader, layout: Layout, count: int) -> "Holdout":
+    def read(cls, reader: RowReader, layout: Layout, count: int) -> "EvalSet":
         """The first `count` images, or all if there are fewer."""
         rows = reader.rows(np.arange(min(count, len(reader))))
         if rows.images is None:
@@ -55,10 +55,10 @@ class Holdout:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows: slice) -> "Holdout":
-        return Holdout(self.layout, self.images[rows], self.known[rows], self.ids[rows])
+    def __getitem__(self, rows: slice) -> "EvalSet":
+        return EvalSet(self.layout, self.images[rows], self.known[rows], self.ids[rows])
 
-    def chunks(self) -> Iterator["Holdout"]:
+    def chunks(self) -> Iterator["EvalSet"]:
         """A few images at a time."""
         for first in range(0, len(self), CHUNK):
             yield self[first : first + CHUNK]
@@ -93,21 +93,21 @@ class Holdout:
         return whole.view(self.images.shape)
 
 
-Solver = Callable[[Counted, Tensor], Tensor]
+Solver = Callable[[CountedVelocity, Tensor], Tensor]
 
 
-def complete(model: VelocityField, held_out: Holdout, solver: Solver) -> tuple[Images, int]:
+def complete(model: VelocityField, eval_set: EvalSet, solver: Solver) -> tuple[Images, int]:
     """The images that a solver makes of (velocity, noise), and the calls it took."""
     device = next(model.parameters()).device
-    batch, others = held_out.asked()
-    noise = normal(0, "evaluation", 0, held_out.ids, 3 * others.shape[1]).view(*others.shape, 3)
+    batch, others = eval_set.asked()
+    noise = normal(0, "evaluation", 0, eval_set.ids, 3 * others.shape[1]).view(*others.shape, 3)
     with torch.no_grad():
-        velocity = Counted(model.given(batch.to(device)))
+        velocity = CountedVelocity(model.condition(batch.to(device)))
         rgb = solver(velocity, noise.to(device))
-    return held_out.painted(others, rgb), velocity.calls
+    return eval_set.painted(others, rgb), velocity.calls
 
 
-def posterior_mean(velocity: Counted, noise: Tensor) -> Tensor:
+def posterior_mean(velocity: CountedVelocity, noise: Tensor) -> Tensor:
     """One call at t = 0."""
     return mean(velocity, noise)
 
@@ -126,42 +126,42 @@ class Answer:
     seconds: float
 
 
-def answers(model: VelocityField, held_out: Holdout, solver: Solver) -> Answer:
+def answers(model: VelocityField, eval_set: EvalSet, solver: Solver) -> Answer:
     """Complete all images, a few at a time."""
     start = time.perf_counter()
-    parts = [complete(model, chunk, solver) for chunk in held_out.chunks()]
-    seconds = (time.perf_counter() - start) / len(held_out)
+    parts = [complete(model, chunk, solver) for chunk in eval_set.chunks()]
+    seconds = (time.perf_counter() - start) / len(eval_set)
     return Answer(torch.cat([p[0] for p in parts]), parts[0][1], seconds)
 
 
-def score(images: Images, held_out: Holdout) -> dict[str, float]:
+def score(images: Images, eval_set: EvalSet) -> dict[str, float]:
     """PSNR, SSIM and speckle of completed images."""
-    quality = Quality().add(images, held_out.truth, held_out.is_known)
-    return quality.report() | Speckle().add(images, held_out.truth).report()
+    quality = Quality().add(images, eval_set.truth, eval_set.is_known)
+    return quality.report() | Speckle().add(images, eval_set.truth).report()
 
 
 def validate(
-    model: VelocityField, held_out: Holdout, config: TrainConfig
+    model: VelocityField, eval_set: EvalSet, config: TrainConfig
 ) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
     """Scores of the posterior mean, and a picture with one sample of a few images."""
-    answer = answers(model, held_out, posterior_mean)
-    scores = score(answer.images, held_out)
-    few = held_out[:SHOWN]
+    answer = answers(model, eval_set, posterior_mean)
+    scores = score(answer.images, eval_set)
+    few = eval_set[:SHOWN]
     sample = answers(model, few, sampler(config.sample_steps))
     shown = {"posterior mean": answer.images[:SHOWN], "sample": sample.images}
     named = {f"val/{key}": scores[key] for key in ("psnr", "psnr_unknown", "ssim", "speckle")}
-    return named, portrait(few, shown)
+    return named, completion_grid(few, shown)
 
 
-def portrait(
-    held_out: Holdout, answers: Mapping[str, Images]
+def completion_grid(
+    eval_set: EvalSet, answers: Mapping[str, Images]
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Truth, known pixels, linear fill, and the answers, side by side."""
-    truth = held_out.images.numpy()
+    truth = eval_set.images.numpy()
     columns = {
         "truth": truth,
-        "known pixels": only_known(truth, held_out.is_known.numpy()),
-        "linear fill": _bytes(baseline("linear", held_out)),
+        "known pixels": only_known(truth, eval_set.is_known.numpy()),
+        "linear fill": _bytes(baseline("linear", eval_set)),
     }
     return picture(columns | {name: _bytes(images) for name, images in answers.items()})
 
@@ -170,11 +170,11 @@ def _bytes(images: Images) -> UInt8[np.ndarray, "m h w 3"]:
     return (images * 255).round().to(torch.uint8).numpy()
 
 
-def baseline(name: str, held_out: Holdout) -> Images:
+def baseline(name: str, eval_set: EvalSet) -> Images:
     """A classical fill of the same masks."""
-    truth = held_out.truth.flatten(1, 2)
-    rgb = truth.gather(1, held_out.known[..., None].expand(-1, -1, 3))
-    filled = fill_images(name, held_out.known.numpy(), rgb.double().numpy(), held_out.layout.size)
+    truth = eval_set.truth.flatten(1, 2)
+    rgb = truth.gather(1, eval_set.known[..., None].expand(-1, -1, 3))
+    filled = fill_images(name, eval_set.known.numpy(), rgb.double().numpy(), eval_set.layout.size)
     return torch.from_numpy(filled).float().clamp(0, 1)
 
 
@@ -206,27 +206,27 @@ class FinalReport:
 
 
 def final_report(
-    model: VelocityField, held_out: Holdout, config: RunConfig, step: int, trained_steps: int
+    model: VelocityField, eval_set: EvalSet, config: RunConfig, step: int, trained_steps: int
 ) -> FinalReport:
     """Score the model and the classical fills on the same images and masks."""
-    require(len(held_out) > 0, "the test split is empty; stage the data with a test split")
-    rows = {name: score(baseline(name, held_out), held_out) for name in BASELINES}
-    best = answers(model, held_out, posterior_mean)
-    one = answers(model, held_out, sampler(config.train.sample_steps))
+    require(len(eval_set) > 0, "the test split is empty; stage the data with a test split")
+    rows = {name: score(baseline(name, eval_set), eval_set) for name in BASELINES}
+    best = answers(model, eval_set, posterior_mean)
+    one = answers(model, eval_set, sampler(config.train.sample_steps))
     for name, answer in (("posterior mean", best), ("one sample (Heun)", one)):
-        scores = score(answer.images, held_out)
+        scores = score(answer.images, eval_set)
         rows[name] = scores | {"nfe": answer.calls, "seconds": answer.seconds}
-    law = Calibration().add(one.images, best.images, held_out.truth, held_out.is_known)
+    law = Calibration().add(one.images, best.images, eval_set.truth, eval_set.is_known)
     rows["one sample (Heun)"] |= law.report()
     facts: dict[str, str | int] = {
         "command": config.command,
         "data": config.data,
         "seed": config.train.seed,
-        "images": len(held_out),
-        "masks": held_out.mask_hash,
+        "images": len(eval_set),
+        "masks": eval_set.mask_hash,
         "training masks": config.train.masks,
         "checkpoint": f"step {step}",
         "trained_steps": trained_steps,
     }
     shown = {"posterior mean": best.images[:SHOWN], "sample": one.images[:SHOWN]}
-    return FinalReport(rows, facts, portrait(held_out[:SHOWN], shown))
+    return FinalReport(rows, facts, completion_grid(eval_set[:SHOWN], shown))

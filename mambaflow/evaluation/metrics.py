@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PERFECT_DB = 100.0
-WINDOW = 7  # of SSIM
+SSIM_WINDOW = 7  # pixels a side
 FLAT, OUTLIER, CALM = 0.03, 0.08, 0.04  # of speckle
 
 
@@ -88,14 +88,15 @@ def ssim(
 
     As scikit-image's default: 7 x 7 uniform windows inside the image, sample covariance.
     """
-    if min(truth.shape[1:3]) < WINDOW:
+    if min(truth.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
-            f"image size (={tuple(truth.shape[1:3])}) must be at least {WINDOW} a side for SSIM"
+            f"image size (={tuple(truth.shape[1:3])}) must be at least {SSIM_WINDOW} a side "
+            "for SSIM"
         )
     x, y = (image.double().permute(0, 3, 1, 2) for image in (prediction, truth))
     products = torch.cat((x, y, x * x, y * y, x * y), 1)
-    mx, my, xx, yy, xy = F.avg_pool2d(products, WINDOW, stride=1).chunk(5, 1)
-    sample = WINDOW**2 / (WINDOW**2 - 1)
+    mx, my, xx, yy, xy = F.avg_pool2d(products, SSIM_WINDOW, stride=1).chunk(5, 1)
+    sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
     vx, vy, cxy = sample * (xx - mx * mx), sample * (yy - my * my), sample * (xy - mx * my)
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mx * my + c1) * (2 * cxy + c2)

@@ -52,14 +52,17 @@ def _at(velocity: Velocity, x: Tensor, t: float) -> Tensor:
 Drift = Callable[[Tensor, float], Tensor]
 
 
-def _heun_step(drift: Drift, x: Tensor, t: float, end: float, kick: Tensor | float) -> Tensor:
+def _heun_step(
+    drift: Drift, x: Tensor, t: float, end: float, noise_increment: Tensor | float
+) -> Tensor:
     """One interval in two calls, the second where the first leads (Heun 1900).
 
-    With additive noise the same kick goes into both: weak order 2 (Kloeden & Platen 1992, 15.1).
+    With additive noise the same increment goes into both: weak order 2 (Kloeden & Platen 1992,
+    15.1).
     """
     first = drift(x, t)
-    second = drift(x + (end - t) * first + kick, end)
-    return x + (end - t) / 2 * (first + second) + kick
+    second = drift(x + (end - t) * first + noise_increment, end)
+    return x + (end - t) / 2 * (first + second) + noise_increment
 
 
 def _midpoint_step(drift: Drift, x: Tensor, t: float, end: float) -> Tensor:
@@ -127,20 +130,20 @@ def sde(
     x, loud = noise, len(intervals) - quiet_steps if temperature > 0 else 0
     for step, (t, end) in enumerate(intervals):
         heat = temperature**2 if step < loud else 0.0
-        kick = _kick(draw, step, heat * ((1 - t) ** 2 - (1 - end) ** 2))
+        noise_increment = _noise_increment(draw, step, heat * ((1 - t) ** 2 - (1 - end) ** 2))
 
         def drift(x: Tensor, t: float, heat: float = heat) -> Tensor:
             v = _at(velocity, x, t)
             return v + heat * (t * v - x)
 
         if end < 1:
-            x = _heun_step(drift, x, t, end, kick)
+            x = _heun_step(drift, x, t, end, noise_increment)
         else:
             x = _midpoint_step(drift, x, t, end)
     return x
 
 
-def _kick(draw: Draw | None, step: int, variance: float) -> Tensor | float:
+def _noise_increment(draw: Draw | None, step: int, variance: float) -> Tensor | float:
     """The noise of one step, of a variance that is s^2 integrated over it."""
     if variance == 0:
         return 0.0
@@ -172,7 +175,7 @@ def ddim(
         v = _at(velocity, x, t)
         kept = t * (1 - end) / (end * (1 - t))
         variance = (eta * (1 - end)) ** 2 * (1 - kept**2)
-        fresh = _kick(draw, step, variance)
+        fresh = _noise_increment(draw, step, variance)
         x = end * (x + (1 - t) * v) + ((1 - end) ** 2 - variance) ** 0.5 * (x - t * v) + fresh
     return x
 
@@ -210,7 +213,7 @@ def average(samples: Iterable[Float[Tensor, "b n 3"]]) -> Float[Tensor, "b n 3"]
     return total / count
 
 
-class Counted:
+class CountedVelocity:
     """A velocity that counts its calls: the NFE of a table is measured, not declared."""
 
     def __init__(self, velocity: Velocity) -> None:

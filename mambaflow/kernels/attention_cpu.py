@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mambaflow.kernels.build import built, dense, kernels, numbers, pointer, wanted
-from mambaflow.kernels.scan_op import blank_gradients
+from mambaflow.kernels.build import dense, int64_array, is_built, kernels, needs_grad, pointer
+from mambaflow.kernels.scan_op import empty_gradients
 
 
-def serves(query: Tensor) -> bool:
+def is_supported(query: Tensor) -> bool:
     """Whether there is a compiled kernel for this: in float32 on CPU."""
-    return query.device.type == "cpu" and query.dtype == torch.float32 and built()
+    return query.device.type == "cpu" and query.dtype == torch.float32 and is_built()
 
 
 def attend(
@@ -27,7 +27,7 @@ def attend(
     """
     _refuse_misread(query, key, value)
     given = query, key, value
-    return _attend(*given, wanted(*given))[0]
+    return _attend(*given, needs_grad(*given))[0]
 
 
 def _refuse_misread(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -51,10 +51,10 @@ def _refuse_misread(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:
     strides = [s for x in (query, key, value) for s in x.stride()[:3]]
-    return numbers([*query.shape[:3], *key.shape[2:], value.shape[3], *strides])
+    return int64_array([*query.shape[:3], *key.shape[2:], value.shape[3], *strides])
 
 
-def _blank(query: Tensor, value: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _allocate(query: Tensor, value: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """Room for the output and, where `keep`, for the maximum and sum of every row of scores."""
     rows = query.shape[:3]
     kept = (2, *rows) if keep else (0,)
@@ -68,7 +68,7 @@ def _run(kernel: Any, query: Tensor, key: Tensor, value: Tensor, given: list) ->
 
 def _forward(query, key, value, keep: bool) -> tuple[Tensor, Tensor]:
     query, key, value = (dense(x) for x in (query, key, value))
-    out, kept = _blank(query, value, keep)
+    out, kept = _allocate(query, value, keep)
     given = [pointer(x) for x in (query, key, value, out, kept if keep else None)]
     _run(kernels().mambaflow_attention_forward, query, key, value, given)
     return out, kept
@@ -78,7 +78,7 @@ def _gradients(dout, out, kept, query, key, value, keys: bool) -> list[Tensor]:
     """Of the query, and where `keys` of key and value."""
     dout, out = dout.contiguous(), out.contiguous()
     query, key, value = (dense(x) for x in (query, key, value))
-    found = blank_gradients(*((query, key, value) if keys else (query,)))
+    found = empty_gradients(*((query, key, value) if keys else (query,)))
     to = found if keys else [*found, None, None]
     given = [pointer(x) for x in (query, key, value, out, kept, dout, *to)]
     _run(kernels().mambaflow_attention_backward, query, key, value, given)
@@ -96,11 +96,11 @@ _through = torch.library.custom_op(
     "mambaflow::attend_backward", _gradients, mutates_args=(),
     schema=f"(Tensor dout, Tensor out, Tensor kept, {INPUTS}, bool keys) -> Tensor[]",
 )  # fmt: skip
-_attend.register_fake(lambda query, key, value, keep: _blank(query, value, keep))
+_attend.register_fake(lambda query, key, value, keep: _allocate(query, value, keep))
 
 
 _through.register_fake(
-    lambda dout, out, kept, query, key, value, keys: blank_gradients(
+    lambda dout, out, kept, query, key, value, keys: empty_gradients(
         *((query, key, value) if keys else (query,))
     )
 )

@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 CSRC = Path(__file__).parent / "csrc"
-SOURCES = [CSRC / name for name in ("scan.cpp", "attention.cpp", "words.cpp")]
+SOURCES = [CSRC / name for name in ("scan.cpp", "attention.cpp", "random.cpp")]
 HEADERS = [CSRC / "vectors.h"]
 FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
@@ -31,7 +31,7 @@ FLAGS = (
 )  # fmt: skip
 BUILD_TIMEOUT_S = 300
 LANES, CHUNK, MAX_STATES, MAX_TAPS = 16, 16, 64, 8  # as in scan.cpp; loading compares them
-PLACES = 2**16  # of pixels that can be ranked, as in words.cpp
+PLACES = 2**16  # of pixels that can be ranked, as in random.cpp
 SEAL = ".sha256"
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
 
 
 @torch.compiler.assume_constant_result
-def built() -> bool:
+def is_built() -> bool:
     """Whether there are compiled kernels, which torch.compile may take for settled."""
     return library() is not None
 
@@ -69,7 +69,7 @@ def kernels() -> ctypes.CDLL:
     """
     loaded = library()
     if loaded is None:
-        raise NativeError("the compiled kernels are not built here; ask built() first")
+        raise NativeError("the compiled kernels are not built here; ask is_built() first")
     return loaded
 
 
@@ -78,7 +78,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(0 if x is None else x.data_ptr())
 
 
-def numbers(given: list[int]) -> ctypes.Array:
+def int64_array(given: list[int]) -> ctypes.Array:
     """Sizes and strides, as the kernels read them."""
     return (ctypes.c_int64 * len(given))(*given)
 
@@ -89,7 +89,7 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def wanted(*inputs: Tensor | None) -> bool:
+def needs_grad(*inputs: Tensor | None) -> bool:
     """Whether a backward pass may come, for which something must be kept."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-LEAST = 2**23  # multiplications from which oneDNN's longer way to the kernel is paid for
+# Multiplications from which oneDNN's longer way to the kernel is paid for.
+MIN_MULTIPLICATIONS = 2**23
 
 
-def suits(processor: str) -> bool:
+def onednn_is_faster(processor: str) -> bool:
     """Whether oneDNN's products are faster than MKL's on a machine with this /proc/cpuinfo."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     here = platform.machine() == "x86_64" and both
@@ -29,15 +30,15 @@ def suits(processor: str) -> bool:
 
 
 @cache
-def _suits_here() -> bool:
+def _onednn_is_faster_here() -> bool:
     info = Path("/proc/cpuinfo")
     wanted = os.environ.get("MAMBAFLOW_ONEDNN") != "0"
-    return wanted and suits(info.read_text() if info.exists() else "")
+    return wanted and onednn_is_faster(info.read_text() if info.exists() else "")
 
 
 @torch.compiler.assume_constant_result
 def _onednn() -> bool:
-    return _suits_here() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return _onednn_is_faster_here() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def large(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -45,10 +46,10 @@ def large(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     given = [x, weight] if bias is None else [x, weight, bias]
     plain = all(v.device.type == "cpu" and v.dtype == torch.float32 for v in given)
     shaped = x.dim() >= 1 and weight.dim() == 2 and (bias is None or len(bias) == len(weight))
-    return plain and shaped and x.numel() * len(weight) >= LEAST and _onednn()
+    return plain and shaped and x.numel() * len(weight) >= MIN_MULTIPLICATIONS and _onednn()
 
 
-def product(
+def linear_forward(
     x: Float[Tensor, "rows k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None
 ) -> Float[Tensor, "rows n"]:
     """x weight' + bias, without a gradient."""
@@ -58,31 +59,31 @@ def product(
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def across(dy: Float[Tensor, "rows n"], x: Float[Tensor, "rows k"]) -> Float[Tensor, "n k"]:
+def weight_grad(dy: Float[Tensor, "rows n"], x: Float[Tensor, "rows k"]) -> Float[Tensor, "n k"]:
     """dy' x, as the gradient of a weight is, without a gradient.
 
     oneDNN is fastest, by up to 1.8, where the first of its factors is the narrower.
     """
     if _turned(dy, x):
-        return product(x.t(), dy.t(), None).t()
-    return product(dy.t(), x.t(), None)
+        return linear_forward(x.t(), dy.t(), None).t()
+    return linear_forward(dy.t(), x.t(), None)
 
 
 def _turned(dy: Tensor, x: Tensor) -> Any:  # a number, or a symbol of one
     return dy.shape[1] > x.shape[1]
 
 
-_product = torch.library.custom_op(
-    "mambaflow::product", product, mutates_args=(),
+_linear = torch.library.custom_op(
+    "mambaflow::linear", linear_forward, mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
 )  # fmt: skip
-_across = torch.library.custom_op(
-    "mambaflow::across", across, mutates_args=(), schema="(Tensor dy, Tensor x) -> Tensor"
+_weight_grad = torch.library.custom_op(
+    "mambaflow::weight_grad", weight_grad, mutates_args=(), schema="(Tensor dy, Tensor x) -> Tensor"
 )
-_product.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
+_linear.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
 
 
-@_across.register_fake
+@_weight_grad.register_fake
 def _(dy: Tensor, x: Tensor) -> Tensor:
     n, k = dy.shape[1], x.shape[1]
     return x.new_empty(k, n).t() if _turned(dy, x) else x.new_empty(n, k)
@@ -93,23 +94,23 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(inputs[0] if of_weight else None, inputs[1] if through else None)
 
 
-def _product_back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
-    dx = None if weight is None else _product(dy, weight.t(), None)
-    dweight = None if x is None else _across(dy, x)
+    dx = None if weight is None else _linear(dy, weight.t(), None)
+    dweight = None if x is None else _weight_grad(dy, x)
     return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _across_back(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _weight_grad_backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
     dy, x = ctx.saved_tensors
     return (
-        None if x is None else _product(x, slope, None),
-        None if dy is None else _product(dy, slope.t(), None),
+        None if x is None else _linear(x, slope, None),
+        None if dy is None else _linear(dy, slope.t(), None),
     )
 
 
-_product.register_autograd(_product_back, setup_context=_save)
-_across.register_autograd(_across_back, setup_context=_save)
+_linear.register_autograd(_linear_backward, setup_context=_save)
+_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save)
 
 
 def linear(
@@ -119,7 +120,7 @@ def linear(
 ) -> Float[Tensor, "*rows n"]:
     """x weight' + bias, and gradients of any order; not for forward-mode ones, nor for vmap."""
     if large(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+        return _linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight, bias)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mambaflow.kernels.build import kernels, library, pointer
 
 
-def serves(given: Int[Tensor, "..."]) -> bool:
+def is_supported(given: Int[Tensor, "..."]) -> bool:
     """Whether there are compiled kernels for these items or counters."""
     return given.device.type == "cpu" and library() is not None
 
@@ -23,10 +23,10 @@ def philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "*
     return out
 
 
-def words(
+def bits(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Int[Tensor, "m count"]:
-    """As `data.random_bits.words`, whose rules the arguments keep."""
+    """As `data.random_bits.bits`, whose rules the arguments keep."""
     out = item.new_empty((len(item), count), dtype=torch.int64)
     _call("mambaflow_words", item, [len(item), count], (seed, _code(purpose), stream), out)
     return out

@@ -13,24 +13,24 @@ from mambaflow.kernels.build import (
     LANES,
     MAX_STATES,
     MAX_TAPS,
-    built,
     dense,
+    int64_array,
+    is_built,
     kernels,
-    numbers,
+    needs_grad,
     pointer,
-    wanted,
 )
-from mambaflow.kernels.linear import across, product
-from mambaflow.kernels.scan_op import blank_gradients, keep_first, scan_operator
+from mambaflow.kernels.linear import linear_forward, weight_grad
+from mambaflow.kernels.scan_op import empty_gradients, keep_first, scan_operator
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
 
 
-def serves(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
+def is_supported(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
     """Whether there are compiled kernels for this: on CPU, not double, within their sizes."""
     fits = states <= MAX_STATES and taps <= MAX_TAPS
-    return x.device.type == "cpu" and x.dtype in KINDS and fits and built()
+    return x.device.type == "cpu" and x.dtype in KINDS and fits and is_built()
 
 
 def scan(
@@ -50,7 +50,7 @@ def scan(
     within("states of A", A.shape[-1], MAX_STATES)
     check(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
     given = [None if x is None else dense(x) for x in (u, dt, A, B, C, D, z)]
-    return _scan(*given, wanted(*given))[0].to(u.dtype)
+    return _scan(*given, needs_grad(*given))[0].to(u.dtype)
 
 
 def conv(
@@ -67,7 +67,7 @@ def conv(
     return _conv(dense(x), turned, bias.float().contiguous()).to(x.dtype)
 
 
-def inner(
+def mamba_inner(
     xz: Float[Tensor, "b n dd"],
     conv: nn.Conv1d,
     to_ranks: nn.Linear,
@@ -77,7 +77,7 @@ def inner(
 ) -> Float[Tensor, "b n d"]:
     """All of a Mamba block between its outer projections: convolution, projections, scan.
 
-    What `models.mamba.Mamba` computes with `models.mamba.causal_conv` and `models.selective_scan`; xz is u before the
+    What `models.mamba.Mamba` computes with `causal_conv` and `selective_scan`; xz is u before the
     convolution, then the gate, side by side. In float32, from half precisions too.
     """
     weight = conv.weight.squeeze(1).t()
@@ -85,7 +85,7 @@ def inner(
     names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
     check(**dict(zip(names, (xz, *rest), strict=True)))
     given = dense(xz), *(x.float().contiguous() for x in rest)
-    return _inner(*given, wanted(*given))[0].to(xz.dtype)
+    return _inner(*given, needs_grad(*given))[0].to(xz.dtype)
 
 
 def within(what: str, number: int, most: int) -> None:
@@ -108,7 +108,7 @@ def _strides(*rows: Tensor | None) -> list[int]:
     return [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
 
 
-def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _allocate(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """Room for the output and, where `keep`, for the states at the start of every chunk."""
     (b, n, d), s = u.shape, A.shape[1]
     kept = (b, -(-n // CHUNK), -(-d // LANES), s, LANES) if keep else (0,)
@@ -117,7 +117,7 @@ def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 def _scan_forward(u, dt, A, B, C, D, z, keep: bool) -> tuple[Tensor, Tensor]:
     """The output, and what is kept of the states."""
-    y, kept = _blank(u, A, keep)
+    y, kept = _allocate(u, A, keep)
     _scan_into(y, u, dt, A, B, C, D, z, kept if keep else None)
     return y, kept
 
@@ -126,7 +126,7 @@ def _scan_into(y, u, dt, A, B, C, D, z, kept: Tensor | None) -> None:
     """The output to `y`, which may be `u`: each chunk of it is read before it is written."""
     (b, n, d), s = u.shape, A.shape[1]
     A, D = A.contiguous(), D.contiguous()
-    shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z)])
+    shape = int64_array([b, n, d, s, *_strides(u, dt, B, C, z)])
     given = [pointer(x) for x in (u, dt, A, B, C, D, z, y, kept)]
     kernels().mambaflow_scan_forward(shape, *given, torch.get_num_threads())
 
@@ -139,7 +139,7 @@ def _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz) -> tuple[Tensor, ...]:
     du, ddt = u.new_empty(b, n, d), u.new_empty(b, n, d)
     dA, dD = u.new_empty(b, d, s), u.new_empty(b, d)
     dB, dC = u.new_empty(groups, b, n, s), u.new_empty(groups, b, n, s)
-    shape = numbers([b, n, d, s, *_strides(u, dt, B, C, z, dz)])
+    shape = int64_array([b, n, d, s, *_strides(u, dt, B, C, z, dz)])
     given = [pointer(x) for x in (u, dt, A, B, C, D, z, dy, kept, du, ddt, dz, dA, dD, dB, dC)]
     kernels().mambaflow_scan_backward(
         shape, *given, ctypes.c_int64(groups), torch.get_num_threads()
@@ -151,7 +151,7 @@ def _conv_forward(x, weight, bias) -> Tensor:
     (b, n, d), taps = x.shape, weight.shape[0]
     y = x.new_empty(b, n, d)
     given = [pointer(v) for v in (x, weight, bias, y)]
-    shape = numbers([b, n, d, taps, *_strides(x)])
+    shape = int64_array([b, n, d, taps, *_strides(x)])
     kernels().mambaflow_conv_forward(shape, *given, torch.get_num_threads())
     return y
 
@@ -162,7 +162,7 @@ def _conv_backward(x, weight, bias, dy, dx) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     dweight, dbias = x.new_empty(b, taps, d), x.new_empty(b, d)
     given = [pointer(v) for v in (x, weight, bias, dy, dx, dweight, dbias)]
-    shape = numbers([b, n, d, taps, *_strides(x, dx)])
+    shape = int64_array([b, n, d, taps, *_strides(x, dx)])
     kernels().mambaflow_conv_backward(shape, *given, torch.get_num_threads())
     return dweight.sum(0), dbias.sum(0)
 
@@ -173,7 +173,7 @@ def _scan_gradients(dy, kept, u, dt, A, B, C, D, z) -> list[Tensor]:
     return [*found] if dz is None else [*found, dz]
 
 
-_scan = scan_operator("scan", _scan_forward, _scan_gradients, _blank)
+_scan = scan_operator("scan", _scan_forward, _scan_gradients, _allocate)
 
 
 def _conv_gradients(dy, x, weight, bias) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +190,7 @@ _through_conv = torch.library.custom_op(
     schema=f"(Tensor dy, {CONV}) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _conv.register_fake(lambda x, weight, bias: x.new_empty(x.shape))
-_through_conv.register_fake(lambda dy, *inputs: tuple(blank_gradients(*inputs)))
+_through_conv.register_fake(lambda dy, *inputs: tuple(empty_gradients(*inputs)))
 _conv.register_autograd(
     lambda ctx, dy: _through_conv(dy, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -208,9 +208,9 @@ def _inner_forward(
     """The output and, where `keep`, what its backward pass needs of the way there."""
     x, z = xz.chunk(2, -1)
     u = _conv_forward(x, weight, bias)
-    ranks = product(u.flatten(0, 1), to_ranks, None).view(*u.shape[:2], len(to_ranks))
+    ranks = linear_forward(u.flatten(0, 1), to_ranks, None).view(*u.shape[:2], len(to_ranks))
     low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
-    dt = product(low.flatten(0, 1), to_dt, dt_bias).view(u.shape)
+    dt = linear_forward(low.flatten(0, 1), to_dt, dt_bias).view(u.shape)
     if not keep:  # as little memory as there can be: queries may be many
         _scan_into(u, u, dt, A, B, C, D, z, None)
         return _alone(u)
@@ -227,10 +227,12 @@ def _inner_gradients(
     low, B, C = ranks.split((to_dt.shape[1], A.shape[1], A.shape[1]), -1)
     du, ddt, dA, dB, dC, dD = _scan_backward(u, dt, A, B, C, D, z, kept, dy, dz)
     du, ddt, u, low = (v.flatten(0, 1) for v in (du, ddt, u, low))
-    dranks = torch.cat((product(ddt, to_dt.t(), None), dB.flatten(0, 1), dC.flatten(0, 1)), -1)
-    du += product(dranks, to_ranks.t(), None)
+    dranks = torch.cat(
+        (linear_forward(ddt, to_dt.t(), None), dB.flatten(0, 1), dC.flatten(0, 1)), -1
+    )
+    du += linear_forward(dranks, to_ranks.t(), None)
     dweight, dbias = _conv_backward(x, weight, bias, du, dx)
-    to_ranks, to_dt = across(dranks, u).contiguous(), across(ddt, low).contiguous()
+    to_ranks, to_dt = weight_grad(dranks, u).contiguous(), weight_grad(ddt, low).contiguous()
     return [dxz, dweight, dbias, to_ranks, to_dt, ddt.sum(0), dA, dD]
 
 
@@ -239,11 +241,11 @@ INNER = (
     "Tensor A, Tensor D"
 )
 _inner = torch.library.custom_op(
-    "mambaflow::inner", _inner_forward, mutates_args=(),
+    "mambaflow::mamba_inner", _inner_forward, mutates_args=(),
     schema=f"({INNER}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _through_inner = torch.library.custom_op(
-    "mambaflow::inner_backward", _inner_gradients, mutates_args=(),
+    "mambaflow::mamba_inner_backward", _inner_gradients, mutates_args=(),
     schema=f"(Tensor dy, Tensor kept, Tensor u, Tensor ranks, Tensor dt, {INNER}) -> Tensor[]",
 )  # fmt: skip
 
@@ -254,10 +256,10 @@ def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
     if not keep:
         return _alone(u)
     ranks = xz.new_empty(*xz.shape[:2], to_ranks.shape[0])
-    return *_blank(u, A, keep), u, ranks, torch.empty_like(u)
+    return *_allocate(u, A, keep), u, ranks, torch.empty_like(u)
 
 
-_through_inner.register_fake(lambda dy, kept, u, ranks, dt, *inputs: blank_gradients(*inputs))
+_through_inner.register_fake(lambda dy, kept, u, ranks, dt, *inputs: empty_gradients(*inputs))
 _inner.register_autograd(
     lambda ctx, dy, *_: (
         *([None] * 8 if dy is None else _through_inner(dy, *ctx.saved_tensors)),

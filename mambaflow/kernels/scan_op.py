@@ -14,7 +14,7 @@ def scan_operator(
     name: str,
     forward: Callable[..., tuple[Tensor, Tensor]],
     backward: Callable[..., list[Tensor]],
-    blank: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]],
+    allocate: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]],
 ) -> Any:
     """The operator mambaflow::<name> of the inputs of `models.selective_scan` and `keep`.
 
@@ -22,7 +22,7 @@ def scan_operator(
         forward: the output, and what is kept for the backward pass, of the inputs and `keep`.
         backward: of the output's gradient, what was kept, and the inputs, the gradients of those
             that there are.
-        blank: room for what `forward` gives, of u, A and `keep`.
+        allocate: room for what `forward` gives, of u, A and `keep`.
     """
     scan = torch.library.custom_op(
         f"mambaflow::{name}", forward, mutates_args=(),
@@ -32,8 +32,8 @@ def scan_operator(
         f"mambaflow::{name}_backward", backward, mutates_args=(),
         schema=f"(Tensor dy, Tensor kept, {INPUTS}) -> Tensor[]",
     )  # fmt: skip
-    scan.register_fake(lambda u, dt, A, B, C, D, z, keep: blank(u, A, keep))
-    gradients.register_fake(lambda dy, kept, *inputs: blank_gradients(*inputs))
+    scan.register_fake(lambda u, dt, A, B, C, D, z, keep: allocate(u, A, keep))
+    gradients.register_fake(lambda dy, kept, *inputs: empty_gradients(*inputs))
 
     def through(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         found = [] if dy is None else gradients(dy, *ctx.saved_tensors)
@@ -43,7 +43,7 @@ def scan_operator(
     return scan
 
 
-def blank_gradients(*inputs: Tensor | None) -> list[Tensor]:
+def empty_gradients(*inputs: Tensor | None) -> list[Tensor]:
     """Room for the gradients of the inputs that there are."""
     return [x.new_empty(x.shape) for x in inputs if x is not None]
 

@@ -170,7 +170,7 @@ def _strides(*rows: Tensor | None) -> list[int]:
     return [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
 
 
-def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _allocate(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """Room for the output and, where `keep`, for the states at the start of every chunk."""
     (b, n, d), s = u.shape, A.shape[1]
     return u.new_empty(b, n, d), A.new_empty((b, -(-n // CHUNK), d, s) if keep else (0,))
@@ -178,7 +178,7 @@ def _blank(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 def _scan_forward(u, dt, A, B, C, D, z, keep) -> tuple[Tensor, Tensor]:
     (b, n, d), s = u.shape, A.shape[1]
-    y, kept = _blank(u, A, keep)
+    y, kept = _allocate(u, A, keep)
     blocks, sizes = _sizes(d, s)
     with torch.cuda.device_of(u):  # Triton launches on the current device
         _forward[b, blocks](
@@ -205,4 +205,4 @@ def _scan_backward(dy, kept, u, dt, A, B, C, D, z) -> list[Tensor]:
     return found if z is None else [*found, dz]
 
 
-_scan = scan_operator("triton_scan", _scan_forward, _scan_backward, _blank)
+_scan = scan_operator("triton_scan", _scan_forward, _scan_backward, _allocate)

@@ -12,7 +12,7 @@ from mambaflow.kernels import attention_cpu
 from mambaflow.kernels.linear import Linear
 
 
-class Keys(NamedTuple):
+class KeyValue(NamedTuple):
     """What attention reads, computed once and asked by any number of queries."""
 
     key: Float[Tensor, "b h k e"]
@@ -30,7 +30,7 @@ def attend(
     Where ours is not built, and gradients of few tokens are wanted on CPU, all b h n k scores are
     kept: plain products take 0.8 times as long as torch's kernel.
     """
-    if attention_cpu.serves(query):
+    if attention_cpu.is_supported(query):
         return attention_cpu.attend(query, key, value)
     few = query.shape[:3].numel() * key.shape[2] <= PLAIN
     if few and query.dtype == torch.float32 and not query.is_cuda and torch.is_grad_enabled():
@@ -80,30 +80,30 @@ class Attention(nn.Module):
             self.log_width = nn.Parameter(torch.linspace(math.log(0.02), math.log(0.3), heads))
             self.colours = Linear(3 * heads, width, bias=False)
 
-    def keys(
+    def kv(
         self,
         tokens: Float[Tensor, "b k d"],
         xy: Float[Tensor, "b k 2"],
         rgb: Float[Tensor, "b k 3"],
-    ) -> Keys:
+    ) -> KeyValue:
         """The keys and values of `tokens`, which stand at `xy` and have colours `rgb`."""
         key, value = self.key_value(tokens).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         if not self.windows:
-            return Keys(key, value)
+            return KeyValue(key, value)
         centred = xy - 0.5
         place = torch.cat((centred, -0.5 * centred.square().sum(-1, keepdim=True)), -1)
-        return Keys(self._widen(key, place), self._widen(value, rgb))
+        return KeyValue(self._widen(key, place), self._widen(value, rgb))
 
     def forward(
-        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], keys: Keys
+        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], kv: KeyValue
     ) -> Float[Tensor, "b n d"]:
         """What the tokens read."""
-        out, colours = self.read(tokens, xy, keys)
+        out, colours = self.read(tokens, xy, kv)
         return self.out(out) if colours is None else self.out(out) + self.colours(colours)
 
     def read(
-        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], keys: Keys
+        self, tokens: Float[Tensor, "b n d"], xy: Float[Tensor, "b n 2"], kv: KeyValue
     ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n c"] | None]:
         """The heads' outputs before their projection, and the colours that each head read."""
         query = self.query(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -113,10 +113,10 @@ class Attention(nn.Module):
             query = self._aim(query, xy - 0.5)
             # Coordinates over s^2 reach the hundreds: bf16 would move the windows.
             with torch.autocast(query.device.type, enabled=False):
-                found = attend(query, *keys)
+                found = attend(query, *kv)
             colours = found[..., size : size + 3].transpose(1, 2).flatten(2)
             return found[..., :size].transpose(1, 2).flatten(2), colours
-        found = attend(query, *keys)
+        found = attend(query, *kv)
         return found.transpose(1, 2).flatten(2), None
 
     def _aim(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambaflow.kernels.linear import Linear
-from mambaflow.models.attention import Attention, Keys, attend
+from mambaflow.models.attention import attend
 
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 
@@ -55,7 +55,7 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat((phase.sin(), phase.cos()), -1))
 
 
-class Surroundings(nn.Module):
+class LocalLinearFeatures(nn.Module):
     """The known colours around a place, as a plane fitted under each of several windows.
 
     Local linear regression (Cleveland 1979; Fan & Gijbels 1996, section 3.2): with p the softmax
@@ -121,7 +121,7 @@ class Smoother(nn.Module):
 
     def __init__(self, width: int, windows: int) -> None:
         super().__init__()
-        self.surroundings = Surroundings(width, windows)
+        self.local_linear = LocalLinearFeatures(width, windows)
         self.gate = Linear(width, windows)
         self.correction = Linear(width, 3)
         nn.init.zeros_(self.correction.weight)
@@ -135,7 +135,7 @@ class Smoother(nn.Module):
         known_rgb: Float[Tensor, "b k 3"],
     ) -> tuple[Float[Tensor, "b n 3"], Float[Tensor, "b n d"]]:
         """The fill and the features."""
-        planes, seen = self.surroundings(xy, known_xy, known_rgb)
+        planes, seen = self.local_linear(xy, known_xy, known_rgb)
         features = tokens + seen
         share = self.gate(features).float().softmax(-1)
         fill = torch.einsum("bnh,bnhc->bnc", share, planes)
@@ -165,48 +165,3 @@ def mlp(width: int, ratio: int) -> nn.Sequential:
     return nn.Sequential(
         Linear(width, ratio * width), nn.GELU("tanh"), Linear(ratio * width, width)
     )
-
-
-class PerceiverBlock(nn.Module):
-    """One iteration: queries read the known pixels, then each other, then think."""
-
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: int, windows: bool, residual: bool
-    ) -> None:
-        super().__init__()
-        self.residual = residual
-        self.cross = Attention(width, heads, windows)
-        self.among = Attention(width, heads, windows)
-        self.mlp = mlp(width, mlp_ratio)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "b n d"],
-        xy: Float[Tensor, "b n 2"],
-        rgb: Float[Tensor, "b n 3"],
-        keys: Keys,
-        modulation: Float[Tensor, "3 3 b 1 d"] | None,
-        awake: Float[Tensor, "b 1 1"] | None,
-    ) -> Float[Tensor, "b n d"]:
-        """`rgb`: the noisy colours shown; `awake`: 0 where they say nothing, at t = 0, so that
-        what is asked beside a pixel cannot change its posterior mean; None: nowhere, and the
-        attention among queries is spared."""
-        asked, gate = self._enter(tokens, 0, modulation)
-        read = gate * self.cross(asked, xy, keys)
-        tokens = tokens + read if self.residual else read
-        if awake is not None:
-            asked, gate = self._enter(tokens, 1, modulation)
-            heard = self.among(asked, xy, self.among.keys(asked, xy, rgb))
-            tokens = tokens + awake * gate * heard
-        asked, gate = self._enter(tokens, 2, modulation)
-        return tokens + gate * self.mlp(asked)
-
-    def _enter(
-        self, tokens: Float[Tensor, "b n d"], i: int, modulation: Tensor | None
-    ) -> tuple[Float[Tensor, "b n d"], Tensor | float]:
-        normed = self.norms[i](tokens)
-        if modulation is None:
-            return normed, 1.0
-        scale, shift, gate = modulation[i]
-        return torch.addcmul(shift, normed, 1 + scale), gate

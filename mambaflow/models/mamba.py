@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mambaflow.kernels import scan_cpu
 from mambaflow.kernels.linear import Linear
-from mambaflow.models.selective_scan import agree, selective_scan
+from mambaflow.models.selective_scan import require_shapes, selective_scan
 
 
 def causal_conv(
@@ -17,8 +17,8 @@ def causal_conv(
 ) -> Float[Tensor, "b n d"]:
     """silu of each channel's convolution with its own past; weight as nn.Conv1d keeps it."""
     (_, n, d), taps = x.shape, weight.shape[-1]
-    agree(weight=(weight, (d, 1, taps)), bias=(bias, (d,)))
-    if scan_cpu.serves(x, taps=taps):
+    require_shapes(weight=(weight, (d, 1, taps)), bias=(bias, (d,)))
+    if scan_cpu.is_supported(x, taps=taps):
         return scan_cpu.conv(x, weight, bias)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps - 1, groups=d)
     return F.silu(y[..., :n]).transpose(1, 2)
@@ -60,7 +60,7 @@ class Mamba(nn.Module):
         with torch.autocast(xz.device.type, enabled=False):  # states decay through fp32
             A = -torch.exp(self.A_log)
         if self._fuses(xz):
-            inner = scan_cpu.inner(xz, self.conv1d, self.x_proj, self.dt_proj, A, self.D)
+            inner = scan_cpu.mamba_inner(xz, self.conv1d, self.x_proj, self.dt_proj, A, self.D)
             return self.out_proj(inner)
         x, z = xz.chunk(2, -1)
         assert self.conv1d.bias is not None
@@ -76,4 +76,4 @@ class Mamba(nn.Module):
         """Whether the native kernels take the whole block, in float32."""
         same = {xz.dtype, self.x_proj.weight.dtype} == {torch.float32}
         taps = self.conv1d.kernel_size[0]
-        return same and scan_cpu.serves(xz, states=self.d_state, taps=taps)
+        return same and scan_cpu.is_supported(xz, states=self.d_state, taps=taps)

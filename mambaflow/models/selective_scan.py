@@ -164,10 +164,12 @@ def selective_scan(
         ValueError: an unknown backend; shapes that disagree; what the backend cannot take.
     """
     (b, n, d), s = u.shape, A.shape[-1]
-    agree(dt=(dt, (b, n, d)), A=(A, (d, s)), B=(B, (b, n, s)), C=(C, (b, n, s)), D=(D, (d,)))
-    agree(z=(z, (b, n, d)))
+    require_shapes(
+        dt=(dt, (b, n, d)), A=(A, (d, s)), B=(B, (b, n, s)), C=(C, (b, n, s)), D=(D, (d,))
+    )
+    require_shapes(z=(z, (b, n, d)))
     if backend == "auto":
-        backend = fastest(u, s)
+        backend = fastest_backend(u, s)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
     if not u.numel():  # nothing to scan, and gradients of nothing are zero
@@ -175,18 +177,18 @@ def selective_scan(
     return BACKENDS[backend](u, dt, A, B, C, D, z)
 
 
-def agree(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def require_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """Refuse shapes that disagree, before a kernel reads beyond them."""
     for name, (x, shape) in tensors.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} (of shape {tuple(x.shape)}) must have shape {shape}")
 
 
-def fastest(u: Tensor, states: int) -> str:
+def fastest_backend(u: Tensor, states: int) -> str:
     """The backend that "auto" takes for a tensor like this one, with this many states."""
     if u.is_cuda and u.dtype != torch.float64:
         return _on_gpu()
-    return "native" if scan_cpu.serves(u, states=states) else "chunked"
+    return "native" if scan_cpu.is_supported(u, states=states) else "chunked"
 
 
 @torch.compiler.assume_constant_result  # which torch.compile reads of a plain function alone

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from mambaflow.config import ModelConfig
 from mambaflow.kernels.linear import Linear
-from mambaflow.models.attention import Attention, Keys
+from mambaflow.models.attention import KeyValue
 from mambaflow.models.curves import curve_key
+from mambaflow.models.encoder import Encoder
 from mambaflow.models.layers import (
     FourierFeatures,
-    Modulation,
-    PerceiverBlock,
+    LocalLinearFeatures,
     Smoother,
-    Surroundings,
     TimeEmbedding,
-    mlp,
 )
-from mambaflow.models.mamba import Mamba
+from mambaflow.models.readouts import READOUTS
 
 Velocity = Callable[[Float[Tensor, "b n 3"], Float[Tensor, " b"]], Float[Tensor, "b n 3"]]
 
@@ -30,7 +28,7 @@ INITIAL_ERROR_VARIANCE = 0.03
 
 
 @runtime_checkable
-class Given(Protocol):
+class Conditioning(Protocol):
     """What is known and what is asked: a PixelBatch, or anything with these three fields."""
 
     @property
@@ -41,116 +39,6 @@ class Given(Protocol):
 
     @property
     def query_xy(self) -> Float[Tensor, "b n 2"]: ...
-
-
-class ScanStack(nn.Module):
-    """Mamba layers one after the other, pre-norm and residual."""
-
-    def __init__(self, config: ModelConfig, num_layers: int) -> None:
-        super().__init__()
-        width = config.d_model
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_layers))
-        self.layers = nn.ModuleList(
-            Mamba(width, config.d_state, config.d_conv, config.expand) for _ in range(num_layers)
-        )
-
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        for norm, layer in zip(self.norms, self.layers, strict=True):
-            tokens = tokens + layer(norm(tokens))
-        return tokens
-
-
-class Encoder(nn.Module):
-    """The scan over tokens in order: forward alone, or forward and backward, concatenated and
-    projected."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, layers = config.d_model, config.num_layers
-        self.bidirectional = config.bidirectional
-        self.forward_stack = ScanStack(config, layers // 2 if self.bidirectional else layers)
-        if self.bidirectional:
-            self.backward_stack = ScanStack(config, layers // 2)
-            self.join = Linear(2 * width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        ahead = self.forward_stack(tokens)
-        if self.bidirectional:
-            back = self.backward_stack(tokens.flip(1)).flip(1)
-            ahead = tokens + self.join(torch.cat((ahead, back), -1))
-        return self.norm(ahead)
-
-
-class CrossReadout(nn.Module):
-    """The baseline's: one cross-attention, queries from the scan reading known pixels."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.residual = config.residual
-        self.cross = Attention(config.d_model, config.num_heads, config.windows)
-        self.norm = nn.LayerNorm(config.d_model)
-        self.mlp = mlp(config.d_model, config.mlp_ratio)
-
-    def keys(self, memory: Tensor, xy: Tensor, rgb: Tensor) -> list[Keys]:
-        return [self.cross.keys(memory, xy, rgb)]
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "b n d"],
-        xy: Float[Tensor, "b n 2"],
-        rgb: Float[Tensor, "b n 3"],
-        keys: list[Keys],
-        time: Tensor,
-        awake: Float[Tensor, "b 1 1"] | None,
-    ) -> Float[Tensor, "b n d"]:
-        read = self.cross(tokens, xy, keys[0])
-        tokens = tokens + read if self.residual else read
-        return tokens + self.mlp(self.norm(tokens))
-
-
-class Perceiver(nn.Module):
-    """V2's: iterations of cross-attention, query self-attention and MLP, modulated by time."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, iterations = config.d_model, config.perceiver_iterations
-        self.blocks = nn.ModuleList(
-            PerceiverBlock(
-                width,
-                config.num_heads,
-                config.mlp_ratio,
-                config.windows,
-                config.residual or i > 0,
-            )
-            for i in range(iterations)
-        )
-        self.modulation = Modulation(width, 3, iterations) if config.modulation == "adaln" else None
-
-    def keys(self, memory: Tensor, xy: Tensor, rgb: Tensor) -> list[Keys]:
-        crosses: list[Attention] = [block.cross for block in self.blocks]  # type: ignore[misc]
-        return [cross.keys(memory, xy, rgb) for cross in crosses]
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "b n d"],
-        xy: Float[Tensor, "b n 2"],
-        rgb: Float[Tensor, "b n 3"],
-        keys: list[Keys],
-        time: Tensor,
-        awake: Float[Tensor, "b 1 1"] | None,
-    ) -> Float[Tensor, "b n d"]:
-        adaln = self.modulation
-        modulations = [None] * len(self.blocks) if adaln is None else adaln(time)
-        for block, read, modulation in zip(self.blocks, keys, modulations, strict=True):
-            tokens = block(tokens, xy, rgb, read, modulation, awake)
-        return tokens
-
-
-READOUTS: dict[str, type[CrossReadout] | type[Perceiver]] = {
-    "cross_attention": CrossReadout,
-    "perceiver": Perceiver,
-}
 
 
 def gaussian_start(
@@ -176,7 +64,7 @@ def gaussian_start(
 class VelocityField(nn.Module):
     """v(x, t | known pixels) at any coordinates, composed from a ModelConfig.
 
-    `given` computes once all that needs neither x nor t; the velocity it returns is what a
+    `condition` computes once all that needs neither x nor t; the velocity it returns is what a
     sampler calls. With `start="gaussian"` the posterior mean x_0 + v(x_0, 0) of a pixel depends
     on nothing but the known pixels: neither on the noise nor on what else is asked.
     """
@@ -190,8 +78,8 @@ class VelocityField(nn.Module):
         self.embed_query = Linear(self.features.width, width)
         self.embed_colour = Linear(3, width, bias=False)
         self.time = TimeEmbedding(width, config.time_scale)
-        if config.surroundings:
-            self.surroundings = Surroundings(width, config.num_heads)
+        if config.local_linear:
+            self.local_linear = LocalLinearFeatures(width, config.num_heads)
         self.encoder = Encoder(config)
         self.readout = READOUTS[config.readout](config)
         self.norm = nn.LayerNorm(width)
@@ -203,21 +91,22 @@ class VelocityField(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(
-        self, given: Given, x: Float[Tensor, "b n 3"], t: Float[Tensor, " b"]
+        self, conditioning: Conditioning, x: Float[Tensor, "b n 3"], t: Float[Tensor, " b"]
     ) -> Float[Tensor, "b n 3"]:
         """The velocity at once, as training asks for it."""
-        return self.given(given)(x, t)
+        return self.condition(conditioning)(x, t)
 
-    def given(self, given: Given) -> Velocity:
+    def condition(self, conditioning: Conditioning) -> Velocity:
         """The velocity field of these known pixels at these coordinates."""
-        known_xy, known_rgb = self._in_order(given.known_xy, given.known_rgb)
+        known_xy, known_rgb = self._in_order(conditioning.known_xy, conditioning.known_rgb)
         known = self.embed_known(torch.cat((self.features(known_xy), known_rgb), -1))
-        if self.config.surroundings:
-            known = known + self.surroundings(known_xy, known_xy, known_rgb)[1]
-        query = self.embed_query(self.features(given.query_xy))
+        if self.config.local_linear:
+            known = known + self.local_linear(known_xy, known_xy, known_rgb)[1]
+        query_xy = conditioning.query_xy
+        query = self.embed_query(self.features(query_xy))
         if self.config.scan == "known":
-            return self._reading(known_xy, known_rgb, self.encoder(known), given.query_xy, query)
-        return self._scanning(known_xy, known_rgb, known, given.query_xy, query)
+            return self._reading(known_xy, known_rgb, self.encoder(known), query_xy, query)
+        return self._scanning(known_xy, known_rgb, known, query_xy, query)
 
     def _in_order(
         self, xy: Float[Tensor, "b k 2"], rgb: Float[Tensor, "b k 3"]
@@ -234,19 +123,22 @@ class VelocityField(nn.Module):
         query: Float[Tensor, "b n d"],
     ) -> Velocity:
         """Queries read the scan of the known pixels, and do not pass through it."""
-        keys = self.readout.keys(memory, known_xy, known_rgb)
+        kvs = self.readout.kvs(memory, known_xy, known_rgb)
         if self.config.start == "plain":
-            return lambda x, t: self._read(query, query_xy, keys, x, t, torch.ones_like(t))
+            return lambda x, t: self._read(query, query_xy, kvs, x, t, _open(t))
         fill, features = self.smoother(query, query_xy, known_xy, known_rgb)
         variance = self.log_variance.exp()
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             start, shown, factor = gaussian_start(x, t[:, None, None], fill, variance)
             # Below t = 0.1 a noisy colour tells less than 0.1 % of its variance: it fades out.
-            awake = torch.tanh(10 * t)
-            shown = awake[:, None, None] * shown
-            heard = awake if torch.is_grad_enabled() or awake.any() else None
-            return start + factor * self._read(features, query_xy, keys, shown, t, heard)
+            noise_gate = torch.tanh(10 * t)[:, None, None]
+            # A posterior mean hears no neighbours: their attention is spared, quadratic as it is.
+            # Not in training, where DDP would wait for the gradients of layers that were left out.
+            heard = torch.is_grad_enabled() or bool(noise_gate.any())
+            shown = noise_gate * shown
+            read = self._read(features, query_xy, kvs, shown, t, noise_gate if heard else None)
+            return start + factor * read
 
         return velocity
 
@@ -266,8 +158,8 @@ class VelocityField(nn.Module):
             asked = query + self.embed_colour(x) + self.time(t)[:, None]
             tokens = self.encoder(take(torch.cat((known, asked), 1), order))
             memory, asked = take(tokens, back).split((k, x.shape[1]), 1)
-            keys = self.readout.keys(memory, known_xy, known_rgb)
-            return self._out(asked, query_xy, keys, x, t, torch.ones_like(t))
+            kvs = self.readout.kvs(memory, known_xy, known_rgb)
+            return self._out(asked, query_xy, kvs, x, t, _open(t))
 
         return velocity
 
@@ -285,29 +177,33 @@ class VelocityField(nn.Module):
         self,
         query: Tensor,
         xy: Tensor,
-        keys: list[Keys],
+        kvs: list[KeyValue],
         x: Tensor,
         t: Tensor,
-        awake: Tensor | None,
+        noise_gate: Float[Tensor, "b 1 1"] | None,
     ) -> Float[Tensor, "b n 3"]:
         tokens = query + self.embed_colour(x)
         if self.config.modulation == "add":
             tokens = tokens + self.time(t)[:, None]
-        return self._out(tokens, xy, keys, x, t, awake)
+        return self._out(tokens, xy, kvs, x, t, noise_gate)
 
     def _out(
         self,
         tokens: Tensor,
         xy: Tensor,
-        keys: list[Keys],
+        kvs: list[KeyValue],
         x: Tensor,
         t: Tensor,
-        awake: Tensor | None,
+        noise_gate: Float[Tensor, "b 1 1"] | None,
     ) -> Float[Tensor, "b n 3"]:
         time = self.time(t) if self.config.modulation == "adaln" else tokens.new_zeros(())
-        heard = None if awake is None else awake[:, None, None]
-        tokens = self.readout(tokens, xy, x, keys, time, heard)
+        tokens = self.readout(tokens, xy, x, kvs, time, noise_gate)
         return self.head(self.norm(tokens)).float()
+
+
+def _open(t: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1"]:
+    """The gate of a network that hears its noisy colours at every time."""
+    return torch.ones_like(t)[:, None, None]
 
 
 def take(tokens: Float[Tensor, "b n d"], order: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:

@@ -2,7 +2,7 @@
 
     step_0000400/
       model.safetensors      weights
-      averaged.safetensors   their exponential average, which is what is evaluated
+      ema.safetensors        their exponential average, which is what is evaluated
       optimizer.safetensors  moments and step counts of the optimiser
       checkpoint.json        format, step, configuration, scores; sha256 of the others and of
                              itself; written last and removed first
@@ -187,7 +187,7 @@ def best_step(run: Storage, score: str, until: int | None = None) -> int | None:
 def load_model(
     run: str | Path, *, score: str = "val/psnr", device: str = "cpu"
 ) -> tuple[VelocityField, Index]:
-    """The averaged weights of a run's best checkpoint, ready to sample.
+    """The averaged weights (EMA) of a run's best checkpoint, ready to sample.
 
     Args:
         run: the run's folder or s3:// address.
@@ -200,7 +200,7 @@ def load_model(
     index = read_index(storage, step)
     with torch.random.fork_rng(devices=[]):  # its first weights, replaced at once
         model = VelocityField(index.config.model)
-    parts = _read_parts(storage, index, ("averaged",))
-    _require_fit(parts["averaged"], model, f"{_where(storage, step)}: averaged")
-    model.load_state_dict(parts["averaged"])
+    parts = _read_parts(storage, index, ("ema",))
+    _require_fit(parts["ema"], model, f"{_where(storage, step)}: ema")
+    model.load_state_dict(parts["ema"])
     return model.to(device).eval().requires_grad_(False), index

@@ -2,7 +2,7 @@
 
     step_0000400/
       model.safetensors      weights
-      averaged.safetensors   their exponential average, which is what is evaluated
+      ema.safetensors        their exponential average, which is what is evaluated
       optimizer.safetensors  moments and step counts of the optimiser
       checkpoint.json        format, step, configuration, scores; sha256 of the others and of
                              itself; written last and removed first
@@ -39,7 +39,7 @@ from mambaflow.storage import Storage
 from mambaflow.training.loop import TrainState
 
 log = logging.getLogger(__name__)
-PARTS = ("model", "averaged", "optimizer")
+PARTS = ("model", "ema", "optimizer")
 
 
 def save(state: TrainState, index: Index, run: Storage) -> str:
@@ -74,7 +74,7 @@ def _remove(run: Storage, folder: str) -> None:
 def _parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
     return {
         "model": state.model.state_dict(),
-        "averaged": state.averaged.state_dict(),
+        "ema": state.ema.state_dict(),
         "optimizer": {
             f"{i}.{key}": torch.as_tensor(value)
             for i, moments in state.optimizer.state_dict()["state"].items()
@@ -93,14 +93,14 @@ def restore(state: TrainState, run: Storage, step: int) -> Index:
             f"{where} is of another model ({'; '.join(other)}); build the model that it is of"
         )
     parts = _read_parts(run, index, PARTS)
-    for part, module in (("model", state.model), ("averaged", state.averaged)):
+    for part, module in (("model", state.model), ("ema", state.ema)):
         _require_fit(parts[part], module, f"{where}: {part}")
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in parts["optimizer"].items():
         number, moment = key.split(".", 1)
         moments.setdefault(int(number), {})[moment] = value
     state.model.load_state_dict(parts["model"])
-    state.averaged.load_state_dict(parts["averaged"])
+    state.ema.load_state_dict(parts["ema"])
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.step = index.step

@@ -47,19 +47,19 @@ class TrainState:
             torch.manual_seed(train.seed)
             self.model = VelocityField(model)
         self.model.to(device)
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, train.weight_decay), lr=train.lr, fused=True
         )
         self.step = 0
         self._weights: list[Tensor] = [p.detach() for p in self.model.parameters()]
-        self._averaged: list[Tensor] = list(self.averaged.parameters())
+        self._ema: list[Tensor] = list(self.ema.parameters())
 
-    def average(self, decay: float) -> None:
-        """Move the averaged weights; the decay is ramped up so that early ones are forgotten
+    def update_ema(self, decay: float) -> None:
+        """Move the average of the weights; the decay is ramped up so that early ones are forgotten
         (Karras et al. 2024, without the power-law profile)."""
         ramped = min(decay, (1 + self.step) / (EMA_RAMP + self.step))
-        torch._foreach_lerp_(self._averaged, self._weights, 1 - ramped)
+        torch._foreach_lerp_(self._ema, self._weights, 1 - ramped)
 
 
 def _decay_groups(model: nn.Module, decay: float) -> list[dict]:
@@ -132,7 +132,7 @@ def fit(
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        state.average(config.ema_decay)
+        state.update_ema(config.ema_decay)
         yield Progress(state.step, value.detach(), norm.detach(), lr, waited)
 
 

@@ -10,7 +10,7 @@ from mambaflow.training.loop import Forward
 
 
 @dataclass(frozen=True)
-class Point:
+class RunProgress:
     """Where a run is: what a progress bar shows."""
 
     step: int
@@ -19,7 +19,7 @@ class Point:
     samples_per_second: float
 
 
-class World:
+class ProcessGroup:
     """Who trains together. This one is a process alone, or one of those that torchrun started."""
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
@@ -29,13 +29,13 @@ class World:
         """The model with its gradients averaged over the workers."""
         return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
 
-    def reported(self, scores: dict[str, float], uri: str) -> None:
+    def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
         """Called by every worker after a checkpoint is in place."""
 
-    def pin(self, point: Point) -> None:
+    def report_progress(self, point: RunProgress) -> None:
         """Called by the first worker with news."""
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the workers."""
         if self.size > 1:
             dist.all_reduce(values)

@@ -7,7 +7,7 @@
       report/                results.json, table.md and picture.png on the test split, at the end
       STOP                   put there by anyone: checkpoint and stop
 
-Nothing here knows what started the workers: a World says who else there is.
+Nothing here knows what started the workers: a ProcessGroup says who else there is.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from PIL import Image
 
 from mambaflow.checks import require
 from mambaflow.config import RunConfig, differences, from_json, to_dict, to_json
-from mambaflow.data.batches import Ahead, Batches, Layout, Stream
-from mambaflow.data.device_rows import resident
+from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
+from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet
-from mambaflow.evaluation.complete import Holdout, final_report, validate
+from mambaflow.evaluation.complete import EvalSet, final_report, validate
 from mambaflow.models import weights
 from mambaflow.models.weights import Index
 from mambaflow.report.run_log import Logbook
 from mambaflow.storage import Storage, at
 from mambaflow.training import checkpoint
 from mambaflow.training.loop import Progress, TrainState, compiled, fit
-from mambaflow.training.process_group import Point, World
-from mambaflow.training.stop_signal import STOP, Stopwatch
+from mambaflow.training.process_group import ProcessGroup, RunProgress
+from mambaflow.training.stop_signal import STOP, StopSignal
 
 BEST = "val/psnr"
 CONFIG, RESULTS = "config.json", "report/results.json"
@@ -162,40 +162,40 @@ def check_data(config: RunConfig) -> None:
         ValueError: a split is missing, damaged, or does not fit the others or the configuration.
     """
     splits = {split: ShardSet(config.data, split) for split in ("train", "validation", "test")}
-    recipe = splits["train"].recipe
-    Batches(splits["train"], Layout.of(recipe, config.model), config.train)
+    spec = splits["train"].spec
+    Batches(splits["train"], Layout.of(spec, config.model), config.train)
     require(
-        config.train.masks == "strict" or recipe.full_images,
+        config.train.masks == "strict" or spec.full_images,
         f"masks (={config.train.masks!r}) needs whole training images, and {config.data} holds "
         "only the staged pixels; stage again with --full-images, or use --masks strict",
     )
     splits["train"].rows(np.arange(1))
-    held_out = {"validation": config.train.eval_images, "test": config.train.test_images}
-    for split, count in held_out.items():
-        other = splits[split].recipe
+    eval_set = {"validation": config.train.eval_images, "test": config.train.test_images}
+    for split, count in eval_set.items():
+        other = splits[split].spec
         require(
-            len(splits[split]) > 0 and (other.size, other.known) == (recipe.size, recipe.known),
+            len(splits[split]) > 0 and (other.size, other.known) == (spec.size, spec.known),
             f"data (={config.data}) must hold {split} images, staged as the training ones "
-            f"({recipe.known} known pixels of {recipe.size} x {recipe.size}), and holds "
+            f"({spec.known} known pixels of {spec.size} x {spec.size}), and holds "
             f"{len(splits[split])} ({other.known} of {other.size} x {other.size}); stage it again",
         )
         splits[split].rows(np.arange(min(count, len(splits[split]))))
 
 
-def train(config: RunConfig, world: World) -> Outcome:
-    """Train as this worker of `world`, from the newest checkpoint if there is one."""
+def train(config: RunConfig, group: ProcessGroup) -> Outcome:
+    """Train as this worker of `group`, from the newest checkpoint if there is one."""
     run = at(config.storage).child(config.run_name)
     shards = ShardSet(config.data, "train")
-    layout = Layout.of(shards.recipe, config.model)
-    rows = resident(shards, world.device, images=config.train.masks == "fresh")
-    batches = Batches(shards, layout, config.train, world.rank, world.size, rows)
+    layout = Layout.of(shards.spec, config.model)
+    rows = device_resident(shards, group.device, images=config.train.masks == "fresh")
+    batches = Batches(shards, layout, config.train, group.rank, group.size, rows)
     steps = _steps(config, len(shards))
-    state = TrainState(config.model, config.train, world.device)
+    state = TrainState(config.model, config.train, group.device)
     index = checkpoint.restore_newest(state, run)
     if index is not None:
         log.info("resumed %s after step %d", config.run_name, index.step)
-    _require_together(state.step, world)
-    worker = Worker(config, world, run, state, layout, steps)
+    _require_together(state.step, group)
+    worker = Worker(config, group, run, state, layout, steps)
     try:
         outcome = worker.train(batches)
         if outcome.status == "finished":
@@ -206,13 +206,13 @@ def train(config: RunConfig, world: World) -> Outcome:
     return outcome
 
 
-def _require_together(step: int, world: World) -> None:
+def _require_together(step: int, group: ProcessGroup) -> None:
     """Every worker must have restored the same checkpoint, or their gradients would mix."""
-    total = int(world.total(torch.tensor(step, device=world.device)))
-    if total != step * world.size:
+    total = int(group.all_reduce(torch.tensor(step, device=group.device)))
+    if total != step * group.size:
         raise RuntimeError(
-            f"worker {world.rank} is after step {step}, the {world.size} workers on average after "
-            f"{total / world.size:g}: some read a checkpoint that others found damaged; "
+            f"worker {group.rank} is after step {step}, the {group.size} workers on average after "
+            f"{total / group.size:g}: some read a checkpoint that others found damaged; "
             "look for the warning in their logs"
         )
 
@@ -223,21 +223,21 @@ class Worker:
     def __init__(
         self,
         config: RunConfig,
-        world: World,
+        group: ProcessGroup,
         run: Storage,
         state: TrainState,
         layout: Layout,
         steps: int,
     ) -> None:
-        self.config, self.world, self.run = config, world, run
+        self.config, self.group, self.run = config, group, run
         self.state, self.layout, self.steps = state, layout, steps
-        self.first = world.rank == 0
-        self.stopwatch = Stopwatch(world, run)
+        self.first = group.rank == 0
+        self.stop_signal = StopSignal(group, run)
         self.book: Logbook | None = None
         if self.first:
             self.book = Logbook(run, state.step)
-            held_out = ShardSet(config.data, "validation")
-            self.held_out = Holdout.read(held_out, layout, config.train.eval_images)
+            eval_set = ShardSet(config.data, "validation")
+            self.eval_set = EvalSet.read(eval_set, layout, config.train.eval_images)
         self._start_clock()
 
     def _start_clock(self) -> None:
@@ -245,22 +245,22 @@ class Worker:
 
     def train(self, batches: Batches) -> Outcome:
         """Train to the end, or until somebody asks to stop."""
-        if self.world.device.type == "cpu":
+        if self.group.device.type == "cpu":
             return self._train(batches)
-        with contextlib.closing(Ahead(batches, self.world.device, self.steps)) as ahead:
+        with contextlib.closing(Prefetcher(batches, self.group.device, self.steps)) as ahead:
             return self._train(ahead)
 
     def _train(self, batches: Stream) -> Outcome:
-        forward = compiled(self.world.wrap(self.state.model), self.config.scale.compile)
+        forward = compiled(self.group.wrap(self.state.model), self.config.scale.compile)
         if self.first:
-            name, size = self.config.run_name, self.world.size
+            name, size = self.config.run_name, self.group.size
             log.info("training %s after step %d; workers: %d", name, self.state.step, size)
             if self.config.scale.compile != "off":
                 log.info("compiling the network: the first steps take a minute or two")
         stopped = False
-        with self.stopwatch.listening():
+        with self.stop_signal.listening():
             for progress in fit(self.state, batches, self.config.train, self.steps, forward):
-                stopped = self.stopwatch.stop() and progress.step < self.steps
+                stopped = self.stop_signal.stop() and progress.step < self.steps
                 self._watch(progress, stopped)
                 if stopped:
                     break
@@ -277,7 +277,7 @@ class Worker:
             self._start_clock()
 
     def _log(self, progress: Progress) -> None:
-        loss = self.world.total(progress.loss.clone()).item() / self.world.size
+        loss = self.group.all_reduce(progress.loss.clone()).item() / self.group.size
         if self.book is None:
             return
         seconds = time.perf_counter() - self._clock
@@ -294,14 +294,14 @@ class Worker:
                 "train/input_stall": stall,
             },
         )
-        self.world.pin(Point(progress.step, self.steps, loss, rate))
+        self.group.report_progress(RunProgress(progress.step, self.steps, loss, rate))
 
     def _save(self, step: int, validating: bool) -> None:
         """Validate, then save; a run that stops between two validations is saved as it is."""
         scores: dict[str, float] = {}
         if self.book is not None:
             if validating:
-                scores, picture = validate(self.state.averaged, self.held_out, self.config.train)
+                scores, picture = validate(self.state.ema, self.eval_set, self.config.train)
                 self.book.log.scalars(step, scores)
                 self.book.log.image(step, "validation", picture)
             self.book.push()
@@ -309,16 +309,18 @@ class Worker:
             checkpoint.save(self.state, index, self.run)
             best = weights.best_step(self.run, BEST, until=step)
             checkpoint.prune(self.run, newest=step, best=best)
-        self.world.reported({**scores, "step": float(step)}, f"{self.run.uri}/{weights.name(step)}")
+        self.group.report_checkpoint(
+            {**scores, "step": float(step)}, f"{self.run.uri}/{weights.name(step)}"
+        )
 
     def report(self) -> None:
         """Score the best checkpoint on the test split: the first worker's last task."""
         if self.book is None or reported_steps(self.run) == self.steps:
             return
-        model, index = weights.load_model(self.run.uri, score=BEST, device=str(self.world.device))
+        model, index = weights.load_model(self.run.uri, score=BEST, device=str(self.group.device))
         test = ShardSet(self.config.data, "test")
-        held_out = Holdout.read(test, self.layout, self.config.train.test_images)
-        report = final_report(model, held_out, self.config, index.step, self.steps)
+        eval_set = EvalSet.read(test, self.layout, self.config.train.test_images)
+        report = final_report(model, eval_set, self.config, index.step, self.steps)
         final = {f"test/{key}": value for key, value in report.rows["posterior mean"].items()}
         self.book.log.hparams(to_dict(self.config), final)
         self.book.log.image(self.steps, "test", report.picture)

@@ -11,21 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mambaflow.storage import Storage
-from mambaflow.training.process_group import World
+from mambaflow.training.process_group import ProcessGroup
 
 STOP = "STOP"
 STOP_POLL_S = 1.0
 
 
-class Stopwatch:
+class StopSignal:
     """Whether somebody asked to stop; every worker gets the same answer at the same step.
 
     The first worker looks for SIGTERM and for the file STOP. Its answer travels while the next
     step runs, so that no step waits for it.
     """
 
-    def __init__(self, world: World, run: Storage) -> None:
-        self.world, self.run = world, run
+    def __init__(self, group: ProcessGroup, run: Storage) -> None:
+        self.group, self.run = group, run
         self.asked = False
         self._looked = time.monotonic()
         self._travelling: tuple[Tensor, dist.Work | None] | None = None
@@ -48,10 +48,10 @@ class Stopwatch:
     def stop(self) -> bool:
         """Whether to stop after this step."""
         self._look()
-        if self.world.size == 1:
+        if self.group.size == 1:
             return self.asked
         answer = self._arrived()
-        flag = torch.tensor(float(self.asked), device=self.world.device)
+        flag = torch.tensor(float(self.asked), device=self.group.device)
         self._travelling = (flag, dist.all_reduce(flag, async_op=True))
         return answer
 
@@ -65,6 +65,6 @@ class Stopwatch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if self.world.rank == 0 and now - self._looked > STOP_POLL_S:
+        if self.group.rank == 0 and now - self._looked > STOP_POLL_S:
             self._looked = now
             self.asked = self.asked or self.run.exists(STOP)

@@ -113,8 +113,8 @@ def test_the_usual_way_gives_the_pixels_of_the_same_images(tmp_path):
     data = staged(tmp_path, full_images=True)
     shards = stall.ShardSet(str(data), "train")
     xy, rgb, asked_xy, asked_rgb = next(loader.per_item(shards, 5, 4))
-    assert xy.shape == (4, shards.recipe.known, 2) and asked_rgb.shape == (4, 5, 3)
-    size = shards.recipe.size
+    assert xy.shape == (4, shards.spec.known, 2) and asked_rgb.shape == (4, 5, 3)
+    size = shards.spec.size
     whole = shards.rows(np.arange(len(shards))).images.reshape(-1, size, size, 3)
     place = (xy[0, 0] * size - 0.5).round().long()
     column = whole[:, place[1], place[0]] / 255

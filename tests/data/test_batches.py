@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambaflow.config import TrainConfig
-from mambaflow.data.batches import Ahead, Batches, Layout, RowOrder
+from mambaflow.data.batches import Prefetcher, Batches, Layout, RowOrder
 from mambaflow.data.shards import Rows
 
 SIZE, KNOWN, TARGET = 8, 12, 12
@@ -18,7 +18,7 @@ class Reader:
 
     def __init__(self, count: int, images: bool = True) -> None:
         self.count, self.images, self.seen = count, images, []
-        self.window, self.expected, self.wanted = count, [], set()
+        self.shuffle_block, self.expected, self.wanted = count, [], set()
 
     def __len__(self) -> int:
         return self.count
@@ -52,19 +52,19 @@ def test_no_column_is_read_that_the_masks_do_not_use(masks, wanted):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    rows=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), window=st.integers(1, 400),
+    rows=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), block=st.integers(1, 400),
     epoch=st.integers(0, 2**20),
 )  # fmt: skip
-def test_every_epoch_has_each_row_once(rows, seed, window, epoch):
-    order = RowOrder(rows, seed, window)
+def test_every_epoch_has_each_row_once(rows, seed, block, epoch):
+    order = RowOrder(rows, seed, block)
     got = order.row(torch.arange(epoch * rows, (epoch + 1) * rows))
     assert got.sort().values.tolist() == list(range(rows))
 
 
 @settings(deadline=None, max_examples=40)
-@given(rows=st.integers(1, 5000), cut=st.integers(1, 99), window=st.integers(1, 5000))
-def test_the_row_of_a_sample_does_not_depend_on_what_is_asked_beside_it(rows, cut, window):
-    order, number = RowOrder(rows, 7, window), torch.arange(100)
+@given(rows=st.integers(1, 5000), cut=st.integers(1, 99), block=st.integers(1, 5000))
+def test_the_row_of_a_sample_does_not_depend_on_what_is_asked_beside_it(rows, cut, block):
+    order, number = RowOrder(rows, 7, block), torch.arange(100)
     parts = torch.cat((order.row(number[:cut]), order.row(number[cut:])))
     assert torch.equal(order.row(number), parts)
 
@@ -170,7 +170,7 @@ def test_a_layout_places_and_colours_as_the_model_was_told(coordinates, low):
 
 def test_rows_are_expected_one_window_before_they_are_asked_for():
     reader = Reader(40)
-    reader.window = 8
+    reader.shuffle_block = 8
     batches = Batches(reader, Layout(SIZE, KNOWN, TARGET), TrainConfig(batch_size=4))
     for step in range(12):
         batches[step]
@@ -186,7 +186,7 @@ def test_rows_that_are_all_open_are_not_expected():
 
 def test_batches_made_ahead_are_the_same_and_ready_before_they_are_asked_for():
     config = TrainConfig(batch_size=10)
-    alone, ahead = stream(config), Ahead(stream(config), torch.device("cpu"), steps=11, depth=3)
+    alone, ahead = stream(config), Prefetcher(stream(config), torch.device("cpu"), steps=11, depth=3)
     for step in (4, 5, 6, 9):
         got, want = ahead[step], alone[step]
         assert torch.equal(got.query_rgb, want.query_rgb) and torch.equal(got.number, want.number)
@@ -196,7 +196,7 @@ def test_batches_made_ahead_are_the_same_and_ready_before_they_are_asked_for():
 
 
 def test_a_batch_that_cannot_be_made_fails_where_it_is_asked_for():
-    ahead = Ahead(
+    ahead = Prefetcher(
         stream(TrainConfig(batch_size=10, masks="fresh")), torch.device("cpu"), 9, depth=2
     )
     ahead.stream.reader.images = False

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import small
 import torch
-from small_shards import RECIPE, published, rows_of
+from small_shards import SPEC, published, rows_of
 
 from mambaflow.config import TrainConfig
 from mambaflow.data.batches import Batches, Layout
-from mambaflow.data.device_rows import SHARE, Columns, pick, resident
+from mambaflow.data.device_rows import SHARE, DeviceRows, gather_pixels, device_resident
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.storage import at
 from mambaflow.training import run as run_module
-from mambaflow.training.process_group import World
+from mambaflow.training.process_group import ProcessGroup
 from mambaflow.training.run import open_run, train
 
-LAYOUT = Layout(RECIPE.size, RECIPE.known, RECIPE.target)
+LAYOUT = Layout(SPEC.size, SPEC.known, SPEC.target)
 GPU = torch.device("cuda")
 
 
@@ -27,8 +27,8 @@ def shards(tmp_path):
 
 
 def test_columns_are_the_rows(shards):
-    rows = rows_of(RECIPE, 0, 24)
-    columns = Columns.of(rows).take(np.array([5, 23, 5]))
+    rows = rows_of(SPEC, 0, 24)
+    columns = DeviceRows.of(rows).take(np.array([5, 23, 5]))
     for got, want in (
         (columns.ids, rows.ids),
         (columns.index, rows.index),
@@ -41,7 +41,7 @@ def test_columns_are_the_rows(shards):
 def test_picked_pixels_are_those_of_each_images_own_index():
     images = torch.randint(0, 256, (5, 36, 3), dtype=torch.uint8)
     index = torch.stack([torch.randperm(36)[:9] for _ in range(5)])
-    picked = pick(images, index)
+    picked = gather_pixels(images, index)
     assert picked.shape == (5, 9, 3)
     for row in range(5):
         assert torch.equal(picked[row], images[row][index[row]])
@@ -51,7 +51,7 @@ def test_picked_pixels_are_those_of_each_images_own_index():
 @pytest.mark.parametrize("world", [1, 2])
 def test_batches_from_resident_rows_are_those_from_shards(shards, masks, world):
     config = TrainConfig(batch_size=8, masks=masks, min_queries=2, max_queries=7)
-    held = Columns.of(shards.rows(np.arange(24)))
+    held = DeviceRows.of(shards.rows(np.arange(24)))
     for rank in range(world):
         plain = Batches(shards, LAYOUT, config, rank, world)
         near = Batches(shards, LAYOUT, config, rank, world, held)
@@ -70,11 +70,11 @@ def test_batches_from_resident_rows_are_those_from_shards(shards, masks, world):
     ],
 )
 def test_rows_go_to_a_gpu_that_has_room_for_them(shards, device, free, held, images, monkeypatch):
-    sent, rows = [], rows_of(RECIPE, 0, 24)
-    monkeypatch.setattr(Columns, "to", lambda self, device: sent.append(device) or self)
+    sent, rows = [], rows_of(SPEC, 0, 24)
+    monkeypatch.setattr(DeviceRows, "to", lambda self, device: sent.append(device) or self)
     room = int(free * (2 * rows.index.nbytes + rows.rgb.nbytes + images * rows.images.nbytes))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (room, room))
-    found = resident(shards, torch.device(device), images)
+    found = device_resident(shards, torch.device(device), images)
     assert (found is not None) == held and sent == [GPU] * held
     if held:
         assert not shards.opened, "not twice in memory"
@@ -85,9 +85,9 @@ def test_rows_go_to_a_gpu_that_has_room_for_them(shards, device, free, held, ima
 
 def test_rows_that_do_not_fit_in_memory_at_once_stay_in_their_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**40, 2**40))
-    row = rows_of(RECIPE, 0, 1).nbytes
+    row = rows_of(SPEC, 0, 1).nbytes
     shards = ShardSet(str(published(tmp_path)), "train", memory=20 * row)
-    assert resident(shards, GPU, True) is None and not shards.opened
+    assert device_resident(shards, GPU, True) is None and not shards.opened
 
 
 @pytest.mark.parametrize("masks", ["strict", "fresh"])
@@ -96,17 +96,17 @@ def test_a_run_on_resident_rows_learns_the_same_weights(tmp_path, masks, monkeyp
 
     def held(shards, device, images):
         found.append(device)
-        return Columns.of(shards.rows(np.arange(len(shards))), images)
+        return DeviceRows.of(shards.rows(np.arange(len(shards))), images)
 
-    for name in ("shards", "resident"):
-        if name == "resident":
-            monkeypatch.setattr(run_module, "resident", held)
+    for name in ("shards", "device_resident"):
+        if name == "device_resident":
+            monkeypatch.setattr(run_module, "device_resident", held)
         config = small.run_config(data, tmp_path / "runs", name, masks=masks)
         open_run(config)
-        assert train(config, World(0, 1, small.CPU)).status == "finished"
+        assert train(config, ProcessGroup(0, 1, small.CPU)).status == "finished"
     assert found == [small.CPU], "the second run had its rows at hand"
     weights = [
         at(tmp_path / "runs").child(name).read(f"step_{small.STEPS:07d}/model.safetensors")
-        for name in ("shards", "resident")
+        for name in ("shards", "device_resident")
     ]
     assert weights[0] == weights[1]

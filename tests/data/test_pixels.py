@@ -16,7 +16,7 @@ from mambaflow.data.pixels import (
     to_uint8,
     unknown,
 )
-from mambaflow.data.random_bits import words
+from mambaflow.data.random_bits import bits
 from mambaflow.kernels import random_cpu
 from mambaflow.kernels.build import library
 from mambaflow.models.curves import CURVES, curve_key
@@ -71,7 +71,7 @@ def test_another_seed_split_id_or_draw_gives_another_mask():
 @settings(max_examples=50)
 def test_a_mask_is_the_stable_argsort_of_the_words_of_its_image(seed, id, size):
     pixels = size * size
-    drawn = words(seed, "mask/train", 0, torch.tensor([id]), pixels).numpy()
+    drawn = bits(seed, "mask/train", 0, torch.tensor([id]), pixels).numpy()
     chosen = choose(seed, "train", torch.tensor([id]), size, 1, pixels - 1)
     assert (chosen.numpy() == drawn.argsort(-1, kind="stable")).all()
 
@@ -84,7 +84,7 @@ def test_compiled_ranks_are_those_of_a_stable_sort(seed, sizes, ids):
     size, known, target = sizes
     item, wanted = torch.tensor(ids, dtype=torch.int64), known + target
     compiled = random_cpu.ranked(seed, "mask", 3, item, size * size, wanted)
-    drawn = words(seed, "mask", 3, item, size * size)
+    drawn = bits(seed, "mask", 3, item, size * size)
     assert torch.equal(compiled, drawn.argsort(dim=-1, stable=True)[:, :wanted])
     assert torch.equal(compiled, _ranked(drawn)[:, :wanted])
 
@@ -93,7 +93,7 @@ def test_compiled_ranks_are_those_of_a_stable_sort(seed, sizes, ids):
 def test_compiled_ranks_are_right_where_fewer_words_than_usual_are_small():
     """The limit that sorts out large words is three deviations off: some of many cross it."""
     item, pixels, wanted = torch.arange(20_000), 64, 26
-    drawn = words(0, "mask", 0, item, pixels)
+    drawn = bits(0, "mask", 0, item, pixels)
     share = (wanted + 3 * (wanted * (pixels - wanted) / pixels) ** 0.5) / pixels
     assert ((drawn < share * 2**32).sum(1) < wanted).any()
     compiled = random_cpu.ranked(0, "mask", 0, item, pixels, wanted)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mambaflow.data.random_bits import _philox, _words, normal, philox, uniform, words
+from mambaflow.data.random_bits import _philox, _bits, normal, philox, uniform, bits
 from mambaflow.kernels import random_cpu
 from mambaflow.kernels.build import library
 
@@ -66,10 +66,10 @@ def test_philox_equals_arithmetic_without_overflow(counters, key, way):
 )
 @settings(max_examples=40)
 def test_words_depend_on_their_own_item_alone(items, count, seed):
-    together = words(seed, "noise", 3, torch.tensor(items), count)
-    alone = [words(seed, "noise", 3, torch.tensor([item]), count)[0] for item in items]
+    together = bits(seed, "noise", 3, torch.tensor(items), count)
+    alone = [bits(seed, "noise", 3, torch.tensor([item]), count)[0] for item in items]
     assert torch.equal(together, torch.stack(alone))
-    assert torch.equal(words(seed, "noise", 3, torch.tensor(items), count + 5)[:, :count], together)
+    assert torch.equal(bits(seed, "noise", 3, torch.tensor(items), count + 5)[:, :count], together)
 
 
 @pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
@@ -83,9 +83,9 @@ def test_words_depend_on_their_own_item_alone(items, count, seed):
 @settings(max_examples=60)
 def test_compiled_words_are_those_of_torch(items, count, seed, purpose, stream):
     item = torch.tensor(items, dtype=torch.int64)
-    assert random_cpu.serves(item)
-    compiled = random_cpu.words(seed, purpose, stream, item, count)
-    assert torch.equal(compiled, _words(seed, purpose, stream, item, count))
+    assert random_cpu.is_supported(item)
+    compiled = random_cpu.bits(seed, purpose, stream, item, count)
+    assert torch.equal(compiled, _bits(seed, purpose, stream, item, count))
 
 
 def test_another_seed_purpose_stream_or_item_gives_other_words():
@@ -94,7 +94,7 @@ def test_another_seed_purpose_stream_or_item_gives_other_words():
         (0, "noise", 0, 6), (0, "noise", 0, 5 + 2**32), (0, "noise", 0, 5 + 2**40),
     ]  # fmt: skip
     drawn = {
-        tuple(words(seed, purpose, stream, torch.tensor([item]), 4)[0].tolist())
+        tuple(bits(seed, purpose, stream, torch.tensor([item]), 4)[0].tolist())
         for seed, purpose, stream, item in ways
     }
     assert len(drawn) == len(ways)
@@ -105,12 +105,12 @@ def test_another_seed_purpose_stream_or_item_gives_other_words():
 def test_a_seed_or_stream_beyond_32_bits_is_refused_by_name(name, value):
     arguments = {"seed": 0, "stream": 0} | {name: value}
     with pytest.raises(ValueError, match=rf"{name} \(={value}\) must be in \[0, 2\^32\)"):
-        words(arguments["seed"], "noise", arguments["stream"], torch.tensor([0]), 1)
+        bits(arguments["seed"], "noise", arguments["stream"], torch.tensor([0]), 1)
 
 
 def test_uniform_stays_inside_the_interval_at_the_smallest_and_largest_word(monkeypatch):
     ends = torch.tensor([[0, 2**32 - 1]])
-    monkeypatch.setattr("mambaflow.data.random_bits.words", lambda *_: ends)
+    monkeypatch.setattr("mambaflow.data.random_bits.bits", lambda *_: ends)
     assert uniform(0, "law", 0, torch.tensor([0]), 2).tolist() == [[2.0**-24, 1 - 2.0**-24]]
     assert normal(0, "law", 0, torch.tensor([0]), 2).isfinite().all()
 

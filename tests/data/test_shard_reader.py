@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_shards import RECIPE, digest, published, rows_of, same
+from small_shards import SPEC, digest, published, rows_of, same
 
 from mambaflow.config import TrainConfig
 from mambaflow.data.batches import Batches, Layout
@@ -40,20 +40,20 @@ def test_every_flipped_byte_is_refused_by_name(tmp_path):
         with pytest.raises(ShardError, match=r"train/shard-00001\.parquet is damaged: .*stage"):
             shards.rows(np.array([3, 12]))
     file.write_bytes(data)
-    same(ShardSet(str(root), "train").rows(np.arange(20)), rows_of(RECIPE, 0, 20))
+    same(ShardSet(str(root), "train").rows(np.arange(20)), rows_of(SPEC, 0, 20))
 
 
-def test_a_shard_with_another_recipe_or_fewer_rows_than_the_manifest_says_is_refused(tmp_path):
+def test_a_shard_with_another_spec_or_fewer_rows_than_the_manifest_says_is_refused(tmp_path):
     for changed in (
-        lambda: to_bytes(rows_of(replace(RECIPE, mask_seed=4)), replace(RECIPE, mask_seed=4)),
-        lambda: to_bytes(rows_of(RECIPE, 0, 9), RECIPE),
+        lambda: to_bytes(rows_of(replace(SPEC, mask_seed=4)), replace(SPEC, mask_seed=4)),
+        lambda: to_bytes(rows_of(SPEC, 0, 9), SPEC),
     ):
         published(tmp_path, counts=(10,))
         split, data = at(tmp_path).child("train"), changed()
         split.write(shard_name(0), data)
         info = ShardInfo(shard_name(0), 10, len(data), digest(data))
-        write_manifest(split, Manifest(RECIPE, [info]))
-        with pytest.raises(ShardError, match=r"shard-00000.parquet has \d+ rows of recipe"):
+        write_manifest(split, Manifest(SPEC, [info]))
+        with pytest.raises(ShardError, match=r"shard-00000.parquet has \d+ rows of spec"):
             ShardSet(str(tmp_path), "train").rows(np.arange(2))
 
 
@@ -78,7 +78,7 @@ def test_a_split_that_is_not_staged_is_refused_with_a_cure(tmp_path):
 @settings(deadline=None, max_examples=60)
 def test_rows_come_in_the_order_asked_for_whatever_fits_in_memory(split_root, numbers, memory):
     shards = ShardSet(split_root, "train", memory=memory)
-    everything = rows_of(RECIPE, 0, 24)
+    everything = rows_of(SPEC, 0, 24)
     wanted = np.array(numbers, np.int64)
     for _ in range(2):
         same(shards.rows(wanted), everything.take(wanted))
@@ -109,7 +109,7 @@ def test_the_shard_unused_for_longest_makes_room(split_root):
 def test_rows_are_copies_that_the_caller_may_change(split_root):
     shards = ShardSet(split_root, "train")
     shards.rows(np.arange(5)).rgb[:] = 0
-    same(shards.rows(np.arange(5)), rows_of(RECIPE, 0, 5))
+    same(shards.rows(np.arange(5)), rows_of(SPEC, 0, 5))
 
 
 @pytest.mark.parametrize("numbers", [[-1], [24], [0, 99]])
@@ -120,7 +120,7 @@ def test_rows_beyond_the_split_are_refused(split_root, numbers):
 
 def test_a_shard_without_rows_is_stepped_over(tmp_path):
     published(tmp_path, counts=(3, 0, 2))
-    same(ShardSet(str(tmp_path), "train").rows(np.arange(5)), rows_of(RECIPE, 0, 5))
+    same(ShardSet(str(tmp_path), "train").rows(np.arange(5)), rows_of(SPEC, 0, 5))
 
 
 def read_all(arguments):
@@ -137,7 +137,7 @@ def test_many_processes_share_one_copy_of_far_shards(bucket, tmp_path):
     with ProcessPoolExecutor(2, context) as pool:
         found = list(pool.map(read_all, [(bucket, tmp_path / "cache", far)] * 6))
     for rgb in found:
-        assert np.array_equal(rgb, rows_of(RECIPE, 0, 24).rgb)
+        assert np.array_equal(rgb, rows_of(SPEC, 0, 24).rgb)
     assert len(list((tmp_path / "cache").glob("*.parquet"))) == 3
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
@@ -155,7 +155,7 @@ def test_a_far_shard_is_fetched_once_and_a_damaged_copy_again(bucket, tmp_path, 
 
     def read():
         fetched.clear()
-        same(ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(24)), rows_of(RECIPE, 0, 24))
+        same(ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(24)), rows_of(SPEC, 0, 24))
         return fetched
 
     assert len(read()) == 3
@@ -174,7 +174,7 @@ def test_a_far_shard_that_is_damaged_is_refused_until_it_is_mended(bucket, tmp_p
         with pytest.raises(ShardError, match=rf"{bucket}/train/shard-00000.parquet is damaged"):
             ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(3))
     split.write(shard_name(0), data)
-    same(ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(3)), rows_of(RECIPE, 0, 3))
+    same(ShardSet(bucket, "train", cache=tmp_path).rows(np.arange(3)), rows_of(SPEC, 0, 3))
 
 
 def row_bytes(root):
@@ -190,12 +190,12 @@ def test_the_shards_of_a_window_may_be_open_together(tmp_path_factory, counts, c
     root = published(tmp_path_factory.mktemp("shards"), counts=counts)
     shards = ShardSet(str(root), "train", memory=capacity * max(counts) * row_bytes(root))
     ends = np.cumsum(counts)
-    for first in range(0, len(shards), shards.window):
-        rows = np.arange(first, min(first + shards.window, len(shards)))
+    for first in range(0, len(shards), shards.shuffle_block):
+        rows = np.arange(first, min(first + shards.shuffle_block, len(shards)))
         touched = len(np.unique(np.searchsorted(ends, rows, side="right")))
         assert touched <= max(shards.capacity, 2 if shards.capacity == 1 else 0)
     if capacity >= len([c for c in counts if c]):
-        assert shards.window >= len(shards)
+        assert shards.shuffle_block >= len(shards)
 
 
 def test_an_expected_shard_is_fetched_before_it_is_asked_for_and_only_once(tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_an_expected_shard_is_fetched_before_it_is_asked_for_and_only_once(tmp_p
     wait(shards._fetcher._coming.values(), timeout=30)
     assert sorted(fetched) == [(shard_name(1), False), (shard_name(2), False)]
     assert shards.opened == []
-    same(shards.rows(np.arange(10, 24)), rows_of(RECIPE, 10, 14))
+    same(shards.rows(np.arange(10, 24)), rows_of(SPEC, 10, 14))
     shards.expect(np.arange(10, 24))
     assert len(fetched) == 2
 
@@ -222,7 +222,7 @@ def test_no_more_is_expected_than_may_be_open(tmp_path):
     shards = ShardSet(str(root), "train", memory=10 * row_bytes(root))
     shards.expect(np.arange(24))
     assert shards.capacity == 1 and list(shards._fetcher._coming) == [0]
-    same(shards.rows(np.arange(24)), rows_of(RECIPE, 0, 24))
+    same(shards.rows(np.arange(24)), rows_of(SPEC, 0, 24))
 
 
 def test_a_damaged_shard_that_was_expected_is_refused_when_it_is_asked_for(tmp_path):
@@ -230,7 +230,7 @@ def test_a_damaged_shard_that_was_expected_is_refused_when_it_is_asked_for(tmp_p
     (tmp_path / "train" / shard_name(1)).write_bytes(b"cut off")
     shards = ShardSet(str(root), "train")
     shards.expect(np.arange(24))
-    same(shards.rows(np.arange(10)), rows_of(RECIPE, 0, 10))
+    same(shards.rows(np.arange(10)), rows_of(SPEC, 0, 10))
     with pytest.raises(ShardError, match=r"shard-00001.parquet is damaged"):
         shards.rows(np.arange(10, 12))
 
@@ -243,7 +243,7 @@ def test_a_fetch_that_failed_is_tried_again_when_its_rows_are_asked_for(tmp_path
     shards.expect(np.arange(10, 12))
     assert isinstance(shards._fetcher._coming[1].exception(30), ShardError)
     (tmp_path / "train" / shard_name(1)).write_bytes(whole)
-    same(shards.rows(np.arange(10, 12)), rows_of(RECIPE, 10, 2))
+    same(shards.rows(np.arange(10, 12)), rows_of(SPEC, 10, 2))
 
 
 def test_a_closed_set_leaves_what_it_expected(tmp_path, monkeypatch):
@@ -280,12 +280,12 @@ def test_training_never_asks_for_a_far_shard_whose_fetch_has_not_begun(
 
     monkeypatch.setattr(Fetcher, "take", watched)
     monkeypatch.setattr(Fetcher, "begin", before)
-    layout = Layout(RECIPE.size, RECIPE.known, RECIPE.target)
+    layout = Layout(SPEC.size, SPEC.known, SPEC.target)
     batches = Batches(shards, layout, TrainConfig(batch_size=4))
-    assert shards.window == 20
+    assert shards.shuffle_block == 20
     for step in range(5):
         batches[step]
-    assert sum(late) == 2, "the first window's shards are fetched as they are asked for"
+    assert sum(late) == 2, "the first block's shards are fetched as they are asked for"
     for step in range(5, 60):
         batches[step]
     assert sum(late) == 2 and len(late) >= 2 + 12

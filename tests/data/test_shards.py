@@ -1,4 +1,4 @@
-"""Shards: a round trip for any recipe, and no damage that goes unnamed."""
+"""Shards: a round trip for any spec, and no damage that goes unnamed."""
 
 import json
 from dataclasses import replace
@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_shards import RECIPE, pictures, published, rows_of, same
+from small_shards import SPEC, pictures, published, rows_of, same
 
 from mambaflow.data.pixels import choose
 from mambaflow.data.shards import (
     MANIFEST,
-    Recipe,
+    ShardSpec,
     ShardError,
     encode,
     from_bytes,
@@ -26,10 +26,10 @@ from mambaflow.storage import at
 
 
 @st.composite
-def recipes(draw):
+def specs(draw):
     size = draw(st.integers(1, 16))
     known = draw(st.integers(1, size * size))
-    return Recipe(
+    return ShardSpec(
         source=draw(st.text(max_size=8)),
         split=draw(st.sampled_from(["train", "validation", "test"])),
         size=size,
@@ -41,50 +41,50 @@ def recipes(draw):
     )
 
 
-@given(recipe=recipes(), count=st.integers(0, 12), seed=st.integers(0, 99), data=st.data())
+@given(spec=specs(), count=st.integers(0, 12), seed=st.integers(0, 99), data=st.data())
 @settings(deadline=None)
-def test_a_shard_of_any_recipe_survives_the_way_to_bytes_and_back(recipe, count, seed, data):
+def test_a_shard_of_any_spec_survives_the_way_to_bytes_and_back(spec, count, seed, data):
     ids = np.array(
         data.draw(st.lists(st.integers(0, 2**60), min_size=count, max_size=count)), np.int64
     )
     labels = np.arange(count) % 129 - 1
-    images = pictures(count, recipe.size, seed)
-    rows = encode(images, labels, ids, recipe)
-    written = to_bytes(rows, recipe)
-    assert written == to_bytes(rows, recipe)
+    images = pictures(count, spec.size, seed)
+    rows = encode(images, labels, ids, spec)
+    written = to_bytes(rows, spec)
+    assert written == to_bytes(rows, spec)
     back, found = from_bytes(written, "name")
     same(back, rows)
-    assert found == recipe
+    assert found == spec
 
 
-@given(recipe=recipes(), seed=st.integers(0, 99))
+@given(spec=specs(), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=50)
-def test_the_kept_colours_are_those_of_the_image_at_the_kept_places(recipe, seed):
-    images, ids = pictures(3, recipe.size, seed), np.array([4, 0, 2**40])
-    rows = encode(images, np.zeros(3, np.int64), ids, recipe)
-    masks = choose(recipe.mask_seed, recipe.split, torch.from_numpy(ids), recipe.size,
-                   recipe.known, recipe.target)  # fmt: skip
+def test_the_kept_colours_are_those_of_the_image_at_the_kept_places(spec, seed):
+    images, ids = pictures(3, spec.size, seed), np.array([4, 0, 2**40])
+    rows = encode(images, np.zeros(3, np.int64), ids, spec)
+    masks = choose(spec.mask_seed, spec.split, torch.from_numpy(ids), spec.size,
+                   spec.known, spec.target)  # fmt: skip
     for image, index, rgb, mask in zip(images, rows.index, rows.rgb, masks, strict=True):
         assert index.tolist() == mask.tolist()
         for pixel, colour in zip(index.tolist(), rgb.reshape(-1, 3).tolist(), strict=True):
-            assert image[pixel // recipe.size, pixel % recipe.size].tolist() == colour
-    assert (rows.images is not None) == recipe.full_images
+            assert image[pixel // spec.size, pixel % spec.size].tolist() == colour
+    assert (rows.images is not None) == spec.full_images
 
 
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"images \(5, 6, 3\) must be \(6, 6, 3\)"):
-        encode(pictures(2, 6)[:, :5], np.zeros(2, np.int64), np.arange(2), RECIPE)
+        encode(pictures(2, 6)[:, :5], np.zeros(2, np.int64), np.arange(2), SPEC)
 
 
-@pytest.mark.parametrize("field", [f for f in RECIPE.__dataclass_fields__])
-def test_the_hash_of_a_recipe_is_of_every_field(field):
-    value = getattr(RECIPE, field)
+@pytest.mark.parametrize("field", [f for f in SPEC.__dataclass_fields__])
+def test_the_hash_of_a_spec_is_of_every_field(field):
+    value = getattr(SPEC, field)
     other = (not value) if isinstance(value, bool) else value + type(value)(1)
-    assert replace(RECIPE, **{field: other}).hash != RECIPE.hash
+    assert replace(SPEC, **{field: other}).hash != SPEC.hash
 
 
 def test_every_truncation_of_a_shard_is_refused_by_name():
-    data = to_bytes(rows_of(RECIPE), RECIPE)
+    data = to_bytes(rows_of(SPEC), SPEC)
     for length in {*range(0, len(data), 97), 0, 1, 4, 8, len(data) - 1, len(data) - 4}:
         with pytest.raises(ShardError, match=r"shard SOME/NAME is not whole Parquet"):
             from_bytes(data[:length], "SOME/NAME")
@@ -96,7 +96,7 @@ def replaced(table, name, column):
 
 def odd_shards():
     """(what is wrong, a shard with it) for shards that are whole Parquet."""
-    table = pq.read_table(pa.BufferReader(to_bytes(rows_of(RECIPE), RECIPE)))
+    table = pq.read_table(pa.BufferReader(to_bytes(rows_of(SPEC), SPEC)))
     about = json.loads(table.schema.metadata[b"mambaflow"])
     wide = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(150, np.uint16)), 15)
     beyond = pa.FixedSizeListArray.from_arrays(pa.array(np.full(140, 36, np.uint16)), 14)

@@ -212,23 +212,23 @@ def test_a_folder_without_class_folders_is_refused_with_a_cure(tmp_path):
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("spec", ["cifar100", "nowhere/at/all", "s3://bucket/images", ""])
-def test_what_is_no_source_is_refused_with_the_valid_ones(spec, tmp_path, monkeypatch):
+@pytest.mark.parametrize("address", ["cifar100", "nowhere/at/all", "s3://bucket/images", ""])
+def test_what_is_no_source_is_refused_with_the_valid_ones(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "")
     message = r"is none of: sample, cifar10|no images in class folders"
     with pytest.raises(SourceError, match=message):
-        open_source(spec)
+        open_source(address)
 
 
 def test_the_spec_opens_the_same_source_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "set", pictures(4))
     write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(4)], range(4))
-    for spec in ("set", "f.parquet", "sample"):
+    for address in ("set", "f.parquet", "sample"):
         monkeypatch.chdir(tmp_path)
-        source = open_source(spec)
+        source = open_source(address)
         monkeypatch.chdir("/")
-        again = open_source(source.spec)
+        again = open_source(source.address)
         assert again.fingerprint == source.fingerprint and again.name == source.name
         for one, other in zip(read(source, "train", range(4)), read(again, "train", range(4)),
                               strict=True):  # fmt: skip
@@ -250,7 +250,7 @@ def test_other_images_have_another_fingerprint(tmp_path):
 # Splits
 
 
-class Counted(Sample):
+class CountedVelocity(Sample):
     """A source of so many images, none of which is looked at."""
 
     def __init__(self, train, test):
@@ -264,7 +264,7 @@ class Counted(Sample):
 
 @given(train=st.integers(2, 400), test=st.integers(0, 9), validation=st.integers(1, 150))
 def test_splits_share_no_image_and_lose_none(train, test, validation):
-    source = Counted(train, test)
+    source = CountedVelocity(train, test)
     held = validation if test else 2 * validation
     if held >= train:
         with pytest.raises(SourceError, match=rf"validation \(={validation}\) leaves nothing"):
@@ -282,7 +282,7 @@ def test_splits_share_no_image_and_lose_none(train, test, validation):
 
 def test_the_validation_split_is_pinned():
     # Or else old validation images would be trained on.
-    _, places = Counted(50_000, 1).splits(256)["validation"]
+    _, places = CountedVelocity(50_000, 1).splits(256)["validation"]
     assert hashlib.sha256(places.tobytes()).hexdigest()[:16] == "fc61c1e6c95439ee"
 
 
@@ -370,12 +370,12 @@ def small_cifar(tmp_path, monkeypatch):
 def test_torchvisions_folder_is_read_where_it_lies(small_cifar):
     folder, images = small_cifar
     by_name = open_source("cifar10", download_to=folder)  # already there: nothing is fetched
-    for source in (open_source(str(folder)), by_name, open_source(by_name.spec)):
+    for source in (open_source(str(folder)), by_name, open_source(by_name.address)):
         assert (source.count("train"), source.count("test")) == (20, 4)
         for item, image in zip(read(source, "train"), images[:20], strict=True):
             assert np.array_equal(item.pixels, image) and item.label == item.id % 4
         assert np.array_equal(read(source, "test", [3])[0].pixels, images[23])
-        assert source.name == "cifar10" and source.spec == str(folder)
+        assert source.name == "cifar10" and source.address == str(folder)
 
 
 def test_a_damaged_torchvision_folder_is_refused_with_a_cure(small_cifar):

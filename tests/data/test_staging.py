@@ -79,8 +79,8 @@ def test_training_images_are_kept_whole_only_if_asked_for(source, tmp_path):
     staged(config_of(source, tmp_path / "out"))
     assert everything(tmp_path / "out", "train").images is None
     assert everything(tmp_path / "out", "validation").images is not None
-    recipe = ShardSet(str(tmp_path / "out"), "train").recipe
-    assert (recipe.known, recipe.target) == (12, 12)  # a fifth of 64 each, rounded down
+    spec = ShardSet(str(tmp_path / "out"), "train").spec
+    assert (spec.known, spec.target) == (12, 12)  # a fifth of 64 each, rounded down
 
 
 def test_equal_stagings_give_equal_bytes_in_any_order(source, tmp_path):
@@ -247,7 +247,7 @@ def test_other_images_of_the_same_name_are_refused(source, tmp_path):
         staged(config)
 
 
-def test_a_manifest_without_a_claim_still_refuses_another_recipe(source, tmp_path):
+def test_a_manifest_without_a_claim_still_refuses_another_spec(source, tmp_path):
     config = config_of(source, tmp_path / "out")
     staged(config)
     at(config.out).delete(CLAIM)
@@ -297,7 +297,7 @@ def test_two_processes_staging_to_one_place_never_mix(source, tmp_path, seeds):
         assert "another staging" in errors[codes.index(2)]
     for split in SPLITS:
         assert everything(tmp_path / "out", split) is not None
-        assert ShardSet(str(tmp_path / "out"), split).recipe.mask_seed == winner
+        assert ShardSet(str(tmp_path / "out"), split).spec.mask_seed == winner
 
 
 # Images that are not as they should be
@@ -395,8 +395,8 @@ def test_tasks_mean_the_same_in_any_folder(source, tmp_path, monkeypatch):
 
 def test_a_worker_opens_its_source_once(source, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(staging, "open_source", lambda spec: opened.append(spec) or
-                        open_source(spec))  # fmt: skip
+    monkeypatch.setattr(staging, "open_source", lambda address: opened.append(address) or
+                        open_source(address))  # fmt: skip
     staged(config_of(source, tmp_path / "out"), lambda tasks: [make(task) for task in tasks])
     assert opened == [str(source)]
 
@@ -532,7 +532,7 @@ def test_an_embedded_set_is_staged_once(tmp_path, monkeypatch):
     monkeypatch.setattr("mambaflow.data.sources.SAMPLE_COUNTS", sizes)
     out = stage_once("sample", tmp_path)
     assert {split: len(ShardSet(out, split)) for split in SPLITS} == sizes
-    assert ShardSet(out, "train").recipe.full_images
+    assert ShardSet(out, "train").spec.full_images
     monkeypatch.setattr(staging, "stage", lambda *_: pytest.fail("staged again"))
     assert stage_once("sample", tmp_path) == out
 

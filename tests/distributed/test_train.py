@@ -32,7 +32,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, str(ROOT / "jobs/train.py")]
 ON_RAY = [flag for flag in FLAGS if flag != "--no-ray"]
-WEIGHTS = "averaged.safetensors"
+WEIGHTS = "ema.safetensors"
 
 
 @pytest.fixture

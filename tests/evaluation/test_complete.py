@@ -19,7 +19,7 @@ from mambaflow.data.staging import StageConfig, in_process, stage
 from mambaflow.evaluation import complete as complete_module
 from mambaflow.evaluation.complete import (
     BASELINES,
-    Holdout,
+    EvalSet,
     answers,
     baseline,
     complete,
@@ -41,7 +41,7 @@ class Oracle(VelocityField):
         super().__init__(MODEL)
         self.error = error
 
-    def given(self, batch: PixelBatch):
+    def condition(self, batch: PixelBatch):
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return (batch.query_rgb + self.error - x) / (1 - t[:, None, None])
 
@@ -54,8 +54,8 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held_out(data) -> Holdout:
-    return Holdout.read(ShardSet(str(data), "test"), LAYOUT, TEST)
+def eval_set(data) -> EvalSet:
+    return EvalSet.read(ShardSet(str(data), "test"), LAYOUT, TEST)
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +66,24 @@ def model() -> VelocityField:
     return field.eval()
 
 
-def test_the_same_images_and_masks_are_held_out_each_time(data, held_out):
-    again = Holdout.read(ShardSet(str(data), "test"), LAYOUT, TEST)
-    fewer = Holdout.read(ShardSet(str(data), "test"), LAYOUT, 5)
-    more = Holdout.read(ShardSet(str(data), "test"), LAYOUT, 10**6)
-    assert again.mask_hash == held_out.mask_hash == more.mask_hash != fewer.mask_hash
-    assert torch.equal(fewer.known, held_out.known[:5]) and len(more) == TEST
-    assert (held_out.is_known.sum((1, 2)) == LAYOUT.known).all()
+def test_the_same_images_and_masks_are_held_out_each_time(data, eval_set):
+    again = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, TEST)
+    fewer = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, 5)
+    more = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, 10**6)
+    assert again.mask_hash == eval_set.mask_hash == more.mask_hash != fewer.mask_hash
+    assert torch.equal(fewer.known, eval_set.known[:5]) and len(more) == TEST
+    assert (eval_set.is_known.sum((1, 2)) == LAYOUT.known).all()
 
 
-def test_masks_of_validation_are_another_stream_than_those_of_the_test(data, held_out):
-    other = Holdout.read(ShardSet(str(data), "validation"), LAYOUT, small.VALIDATION)
-    mine = set(map(tuple, held_out.known.tolist()))
+def test_masks_of_validation_are_another_stream_than_those_of_the_test(data, eval_set):
+    other = EvalSet.read(ShardSet(str(data), "validation"), LAYOUT, small.VALIDATION)
+    mine = set(map(tuple, eval_set.known.tolist()))
     assert not mine & set(map(tuple, other.known.tolist()))
 
 
 @pytest.mark.parametrize("low", [-1.0, 0.0])
-def test_known_pixels_are_copied_exactly_whatever_a_solver_says(held_out, low):
-    whole = replace(held_out, layout=replace(LAYOUT, rgb_low=low))
+def test_known_pixels_are_copied_exactly_whatever_a_solver_says(eval_set, low):
+    whole = replace(eval_set, layout=replace(LAYOUT, rgb_low=low))
     nonsense = torch.full((TEST, whole.layout.size**2 - LAYOUT.known, 3), 0.123)
     _, others = whole.asked()
     images = whole.painted(others, nonsense)
@@ -93,23 +93,23 @@ def test_known_pixels_are_copied_exactly_whatever_a_solver_says(held_out, low):
     torch.testing.assert_close(images[~known], torch.full_like(images[~known], want))
 
 
-def test_all_pixels_are_known_or_asked_and_none_is_both(held_out):
-    batch, others = held_out.asked()
-    pixels = torch.cat((held_out.known, others), 1).sort(1).values
+def test_all_pixels_are_known_or_asked_and_none_is_both(eval_set):
+    batch, others = eval_set.asked()
+    pixels = torch.cat((eval_set.known, others), 1).sort(1).values
     assert torch.equal(pixels, torch.arange(small.SIZE**2).expand(TEST, -1))
     assert batch.query_xy.shape[1] == others.shape[1] == small.SIZE**2 - LAYOUT.known
 
 
 @pytest.mark.parametrize("solver", [posterior_mean, sampler(3)])
-def test_a_perfect_solver_scores_100_dB_and_1(held_out, solver):
-    scores = score(answers(Oracle(), held_out, solver).images, held_out)
+def test_a_perfect_solver_scores_100_dB_and_1(eval_set, solver):
+    scores = score(answers(Oracle(), eval_set, solver).images, eval_set)
     assert scores["psnr"] == scores["psnr_unknown"] == PERFECT_DB
     assert scores["ssim"] == pytest.approx(1, abs=1e-6)
     assert scores["speckle"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_constant_error_scores_what_arithmetic_says(held_out):
-    middle = replace(held_out, images=(held_out.images // 2 + 64))  # nothing is clipped
+def test_a_constant_error_scores_what_arithmetic_says(eval_set):
+    middle = replace(eval_set, images=(eval_set.images // 2 + 64))  # nothing is clipped
     scores = score(answers(Oracle(0.02), middle, posterior_mean).images, middle)
     assert scores["psnr_unknown"] == pytest.approx(40, abs=1e-3)  # 0.02 of 2 is 0.01 of 1
     unknown = 1 - LAYOUT.known / small.SIZE**2
@@ -117,40 +117,40 @@ def test_a_constant_error_scores_what_arithmetic_says(held_out):
 
 
 @pytest.mark.parametrize("solver", [posterior_mean, sampler(2)])
-def test_answers_and_scores_do_not_depend_on_the_chunk(model, held_out, monkeypatch, solver):
+def test_answers_and_scores_do_not_depend_on_the_chunk(model, eval_set, monkeypatch, solver):
     found = []
     for chunk in (1, 5, 64):
         monkeypatch.setattr(complete_module, "CHUNK", chunk)
-        found.append(answers(model, held_out, solver))
+        found.append(answers(model, eval_set, solver))
     for other in found[1:]:
         torch.testing.assert_close(other.images, found[0].images, rtol=0, atol=2e-5)
         assert other.calls == found[0].calls
-        assert score(other.images, held_out) == pytest.approx(
-            score(found[0].images, held_out), abs=1e-3
+        assert score(other.images, eval_set) == pytest.approx(
+            score(found[0].images, eval_set), abs=1e-3
         )
 
 
-def test_an_image_is_completed_the_same_beside_others_and_alone(model, held_out):
-    together = answers(model, held_out, sampler(2)).images
-    alone = answers(model, held_out[7:8], sampler(2)).images
+def test_an_image_is_completed_the_same_beside_others_and_alone(model, eval_set):
+    together = answers(model, eval_set, sampler(2)).images
+    alone = answers(model, eval_set[7:8], sampler(2)).images
     torch.testing.assert_close(alone[0], together[7], rtol=0, atol=2e-5)
     assert not torch.allclose(together[6], together[7])
 
 
-def test_the_posterior_mean_is_the_mean_sampler_whatever_the_noise(model, held_out):
-    images, calls = complete(model, held_out, posterior_mean)
-    other, _ = complete(model, held_out, lambda velocity, noise: mean(velocity, 3 * noise + 1))
+def test_the_posterior_mean_is_the_mean_sampler_whatever_the_noise(model, eval_set):
+    images, calls = complete(model, eval_set, posterior_mean)
+    other, _ = complete(model, eval_set, lambda velocity, noise: mean(velocity, 3 * noise + 1))
     assert calls == 1
     torch.testing.assert_close(images, other, rtol=0, atol=1e-5)
-    sample, calls = complete(model, held_out, sampler(4))
+    sample, calls = complete(model, eval_set, sampler(4))
     assert calls == 8  # Heun: two calls a step, as counted
     assert (sample - images).abs().max() > 0.05
 
 
-def test_validation_leaves_the_model_and_the_global_generator_as_they_were(model, held_out):
+def test_validation_leaves_the_model_and_the_global_generator_as_they_were(model, eval_set):
     before, weights = torch.get_rng_state(), model.head.weight.clone()
-    scores, picture = validate(model, held_out, small.FIT)
-    again, _ = validate(model, held_out, small.FIT)
+    scores, picture = validate(model, eval_set, small.FIT)
+    again, _ = validate(model, eval_set, small.FIT)
     assert scores == again and set(scores) == {
         "val/psnr", "val/psnr_unknown", "val/ssim", "val/speckle",
     }  # fmt: skip
@@ -158,38 +158,38 @@ def test_validation_leaves_the_model_and_the_global_generator_as_they_were(model
     assert torch.equal(before, torch.get_rng_state()) and torch.equal(weights, model.head.weight)
 
 
-def test_the_report_says_all_that_its_numbers_depend_on(model, held_out, data):
+def test_the_report_says_all_that_its_numbers_depend_on(model, eval_set, data):
     config = RunConfig(
         data=str(data), model=MODEL, train=replace(small.FIT, seed=5, masks="fresh"),
         command="python jobs/train.py --seed 5",
     )  # fmt: skip
-    report = final_report(model, held_out, config, step=18, trained_steps=20)
+    report = final_report(model, eval_set, config, step=18, trained_steps=20)
     heading = report.table.splitlines()[0]
     for column in ("PSNR full", "PSNR unknown", "SSIM", "speckle", "spread", "coherence", "NFE"):
         assert column in heading
     rows = [line.split("|")[1].strip() for line in report.table.splitlines()[2:7]]
     assert rows == [*BASELINES, "posterior mean", "one sample (Heun)"]
     facts = ("`python jobs/train.py --seed 5`", f"data {data}", "seed 5", f"images {TEST}",
-             f"masks {held_out.mask_hash}", "training masks fresh", "checkpoint step 18",
+             f"masks {eval_set.mask_hash}", "training masks fresh", "checkpoint step 18",
              f"date {time.strftime('%Y-%m-%d')}")  # fmt: skip
     for fact in facts:
         assert fact in report.table, fact
     about = json.loads(report.json)
-    assert about["trained_steps"] == 20 and about["masks"] == held_out.mask_hash
+    assert about["trained_steps"] == 20 and about["masks"] == eval_set.mask_hash
     assert about["rows"]["posterior mean"]["nfe"] == 1
-    want = score(answers(model, held_out, posterior_mean).images, held_out)["psnr"]
+    want = score(answers(model, eval_set, posterior_mean).images, eval_set)["psnr"]
     assert about["rows"]["posterior mean"]["psnr"] == want
 
 
-def test_an_empty_test_split_has_no_report(model, held_out):
+def test_an_empty_test_split_has_no_report(model, eval_set):
     with pytest.raises(ValueError, match="the test split is empty; stage the data with a test"):
-        final_report(model, held_out[:0], RunConfig(), 1, 1)
+        final_report(model, eval_set[:0], RunConfig(), 1, 1)
 
 
 def test_shards_without_whole_images_cannot_be_held_out(tmp_path):
     data = small.staged(tmp_path, full_images=False)
     with pytest.raises(ValueError, match="held-out shards must hold whole images; stage the data"):
-        Holdout.read(ShardSet(str(data), "train"), LAYOUT, 4)
+        EvalSet.read(ShardSet(str(data), "train"), LAYOUT, 4)
 
 
 PROTOCOL = {"nearest": 20.34, "linear": 22.17, "thin-plate": 22.91}
@@ -202,7 +202,7 @@ def test_classical_fills_of_real_photographs_come_in_their_known_order(tmp_path,
     config = StageConfig(source=spec, out=str(tmp_path), limit=16, validation=16, ray=False)
     source = open_source(spec)
     stage(config, source, in_process(source))
-    photographs = Holdout.read(ShardSet(str(tmp_path), "test"), Layout(32, 204, 204), 128)
+    photographs = EvalSet.read(ShardSet(str(tmp_path), "test"), Layout(32, 204, 204), 128)
     assert len(photographs) == 128
     scores = {name: score(baseline(name, photographs), photographs) for name in BASELINES}
     found = {name: of["psnr"] for name, of in scores.items()}

@@ -11,7 +11,7 @@ from scipy import optimize, stats
 from mambaflow.flow.samplers import (
     GRIDS,
     SAMPLERS,
-    Counted,
+    CountedVelocity,
     average,
     ddim,
     heun,
@@ -204,7 +204,7 @@ def test_every_ddim_step_has_exactly_the_noise_of_the_path(eta, grid):
 
 
 def test_the_mean_is_the_posterior_mean_in_one_call():
-    velocity = Counted(exact)
+    velocity = CountedVelocity(exact)
     torch.testing.assert_close(mean(velocity, normal(0)), torch.full_like(normal(0), CENTRE))
     assert velocity.calls == 1
 
@@ -219,7 +219,7 @@ def test_an_average_of_samples_approaches_the_mean():
     ("name", "calls"), [("heun", 20), ("midpoint", 20), ("sde", 20), ("ddim", 10), ("mean", 1)]
 )
 def test_every_registered_sampler_has_one_signature_and_the_calls_it_states(name, calls):
-    velocity = Counted(not_at_the_end(exact))
+    velocity = CountedVelocity(not_at_the_end(exact))
     noise = torch.zeros((2, 4, 3))
     sampler = SAMPLERS[name]
     x = sampler(velocity, noise, quadratic_times(10), lambda step: torch.ones((2, 4, 3)))

@@ -42,7 +42,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "perceiver_iterations": (3, ""), "num_heads": (4, ""), "mlp_ratio": (3, ""),
     "frequencies": (32, ""), "max_frequency": (8.0, ""), "time_scale": (500.0, ""),
     "modulation": ("add", ""), "residual": (False, ""), "windows": (False, ""),
-    "surroundings": (False, ""),
+    "local_linear": (False, ""),
     "start": ("plain", ""), "coordinates": ("corner", ""), "rgb_low": (0.0, ""),
     "epochs": (7, ""), "batch_size": (32, ""), "lr": (3e-4, ""), "warmup_steps": (9, ""),
     "weight_decay": (0.1, ""), "grad_clip": (0.5, ""), "ema_decay": (0.9, ""),
@@ -428,7 +428,7 @@ def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, m
     monkeypatch.setattr("mambaflow.training.stop_signal.STOP_POLL_S", -1.0)
     fit = job.train
 
-    def stopping(config: RunConfig, world: job.World) -> job.Outcome:
+    def stopping(config: RunConfig, world: job.ProcessGroup) -> job.Outcome:
         (place.storage / "new" / "STOP").touch()
         return fit(config, world)
 

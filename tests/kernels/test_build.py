@@ -32,13 +32,13 @@ import logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 import torch
 from mambaflow.models.mamba import Mamba
-from mambaflow.models.selective_scan import fastest
+from mambaflow.models.selective_scan import fastest_backend
 torch.manual_seed(0)
 block, tokens = Mamba(8), torch.randn(2, 70, 8)
 y = block(tokens)
 y.square().sum().backward()
 exact = block.double()(tokens.double())
-print(fastest(tokens, 16), float((y - exact).abs().max() / exact.abs().max()) < 1e-5)
+print(fastest_backend(tokens, 16), float((y - exact).abs().max() / exact.abs().max()) < 1e-5)
 """
 
 
@@ -276,7 +276,7 @@ def test_a_wheel_brings_the_source_and_builds_from_it(machine):
         pytest.skip(f"no wheel can be made here (no hatchling, no network): {made.stderr[-300:]}")
     (wheel,) = machine.folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
-        names = ("scan.cpp", "attention.cpp", "words.cpp", "vectors.h")
+        names = ("scan.cpp", "attention.cpp", "random.cpp", "vectors.h")
         assert {f"mambaflow/kernels/csrc/{name}" for name in names} <= set(packed.namelist())
         packed.extractall(machine.folder / "site")
     if REAL is None:

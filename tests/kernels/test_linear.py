@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambaflow.kernels import linear as linear_module
-from mambaflow.kernels.linear import Linear, across, linear, product, suits
+from mambaflow.kernels.linear import Linear, linear, linear_forward, onednn_is_faster, weight_grad
 
 INFO = Path("/proc/cpuinfo")
-HERE = suits(INFO.read_text() if INFO.exists() else "")
+HERE = onednn_is_faster(INFO.read_text() if INFO.exists() else "")
 onednn = pytest.mark.skipif(not HERE, reason="oneDNN gains nothing on this processor")
 AMD = "vendor_id : AuthenticAMD\nflags : fma avx2 avx512f"
 
@@ -29,8 +29,8 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.onednn += func.overloadpacket in (
-            torch.ops.mambaflow.product,
-            torch.ops.mambaflow.across,
+            torch.ops.mambaflow.linear,
+            torch.ops.mambaflow.weight_grad,
         )
         return func(*args, **(kwargs or {}))
 
@@ -39,7 +39,7 @@ def large(*rows: int, k: int = 160, n: int = 224) -> tuple[torch.Tensor, ...]:
     """An input, a weight and a bias beyond the least product that is oneDNN's."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=generator) for s in ((*rows, k), (n, k), (n,)))
-    assert x.numel() * n >= linear_module.LEAST
+    assert x.numel() * n >= linear_module.MIN_MULTIPLICATIONS
     return x, weight, bias
 
 
@@ -71,21 +71,21 @@ def test_only_amds_avx512_is_for_onednn(processor, fit, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     for library in ("mkl", "mkldnn"):
         monkeypatch.setattr(f"torch.backends.{library}.is_available", lambda: True)
-    assert suits(processor) is fit
+    assert onednn_is_faster(processor) is fit
 
 
 @pytest.mark.parametrize("missing", ["mkl", "mkldnn"])
 def test_without_both_libraries_there_is_no_choice(missing, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(f"torch.backends.{missing}.is_available", lambda: False)
-    assert not suits(AMD)
+    assert not onednn_is_faster(AMD)
 
 
 @pytest.mark.parametrize(("value", "fit"), [("0", False), ("1", HERE), (None, HERE)])
 def test_onednn_can_be_done_without(value, fit):
     environment = {k: v for k, v in os.environ.items() if k != "MAMBAFLOW_ONEDNN"}
     environment |= {} if value is None else {"MAMBAFLOW_ONEDNN": value}
-    code = "from mambaflow.kernels.linear import _suits_here; print(_suits_here())"
+    code = "from mambaflow.kernels import linear; print(linear._onednn_is_faster_here())"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
@@ -114,8 +114,11 @@ def test_a_large_product_is_made_by_onednn(monkeypatch):
 
     monkeypatch.setattr(torch.ops, "mkldnn", Watched())
     x, weight, bias = large(512)
-    close([product(x, weight, bias).double()], [F.linear(*(v.double() for v in (x, weight, bias)))])
-    across(F.linear(x, weight), x)
+    close(
+        [linear_forward(x, weight, bias).double()],
+        [F.linear(*(v.double() for v in (x, weight, bias)))],
+    )
+    weight_grad(F.linear(x, weight), x)
     assert len(asked) == 2
 
 
@@ -187,7 +190,7 @@ from mambaflow.kernels import linear
 from mambaflow.kernels.linear import Linear
 torch.manual_seed(0)
 layer, x = Linear(160, 224), torch.randn(2, 204, 160, requires_grad=True)
-assert x.numel() * 224 >= linear.LEAST
+assert x.numel() * 224 >= linear.MIN_MULTIPLICATIONS
 outcomes = []
 for f in (layer, torch.compile(layer, fullgraph=True)):
     layer.zero_grad()
@@ -209,11 +212,11 @@ def test_a_large_product_compiles():
 @onednn
 def test_the_operators_are_what_they_tell_torch():
     x, weight, bias = (v.requires_grad_() for v in large(512))
-    torch.library.opcheck(linear_module._product, (x, weight, bias))
-    torch.library.opcheck(linear_module._product, (x, weight, None))
+    torch.library.opcheck(linear_module._linear, (x, weight, bias))
+    torch.library.opcheck(linear_module._linear, (x, weight, None))
     for n, k in ((224, 160), (160, 224)):
         dy, x = (torch.randn(512, w, requires_grad=True) for w in (n, k))
-        torch.library.opcheck(linear_module._across, (dy, x))
+        torch.library.opcheck(linear_module._weight_grad, (dy, x))
 
 
 @pytest.mark.parametrize("why", ["small", "float64", "autocast", "other processor"])
@@ -224,7 +227,7 @@ def test_everything_else_is_torchs_own_product_bitwise(why, monkeypatch):
     if why == "float64":
         x, weight, bias = x.double(), weight.double(), bias.double()
     if why == "other processor":
-        monkeypatch.setattr(linear_module, "_suits_here", lambda: False)
+        monkeypatch.setattr(linear_module, "_onednn_is_faster_here", lambda: False)
     with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"), Calls() as calls:
         found, right = linear(x, weight, bias), F.linear(x, weight, bias)
     assert calls.onednn == 0 and found.dtype == right.dtype and torch.equal(found, right)
@@ -234,7 +237,7 @@ def test_a_torch_without_the_operator_has_its_own_product(monkeypatch):
     class Bare:
         pass
 
-    monkeypatch.setattr(linear_module, "_suits_here", lambda: True)
+    monkeypatch.setattr(linear_module, "_onednn_is_faster_here", lambda: True)
     monkeypatch.setattr(torch.ops, "mkldnn", Bare())
     x, weight, bias = large(512)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))

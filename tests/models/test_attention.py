@@ -260,7 +260,7 @@ def test_the_operator_is_what_it_tells_torch(keep):
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    monkeypatch.setattr(attention_cpu, "serves", lambda query: False)
+    monkeypatch.setattr(attention_cpu, "is_supported", lambda query: False)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
@@ -318,7 +318,7 @@ def test_windows_equal_their_definition_with_a_full_matrix(training):
     tokens, other = torch.randn(2, 7, 32), torch.randn(2, 11, 32)
     xy, other_xy, rgb = torch.rand(2, 7, 2), torch.rand(2, 11, 2), torch.randn(2, 11, 3)
     with torch.set_grad_enabled(training):
-        got = attention(tokens, xy, attention.keys(other, other_xy, rgb))
+        got = attention(tokens, xy, attention.kv(other, other_xy, rgb))
     doubles = [z.double() for z in (tokens, xy, other, other_xy, rgb)]
     want = windowed_by_definition(attention.double(), *doubles)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
@@ -331,8 +331,8 @@ def test_a_narrow_window_reads_the_nearest_colour():
         attention.log_width.fill_(math.log(0.003))
     side = torch.arange(7) / 7
     other_xy, rgb = torch.cartesian_prod(side, side)[None], torch.randn(1, 49, 3)
-    keys = attention.keys(torch.randn(1, 49, 16), other_xy, rgb)
-    _, colours = attention.read(torch.randn(1, 49, 16), other_xy, keys)
+    kv = attention.kv(torch.randn(1, 49, 16), other_xy, rgb)
+    _, colours = attention.read(torch.randn(1, 49, 16), other_xy, kv)
     torch.testing.assert_close(colours.unflatten(-1, (2, 3))[:, :, 0], rgb, atol=1e-3, rtol=1e-3)
 
 
@@ -341,7 +341,7 @@ def test_windows_keep_their_place_under_bf16_autocast():
     attention = Attention(32, 4, windows=True)
     xy, other_xy, rgb = torch.rand(1, 64, 2), torch.rand(1, 99, 2), torch.randn(1, 99, 3)
     tokens, other = torch.zeros(1, 64, 32), torch.zeros(1, 99, 32)  # windows alone decide
-    exact = attention.read(tokens, xy, attention.keys(other, other_xy, rgb))[1]
+    exact = attention.read(tokens, xy, attention.kv(other, other_xy, rgb))[1]
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = attention.read(tokens, xy, attention.keys(other, other_xy, rgb))[1]
+        rounded = attention.read(tokens, xy, attention.kv(other, other_xy, rgb))[1]
     torch.testing.assert_close(rounded, exact, atol=2e-3, rtol=0)

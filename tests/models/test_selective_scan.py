@@ -28,7 +28,7 @@ from mambaflow.kernels import scan_cpu
 from mambaflow.kernels.build import library
 from mambaflow.models import selective_scan as scan_module
 from mambaflow.models.mamba import Mamba, causal_conv
-from mambaflow.models.selective_scan import fastest, selective_scan
+from mambaflow.models.selective_scan import fastest_backend, selective_scan
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z")
 needs_native = pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
@@ -237,7 +237,7 @@ def test_mixed_precisions_as_under_autocast(backend):
 @pytest.mark.parametrize("native", [True, False])
 def test_a_block_trains_under_autocast_with_and_without_the_kernels(native, monkeypatch):
     if not native:
-        monkeypatch.setattr(scan_cpu, "serves", lambda *_, **__: False)
+        monkeypatch.setattr(scan_cpu, "is_supported", lambda *_, **__: False)
     torch.manual_seed(0)
     block, tokens = Mamba(16), torch.randn(2, 70, 16)
     plain = block(tokens)
@@ -258,7 +258,7 @@ def test_a_block_between_its_projections_takes_any_layout_and_half_precision(kin
     assert not block.conv1d.bias.is_contiguous()
     xz = torch.randn(2, 80, 33).to(kind).mT
     layers = block.conv1d, block.x_proj, block.dt_proj
-    y = scan_cpu.inner(xz, *layers, -block.A_log.exp(), block.D)
+    y = scan_cpu.mamba_inner(xz, *layers, -block.A_log.exp(), block.D)
     assert y.dtype == kind
     whole, rates = copy.deepcopy(block).double(), -block.A_log.exp().double()
     x, z = xz.double().chunk(2, -1)
@@ -434,8 +434,8 @@ def test_the_fused_block_is_the_block_of_its_parts(n, d_state, d_conv, frozen, m
     block = Mamba(24, d_state=d_state, d_conv=d_conv)
     block.in_proj.weight.requires_grad_(not frozen)
     tokens, wanted = torch.randn(3, n, 24), [p for p in block.parameters() if p.requires_grad]
-    calls, results, inner = [], [], scan_cpu.inner
-    monkeypatch.setattr(scan_cpu, "inner", lambda *x: calls.append(x) or inner(*x))
+    calls, results, inner = [], [], scan_cpu.mamba_inner
+    monkeypatch.setattr(scan_cpu, "mamba_inner", lambda *x: calls.append(x) or inner(*x))
     for fuses in (True, False):
         monkeypatch.setattr(Mamba, "_fuses", lambda self, xz, fuses=fuses: fuses)
         y = block(tokens)
@@ -463,9 +463,9 @@ def test_a_block_too_large_for_the_kernel_runs_in_torch(d_state, d_conv):
 
 def test_auto_takes_what_serves():
     cpu = "native" if library() else "chunked"
-    assert fastest(torch.zeros(1), 16) == cpu
-    assert fastest(torch.zeros(1), 65) == "chunked"
-    assert fastest(torch.zeros(1).double(), 16) == "chunked"
+    assert fastest_backend(torch.zeros(1), 16) == cpu
+    assert fastest_backend(torch.zeros(1), 65) == "chunked"
+    assert fastest_backend(torch.zeros(1).double(), 16) == "chunked"
 
 
 @pytest.mark.parametrize(
@@ -480,11 +480,11 @@ def test_auto_on_a_gpu_takes_mamba_ssm_or_says_how_to_have_it(
     scan_module._without_mamba_ssm.cache_clear()
     with FakeTensorMode():
         u = torch.empty(1, device="cuda")
-    assert [fastest(u, 16), fastest(u, 16)] == [backend, backend]
+    assert [fastest_backend(u, 16), fastest_backend(u, 16)] == [backend, backend]
     said = [r.message for r in caplog.records if "mamba_ssm is not installed" in r.message]
     assert len(said) == (backend != "cuda")
     assert all(f"slower backend {backend!r}" in m and "pip install --no-bu" in m for m in said)
-    assert fastest(u.double(), 16) == "chunked"
+    assert fastest_backend(u.double(), 16) == "chunked"
     scan_module._has_mamba_ssm.cache_clear()
     scan_module._without_mamba_ssm.cache_clear()
 

@@ -58,34 +58,36 @@ def test_every_combination_runs_and_is_blind_to_the_order_of_pixels(scan, readou
     )  # fmt: skip
     model, given, x = stirred(config), asked(), torch.randn(2, 13, 3)
     t = torch.tensor([0.3, 0.8])
-    v = model.given(given)(x, t)
+    v = model.condition(given)(x, t)
     k, n = torch.randperm(20), torch.randperm(13)
     turned = Asked(given.known_xy[:, k], given.known_rgb[:, k], given.query_xy[:, n])
-    torch.testing.assert_close(model.given(turned)(x[:, n], t), v[:, n], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.condition(turned)(x[:, n], t), v[:, n], rtol=1e-4, atol=1e-4)
 
 
 def test_the_posterior_mean_depends_on_the_known_pixels_alone():
     model, given = stirred(SMALL), asked()
     zero = torch.zeros(2)
     x, other = torch.randn(2, 13, 3), torch.randn(2, 13, 3)
-    mean = x + model.given(given)(x, zero)
-    torch.testing.assert_close(other + model.given(given)(other, zero), mean, rtol=1e-5, atol=1e-5)
+    mean = x + model.condition(given)(x, zero)
+    torch.testing.assert_close(
+        other + model.condition(given)(other, zero), mean, rtol=1e-5, atol=1e-5
+    )
     fewer = replace_queries(given, given.query_xy[:, :4])
     torch.testing.assert_close(
-        x[:, :4] + model.given(fewer)(x[:, :4], zero), mean[:, :4], rtol=1e-5, atol=1e-5
+        x[:, :4] + model.condition(fewer)(x[:, :4], zero), mean[:, :4], rtol=1e-5, atol=1e-5
     )
 
 
 def test_a_posterior_mean_is_spared_the_attention_among_queries_and_is_the_same():
     model, given, heard = stirred(SMALL), asked(), []
-    model.readout.blocks[0].among.register_forward_hook(lambda *_: heard.append(True))
+    model.readout.blocks[0].self_attn.register_forward_hook(lambda *_: heard.append(True))
     x = torch.randn(2, 13, 3)
-    whole = model.given(given)(x, torch.zeros(2))
+    whole = model.condition(given)(x, torch.zeros(2))
     assert heard.pop() and not heard
     with torch.no_grad():
-        spared = model.given(given)(x, torch.zeros(2))
+        spared = model.condition(given)(x, torch.zeros(2))
         assert not heard
-        mixed = model.given(given)(x, torch.tensor([0.0, 0.5]))
+        mixed = model.condition(given)(x, torch.tensor([0.0, 0.5]))
     assert heard and torch.equal(spared[0], mixed[0])
     torch.testing.assert_close(spared, whole, rtol=1e-3, atol=1e-3)  # other attention: see attend
 
@@ -99,7 +101,7 @@ def test_a_sample_sees_its_neighbours_noise():
     x, t = torch.randn(2, 13, 3), torch.full((2,), 0.7)
     moved = x.clone()
     moved[:, 0] += 1
-    change = (model.given(given)(moved, t) - model.given(given)(x, t)).abs().amax(-1)
+    change = (model.condition(given)(moved, t) - model.condition(given)(x, t)).abs().amax(-1)
     assert (change[:, 1:] > 1e-5).all()
 
 
@@ -111,14 +113,14 @@ def test_v1_is_causal_queries_do_not_change_the_memory_of_known_pixels():
     last = order.argmax(-1)
     moved = x.clone()
     moved[torch.arange(2), last] += 1
-    change = (model.given(given)(moved, t) - model.given(given)(x, t)).abs().amax(-1)
+    change = (model.condition(given)(moved, t) - model.condition(given)(x, t)).abs().amax(-1)
     change[torch.arange(2), last] = 0
     assert change.max() < 1e-5
 
 
 def test_one_velocity_serves_any_number_of_calls():
     model, given = stirred(SMALL), asked()
-    velocity = model.given(given)
+    velocity = model.condition(given)
     for t in (0.0, 0.4, 1.0):
         x, when = torch.randn(2, 13, 3), torch.full((2,), t)
         torch.testing.assert_close(velocity(x, when), model(given, x, when))
@@ -144,7 +146,7 @@ def test_an_untrained_v2_starts_as_a_smooth_fill():
     colour = lambda xy: torch.sin(3 * xy @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 2.0]]))  # noqa: E731
     given = Asked(grid, colour(grid), torch.rand(1, 100, 2))
     x = torch.randn(1, 100, 3)
-    mean = x + model.given(given)(x, torch.zeros(1))
+    mean = x + model.condition(given)(x, torch.zeros(1))
     error = (mean - colour(given.query_xy)).square().mean()
     assert error < 0.15 * colour(given.query_xy).var()
 
@@ -152,7 +154,7 @@ def test_an_untrained_v2_starts_as_a_smooth_fill():
 @pytest.mark.parametrize("kernel", [True, False])
 def test_no_activation_grows_with_the_square_of_the_queries(kernel, monkeypatch):
     if not kernel:  # and more tokens than those whose scores are kept: see attend
-        monkeypatch.setattr(attention_cpu, "serves", lambda query: False)
+        monkeypatch.setattr(attention_cpu, "is_supported", lambda query: False)
         monkeypatch.setattr(attention, "PLAIN", 2 * 200 * 200)
     model = stirred(SMALL)
     largest = {}

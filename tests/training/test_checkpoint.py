@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from small import CPU, FIT, MODEL, run_config
-from test_training import Stream
+from test_loop import Stream
 
 from mambaflow.config import RunConfig, to_dict, to_json
 from mambaflow.models import weights
@@ -46,7 +46,7 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
     moments = state.optimizer.state_dict()["state"].items()
     return {
         **{f"model.{k}": v for k, v in state.model.state_dict().items()},
-        **{f"averaged.{k}": v for k, v in state.averaged.state_dict().items()},
+        **{f"ema.{k}": v for k, v in state.ema.state_dict().items()},
         **{f"optimizer.{i}.{k}": v for i, of in moments for k, v in of.items()},
         "step": torch.tensor(state.step),
     }
@@ -138,10 +138,11 @@ def test_a_save_that_is_interrupted_leaves_no_checkpoint_and_the_one_before(
 
 KILLED = """
 import os, signal, sys
-from mambaflow.training import checkpoint
 from mambaflow.config import from_json
+from mambaflow.models import weights
 from mambaflow.storage import LocalStorage, at
-from mambaflow.training import TrainState
+from mambaflow.training import checkpoint
+from mambaflow.training.loop import TrainState
 import torch
 config = from_json(sys.argv[2])
 state = TrainState(config.model, config.train, torch.device("cpu"))
@@ -161,7 +162,7 @@ checkpoint.save(state, weights.Index(step=2, config=config), run)
 def test_a_process_killed_between_two_files_leaves_the_checkpoint_before(run):
     died = subprocess.run([sys.executable, "-c", KILLED, str(run.path), to_json(RUN)], timeout=120)
     assert died.returncode == -signal.SIGKILL
-    assert run.exists("step_0000002/averaged.safetensors")
+    assert run.exists("step_0000002/ema.safetensors")
     assert weights.saved_steps(run) == [1]
     assert checkpoint.restore_newest(TrainState(MODEL, FIT, CPU), run).step == 1
 
@@ -272,14 +273,14 @@ def test_another_model_is_named_field_by_field(state, run):
 
 def test_tensors_that_do_not_fit_the_code_are_named(state, run):
     checkpoint.save(state, index(3), run)
-    path = run.path / "step_0000003" / "averaged.safetensors"
+    path = run.path / "step_0000003" / "ema.safetensors"
     tensors = load_file(path)
     tensors["head.weight"] = tensors["head.weight"][:2].contiguous()
     data = save(tensors)
     path.write_bytes(data)
     digest = checkpoint.hashlib.sha256(data).hexdigest()
-    rewritten(run, 3, lambda v: v["files"].update({"averaged.safetensors": digest}))
-    message = r"averaged does not fit .* 1 tensors, first head.weight: \[2, 16\] saved, \[3, 16\]"
+    rewritten(run, 3, lambda v: v["files"].update({"ema.safetensors": digest}))
+    message = r"ema does not fit .* 1 tensors, first head.weight: \[2, 16\] saved, \[3, 16\]"
     with pytest.raises(CheckpointError, match=message):
         checkpoint.restore(TrainState(MODEL, FIT, CPU), run, 3)
     with pytest.raises(CheckpointError, match=message):
@@ -386,8 +387,8 @@ def test_a_loaded_model_has_the_averaged_weights_of_the_best_and_only_evaluates(
     checkpoint.save(trained(5), index(5, psnr=19.0), run)
     model, about = weights.load_model(run.path)
     assert about.step == 3 and about.scores == {"val/psnr": 20.0}
-    averaged = state.averaged.state_dict()
-    assert all(torch.equal(value, averaged[key]) for key, value in model.state_dict().items())
+    ema = state.ema.state_dict()
+    assert all(torch.equal(value, ema[key]) for key, value in model.state_dict().items())
     assert not torch.equal(model.embed_known.weight, state.model.embed_known.weight)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 

@@ -65,11 +65,11 @@ def test_training_lowers_the_loss(arch):
     )  # fmt: skip
     state = TrainState(model, TRAIN, torch.device("cpu"))
     config = replace(TRAIN, lr=5e-3)
-    held_out = [Stream()[step] for step in range(1000, 1010)]
+    eval_set = [Stream()[step] for step in range(1000, 1010)]
 
     def score() -> float:
         with torch.no_grad():
-            return sum(loss(state.averaged, batch, config).item() for batch in held_out)
+            return sum(loss(state.ema, batch, config).item() for batch in eval_set)
 
     before = score()
     for _ in fit(state, Stream(), config, 80):
@@ -83,7 +83,7 @@ def test_the_average_is_the_ramped_exponential_one():
     for progress in fit(state, Stream(), TRAIN, 5):
         decay = min(0.9, (1 + progress.step) / (10 + progress.step))
         want = decay * want + (1 - decay) * weights(state).double()
-    got = torch.cat([p.flatten() for p in state.averaged.parameters()])
+    got = torch.cat([p.flatten() for p in state.ema.parameters()])
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 

@@ -22,12 +22,12 @@ from torch import nn
 from mambaflow.config import RunConfig, ScaleConfig, to_json
 from mambaflow.data.batches import Batches
 from mambaflow.data.shard_reader import ShardSet
-from mambaflow.evaluation.complete import Holdout
+from mambaflow.evaluation.complete import EvalSet
 from mambaflow.models import weights
 from mambaflow.storage import at
 from mambaflow.training import run as run_module
 from mambaflow.training import stop_signal
-from mambaflow.training.process_group import World
+from mambaflow.training.process_group import ProcessGroup
 from mambaflow.training.run import Outcome, open_run, reported_steps, train
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ class Killed(BaseException):
     """What kill -9 is to a process: nothing handles it."""
 
 
-class Scripted(World):
+class Scripted(ProcessGroup):
     """A process alone in which something happens as a step begins."""
 
     def __init__(self, events: dict[int, Callable[[], None]], first: int = 0) -> None:
@@ -326,7 +326,7 @@ def test_the_best_on_validation_is_the_one_reported(data, tmp_path, monkeypatch)
     about = report(config)
     assert about["checkpoint"] == "step 12" and about["trained_steps"] == STEPS
     model, index = weights.load_model(folder(config))
-    test = Holdout.read(ShardSet(str(data), "test"), LAYOUT, 4)
+    test = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, 4)
     again = run_module.final_report(model, test, config, 12, STEPS)
     assert again.rows["posterior mean"]["psnr"] == about["rows"]["posterior mean"]["psnr"]
 
@@ -348,8 +348,8 @@ def test_the_test_split_is_read_at_the_end_alone(data, tmp_path, monkeypatch):
 
 
 def test_workers_that_restored_different_steps_do_not_start(data, tmp_path):
-    class Apart(World):
-        def total(self, values: torch.Tensor) -> torch.Tensor:
+    class Apart(ProcessGroup):
+        def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
             return values + 12  # the other worker's
 
     config = small.run_config(data, tmp_path, "apart")
@@ -449,14 +449,14 @@ from dataclasses import replace
 from pathlib import Path
 from mambaflow.training import run as run_module
 from mambaflow.training import stop_signal
-from jobs.train import ProcessWorld
+from jobs.train import TorchrunProcessGroup
 from mambaflow.config import from_json
 config = from_json(sys.argv[1])
 folder = Path(config.storage) / config.run_name
 stop_signal.STOP_POLL_S = -1.0
 batches = []
 
-class Scripted(ProcessWorld):
+class Scripted(TorchrunProcessGroup):
     def wrap(self, model):
         whole = super().wrap(model)
         def forward(batch, *more):
@@ -468,12 +468,12 @@ class Scripted(ProcessWorld):
 
 world = Scripted(False, lambda point: None)
 for resume in (False, True):
-    if world.rank == 0:
+    if group.rank == 0:
         run_module.open_run(replace(config, resume=resume))
     dist.barrier()
     outcome = run_module.train(config, world)
     assert outcome == run_module.Outcome(*(("finished", 20) if resume else ("stopped", 12)))
-torch.save(batches, f"{config.storage}/batches{world.rank}")
+torch.save(batches, f"{config.storage}/batches{group.rank}")
 dist.destroy_process_group()
 """
 
