@@ -7,39 +7,24 @@ One Ray task makes one shard. A staging that stopped goes on where it was: finis
 kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
 """
 
-import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import tyro
 from tqdm import tqdm
 
 from mambaflow.data.sources import Source, open_source
-from mambaflow.data.staging import ShardResult, ShardTask, StageConfig, in_process, make, stage
-
-IN_FLIGHT = 64
-RETRIES = 3
+from mambaflow.data.staging import ShardResult, ShardTask, StageConfig, in_process, stage
+from mambaflow.distributed.environment import set_ray_environment
 
 
-def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
-    """Make shards on the cluster at RAY_ADDRESS or a private one, a bounded number at a time."""
-    from mambaflow.distributed.cluster import connect
-    from mambaflow.distributed.train import ray
+def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
+    """Make the shards over Ray."""
+    set_ray_environment()  # before Ray is imported, which this import does
+    from mambaflow.distributed.staging import on_ray
 
-    with connect():
-        remote = ray.remote(make).options(
-            num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError]
-        )
-        running = [remote.remote(task) for task in tasks[:IN_FLIGHT]]
-        waiting = iter(tasks[IN_FLIGHT:])
-        while running:
-            done, running = ray.wait(running)
-            running += [remote.remote(task) for task in itertools.islice(waiting, len(done))]
-            try:
-                yield ray.get(done[0])
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
+    return on_ray(tasks)
 
 
 def shown(tasks: list[ShardTask], config: StageConfig, source: Source) -> Iterator[ShardResult]:

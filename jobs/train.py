@@ -18,27 +18,30 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import torch
-import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from mambaflow.checks import lookup, require
+from mambaflow.checks import lookup
 from mambaflow.config import RECIPES, RunConfig
 from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
-from mambaflow.host import keep_memory, share_threads
+from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.models.weights import CheckpointError
-from mambaflow.storage import Storage, at
-from mambaflow.training.process_group import ProcessGroup, RunProgress
-from mambaflow.training.run import Outcome, RunFailed, check_data, open_run, train
-from mambaflow.training.stop_signal import STOP
+from mambaflow.run_paths import RunPaths
+from mambaflow.storage import at
+from mambaflow.training.preflight import check_data, check_flags, check_launch, open_run, settle
+from mambaflow.training.process_group import (
+    ProcessGroup,
+    Progress,
+    launched_group,
+    launched_workers,
+)
+from mambaflow.training.run import Outcome, RunFailed, train_and_score
 
 FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
 log = logging.getLogger(__name__)
@@ -59,38 +62,16 @@ def parse(argv: list[str]) -> RunConfig:
     )
 
 
-def prepare(config: RunConfig) -> RunConfig:
-    """The same run with a name, absolute addresses, and its data staged."""
-    torchrun = int(os.environ.get("WORLD_SIZE", "1"))
-    require(
-        config.scale.ray or config.scale.num_workers == torchrun,
-        f"num_workers (={config.scale.num_workers}) without Ray must be the number of processes "
-        f"(={torchrun}); start them with torchrun --nproc-per-node {config.scale.num_workers}",
-    )
-    require(
-        config.scale.ray or not config.scale.use_gpu or torch.cuda.is_available(),
-        "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
-    )
-    if config.scale.compile != "off" and not (config.scale.ray and os.environ.get("RAY_ADDRESS")):
-        _require_compiler(config.scale.compile)
-    warn_of_a_copy(config.storage)
-    name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
-    data = stage_once(config.data) if config.data in EMBEDDED else config.data
-    return replace(
-        config,
-        run_name=name,
-        storage=at(config.storage).uri,
-        data=at(data).uri,
-        command=" ".join(["python", *sys.argv]),
-    )
-
-
-def _require_compiler(how: str) -> None:
+def check_compiler(config: RunConfig) -> None:
+    """Refuse --compile where this machine, which will compile, cannot."""
+    elsewhere = config.scale.ray and os.environ.get("RAY_ADDRESS")
+    if config.scale.compile == "off" or elsewhere:
+        return
     try:
         compiler()
     except NativeError as error:
         raise ValueError(
-            f"compile (={how!r}) needs a compiler: {error}; or --compile off"
+            f"compile (={config.scale.compile!r}) needs a compiler: {error}; or --compile off"
         ) from error
 
 
@@ -106,13 +87,47 @@ def warn_of_a_copy(storage: str) -> None:
 
 
 @contextlib.contextmanager
-def stoppable(run: Storage) -> Iterator[None]:
+def cluster(config: RunConfig) -> Iterator[None]:
+    """The Ray to train on, if the run wants one: at RAY_ADDRESS, or private to this run."""
+    if not config.scale.ray:
+        yield
+        return
+    set_ray_environment()
+    from mambaflow.distributed.cluster import check_room, connect
+
+    with connect():
+        check_room(config.scale)
+        yield
+
+
+def prepare(config: RunConfig, stack: contextlib.ExitStack) -> RunConfig:
+    """The run, settled, checked and opened, on data that are there; a Ray to train on is in the
+    stack. What needs no data comes first: bad input must leave nothing behind.
+
+    Raises:
+        ValueError, OSError: bad input.
+    """
+    check_compiler(config)
+    warn_of_a_copy(config.storage)
+    config = settle(config, " ".join(["python", *sys.argv]))
+    check_flags(config)
+    stack.enter_context(cluster(config))
+    if config.data in EMBEDDED:
+        config = replace(config, data=at(stage_once(config.data)).uri)
+    check_data(config)
+    open_run(config)
+    return config
+
+
+@contextlib.contextmanager
+def stoppable(config: RunConfig) -> Iterator[None]:
     """SIGTERM or Ctrl-C asks the run to stop; a second one ends the driver at once."""
+    folder = RunPaths.of(config).folder
 
     def ask(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         log.info("stopping with a checkpoint; the same once more ends this at once")
-        run.write(STOP, signal.Signals(number).name.encode() + b"\n")
+        folder.write(RunPaths.STOP, signal.Signals(number).name.encode() + b"\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -123,72 +138,37 @@ def stoppable(run: Storage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[RunProgress], None]]:
-    """A bar that shows the newest point of the run."""
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar that shows the newest progress of the run."""
     with tqdm(unit="step", dynamic_ncols=True, disable=None) as bar:
 
-        def watch(point: RunProgress) -> None:
-            bar.total, bar.n = point.steps, point.step
-            bar.set_postfix_str(f"loss {point.loss:.4f}, {point.samples_per_second:.0f} samples/s")
+        def watch(progress: Progress) -> None:
+            bar.total, bar.n = progress.steps, progress.step
+            rate = progress.samples_per_second
+            bar.set_postfix_str(f"loss {progress.loss:.4f}, {rate:.0f} samples/s")
 
         yield watch
 
 
-def on_ray(config: RunConfig, run: Storage) -> Outcome:
-    """Train on the connected or a private cluster."""
+def train(config: RunConfig, group: ProcessGroup | None) -> Outcome:
+    """Train on the connected Ray, or without one as a worker of `group`."""
+    if group is not None:
+        with progress_bar() as group.watch:
+            return train_and_score(config, group)
     from mambaflow.distributed.train import train_on_ray
 
-    with stoppable(run), progress_bar() as watch:
+    with stoppable(config), progress_bar() as watch:
         return train_on_ray(config, watch)
 
 
-@contextlib.contextmanager
-def cluster(config: RunConfig) -> Iterator[None]:
-    """The Ray to train on, if the run wants one: at RAY_ADDRESS, or private to this run."""
-    if not config.scale.ray:
-        yield
-        return
-    from mambaflow.distributed.cluster import connect
-    from mambaflow.distributed.train import check_room
-
-    with connect(config.scale.num_workers + 1):
-        check_room(config.scale)
-        yield
-
-
-class TorchrunProcessGroup(ProcessGroup):
-    """This process, alone or among torchrun's."""
-
-    def __init__(self, use_gpu: bool, watch: Callable[[RunProgress], None]) -> None:
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
-        if device is not None:
-            torch.cuda.set_device(device)
-        share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        keep_memory()
-        if size > 1:
-            dist.init_process_group("nccl" if use_gpu else "gloo")
-        super().__init__(rank, size, device or torch.device("cpu"))
-        self.watch = watch
-
-    def report_progress(self, point: RunProgress) -> None:
-        self.watch(point)
-
-
-def without_ray(config: RunConfig) -> Outcome:
-    """Train in this process; a bare GPU box needs no Ray."""
-    with progress_bar() as watch:
-        outcome = train(config, TorchrunProcessGroup(config.scale.use_gpu, watch))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return outcome
-
-
-def show(config: RunConfig, run: Storage) -> None:
+def show(config: RunConfig) -> None:
     """The end of a run, for a person."""
-    print(run.read("report/table.md").decode())
-    print(f"run folder   {run.uri}")
-    print(f"picture      {run.uri}/report/picture.png")
+    paths = RunPaths.of(config)
+    if config.train.test_images:
+        print(paths.folder.read(RunPaths.TABLE).decode())
+    print(f"run folder   {paths.folder.uri}")
+    if config.train.test_images:
+        print(f"picture      {paths.uri(RunPaths.PICTURE)}")
     print(f"TensorBoard  tensorboard --logdir {config.storage}")
 
 
@@ -198,26 +178,41 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
     with contextlib.ExitStack() as stack:
         try:
-            config = prepare(parse(sys.argv[1:] if argv is None else argv))
-            check_data(config)
-            stack.enter_context(cluster(config))
-            run = open_run(config) if leader() else at(config.storage).child(config.run_name)
-        except (ValueError, OSError) as error:
+            config = parse(sys.argv[1:] if argv is None else argv)
+            check_launch(config.scale, launched_workers())
+        except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT
-        return carry_out(config, run)
+        group = None
+        if not config.scale.ray:
+            group = stack.enter_context(launched_group(config.scale.use_gpu))
+        ready = prepared(config, group, stack)
+        return BAD_INPUT if ready is None else carry_out(ready, group)
 
 
-def leader() -> bool:
-    """Whether this process speaks for the run: the first of those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
+def prepared(
+    config: RunConfig, group: ProcessGroup | None, stack: contextlib.ExitStack
+) -> RunConfig | None:
+    """The run as its first process has prepared it, to all of them; None where it is refused."""
+    ready = None
+    if leads(group):
+        try:
+            ready = prepare(config, stack)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+    return ready if group is None else group.broadcast(ready)
 
 
-def carry_out(config: RunConfig, run: Storage) -> int:
+def leads(group: ProcessGroup | None) -> bool:
+    """Whether this process speaks for the run: Ray's driver, or the first that torchrun started."""
+    return group is None or group.rank == 0
+
+
+def carry_out(config: RunConfig, group: ProcessGroup | None) -> int:
     """Train and show; returns the exit code."""
     resuming = f"--resume --run-name {config.run_name}"
     try:
-        outcome = on_ray(config, run) if config.scale.ray else without_ray(config)
+        outcome = train(config, group)
     except (ShardError, CheckpointError) as error:
         print(f"error: {error}\nmended? go on with {resuming}", file=sys.stderr)
         return DAMAGED
@@ -225,11 +220,11 @@ def carry_out(config: RunConfig, run: Storage) -> int:
         print(f"error: {error}\ngo on with {resuming}", file=sys.stderr)
         return FAILED
     if outcome.status == "stopped":
-        if leader():
+        if leads(group):
             print(f"stopped after step {outcome.step}; go on with {resuming}")
         return STOPPED
-    if leader():
-        show(config, run)
+    if leads(group):
+        show(config)
     return 0
 
 

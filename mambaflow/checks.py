@@ -1,7 +1,15 @@
-"""Refusing bad input at the border: one home for the words in which it is done."""
+"""Refusing bad input at the border: one home for the words in which it is done.
 
+A message names the value, the rule and the cure: "batch_size (=10) must be divisible by world
+size (=4); use 8 or 12".
+"""
+
+import dataclasses
+import math
+import types
+import typing
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -16,3 +24,55 @@ def lookup(registry: Mapping[str, T], name: str, what: str) -> T:
     """The entry called `name`; an unknown name is refused with the list of valid ones."""
     require(name in registry, f"unknown {what} {name!r}; valid: {', '.join(registry)}")
     return registry[name]
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Refuse fields that are not finite numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        cure = "1 or more" if isinstance(value, int) else "a number above 0"
+        require(0 < value < math.inf, f"{name} (={value}) must be positive; use {cure}")
+
+
+def require_not_negative(config: object, *names: str) -> None:
+    """Refuse fields that are not finite numbers from 0 up."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < math.inf, f"{name} (={value}) must not be negative; use 0 or more")
+
+
+def require_share(config: object, *names: str) -> None:
+    """Refuse fields that are not shares of a whole."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{name} (={value}) must be in [0, 1]; use a share such as 0.1")
+
+
+def require_seed(config: object, *names: str) -> None:
+    """Refuse fields that are not words of 32 bits, which the random draws are functions of."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 2**32, f"{name} (={value}) must be in [0, 2^32); use 0")
+
+
+def require_types(config: Any) -> None:
+    """Refuse a dataclass of which a field is not of its type, such as text where JSON should have
+    had a number: a dataclass itself looks at none, and a command line at its own alone."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        if typing.get_origin(hint) is Literal:
+            valid = ", ".join(map(repr, typing.get_args(hint)))
+            require(value in typing.get_args(hint), f"{f.name} (={value!r}) must be one of {valid}")
+        elif isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+            require(
+                _is_a(value, hint),
+                f"{f.name} (={value!r}) must be {hint.__name__}, not {type(value).__name__}",
+            )
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """As isinstance, but an int will do for a float, and a bool is not an int."""
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -8,20 +8,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mambaflow.checks import lookup, require
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        cure = "1 or more" if isinstance(value, int) else "a number above 0"
-        require(value > 0, f"{name} (={value}) must be positive; use {cure}")
-
-
-def _share(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(0 <= value <= 1, f"{name} (={value}) must be in [0, 1]; use a share such as 0.1")
+from mambaflow.checks import (
+    lookup,
+    require,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_share,
+    require_types,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +72,9 @@ class ModelConfig:
     """Colours are in [rgb_low, 1]: -1 centres them on the noise, 0 does not."""
 
     def __post_init__(self) -> None:
-        _positive(self, "d_model", "num_layers", "d_state", "d_conv", "expand", "num_heads")
-        _positive(self, "perceiver_iterations", "mlp_ratio", "frequencies", "max_frequency")
+        require_types(self)
+        require_positive(self, "d_model", "num_layers", "d_state", "d_conv", "expand", "num_heads")
+        require_positive(self, "perceiver_iterations", "mlp_ratio", "frequencies", "max_frequency")
         heads, width = self.num_heads, self.d_model
         require(
             width % heads == 0,
@@ -160,18 +156,18 @@ class TrainConfig:
     eval_images: int = 256
     """Validation images scored each time."""
     test_images: int = 512
-    """Test images scored once, at the end."""
+    """Test images scored once, at the end; 0: the test split is left alone."""
     sample_steps: int = 16
     """Heun steps of the samples in pictures and in the final table."""
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "lr", "grad_clip", "log_every", "eval_every")
-        _positive(self, "eval_images", "test_images", "sample_steps")
-        _share(self, "ema_decay", "share_at_zero")
-        for name in ("warmup_steps", "weight_decay", "min_queries", "max_queries"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name} (={value}) must not be negative; use 0 or more")
-        require(0 <= self.seed < 2**32, f"seed (={self.seed}) must be in [0, 2^32); use 0")
+        require_types(self)
+        require_positive(self, "epochs", "batch_size", "lr", "grad_clip", "log_every", "eval_every")
+        require_positive(self, "eval_images", "sample_steps")
+        require_share(self, "ema_decay", "share_at_zero")
+        require_not_negative(self, "warmup_steps", "weight_decay", "min_queries", "max_queries")
+        require_not_negative(self, "test_images")
+        require_seed(self, "seed")
         require(
             self.min_queries <= self.max_queries,
             f"min_queries (={self.min_queries}) must be at most max_queries "
@@ -199,15 +195,13 @@ class ScaleConfig:
     needs a C++ compiler."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_workers")
+        require_types(self)
+        require_positive(self, "num_workers")
         require(
             0 <= self.min_workers <= self.num_workers,
             f"min_workers (={self.min_workers}) must be in [0, num_workers (={self.num_workers})]",
         )
-        require(
-            self.max_failures >= 0,
-            f"max_failures (={self.max_failures}) must not be negative; use 0 to fail at once",
-        )
+        require_not_negative(self, "max_failures")
         require(
             self.compile != "graphs" or self.use_gpu,
             "compile (='graphs') needs a GPU; use --use-gpu, or --compile on",
@@ -237,6 +231,9 @@ class RunConfig:
     cifar10."""
     resume: bool = False
     """Go on from the newest checkpoint of this run name."""
+    init_from: str = ""
+    """Start from the weights of another run's best checkpoint (its folder or s3://…), with a fresh
+    optimiser; empty: from weights drawn by the seed."""
     command: Annotated[str, tyro.conf.Suppress] = ""
     """The command line, for the captions of tables."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -244,6 +241,7 @@ class RunConfig:
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
     def __post_init__(self) -> None:
+        require_types(self)
         lookup(ARCHITECTURES, self.arch, "arch")
         lookup(RECIPES, self.recipe, "recipe")
         bad = sorted(set(self.run_name) & set("/\\ \t\n:*?\"'"))
@@ -300,20 +298,37 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+# What configurations that were written before call otherwise, or lack. A field that is missing and
+# not named here is refused: filled in with today's default, it would silently be another run.
+RENAMED = {"model": {"surroundings": "local_linear"}}
+ADDED = {"a run": {"init_from": ""}}
+PARTS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
+
+
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig of `to_dict`; unknown or missing fields are refused by name."""
-    values = dict(values)
-    parts = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
-    for key, kind in parts.items():
-        names = {f.name for f in dataclasses.fields(kind)}
-        given = dict(values.get(key) or {})
-        unknown = sorted(given.keys() - names)
-        require(not unknown, f"unknown field(s) {unknown} in {key}; valid: {sorted(names)}")
-        values[key] = kind(**given)
-    known = {f.name for f in dataclasses.fields(RunConfig)}
-    unknown = sorted(values.keys() - known)
-    require(not unknown, f"unknown field(s) {unknown} in a run; valid: {sorted(known)}")
-    return RunConfig(**values)
+    """The RunConfig of `to_dict`, today's or an earlier version's, with the meaning it had.
+
+    Raises:
+        ValueError: fields that are unknown or missing, by name, or of another type.
+    """
+    require(isinstance(values, Mapping), f"a run (={values!r}) must hold fields by name")
+    parts = {name: _build(kind, values.get(name), name) for name, kind in PARTS.items()}
+    return _build(RunConfig, {**values, **parts}, "a run")
+
+
+def _build(kind: type, values: Any, part: str) -> Any:
+    require(isinstance(values, Mapping), f"{part} (={values!r}) must hold fields by name")
+    renamed = {RENAMED.get(part, {}).get(name, name): value for name, value in values.items()}
+    given = ADDED.get(part, {}) | renamed
+    names = {f.name for f in dataclasses.fields(kind)}
+    unknown, missing = sorted(given.keys() - names), sorted(names - given.keys())
+    require(not unknown, f"unknown field(s) {unknown} in {part}; valid: {sorted(names)}")
+    require(
+        not missing,
+        f"missing field(s) {missing} in {part}: what they were is not known; "
+        "use the version of mambaflow that wrote it",
+    )
+    return kind(**given)
 
 
 def to_json(config: RunConfig) -> str:

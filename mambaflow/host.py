@@ -6,8 +6,25 @@ import platform
 
 import torch
 
+from mambaflow.checks import require
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def cores() -> int:
+    """Cores that this process may use, or MAMBAFLOW_CORES of them.
+
+    Raises:
+        ValueError: MAMBAFLOW_CORES is no whole number above 0.
+    """
+    if text := os.environ.get("MAMBAFLOW_CORES"):
+        good = text.isascii() and text.isdigit() and int(text) > 0
+        require(good, f"MAMBAFLOW_CORES (={text!r}) must be a whole number above 0; unset it")
+        return int(text)
+    if hasattr(os, "sched_getaffinity"):  # what a container or taskset grants, not what there is
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def share_threads(workers: int) -> None:
@@ -18,10 +35,7 @@ def share_threads(workers: int) -> None:
     Args:
         workers: how many workers this node has.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(
-        int(os.environ.get("MAMBAFLOW_THREADS") or max(1, (cores or 1) // workers))
-    )
+    torch.set_num_threads(int(os.environ.get("MAMBAFLOW_THREADS") or max(1, cores() // workers)))
 
 
 # `keep_memory` for a process that trains in a thread, in the environment that it starts with:

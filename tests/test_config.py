@@ -1,13 +1,19 @@
 """Configurations refuse what cannot run, and survive being written down."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from mambaflow.checks import lookup
 from mambaflow.config import (
+    ADDED,
     ARCHITECTURES,
+    PARTS,
     RECIPES,
+    RENAMED,
     ModelConfig,
     RunConfig,
     ScaleConfig,
@@ -15,6 +21,7 @@ from mambaflow.config import (
     differences,
     from_dict,
     from_json,
+    mission,
     to_dict,
     to_json,
 )
@@ -84,3 +91,86 @@ def test_differences_name_the_field_and_both_values():
     old = RunConfig()
     new = replace(old, model=replace(old.model, d_model=128))
     assert list(differences(old, new)) == ["model.d_model: 256 -> 128"]
+
+
+def parts(values: dict) -> dict[str, dict]:
+    return {"a run": values, **{name: values[name] for name in PARTS}}
+
+
+EVERY_FIELD = [
+    (part, name) for part, fields in parts(to_dict(RunConfig())).items() for name in fields
+]
+
+
+@pytest.mark.parametrize(("part", "name"), [f for f in EVERY_FIELD if f[1] not in PARTS])
+def test_a_missing_field_is_refused_or_means_what_it_meant_before_it_came(part, name):
+    values = to_dict(mission("v1"))
+    del parts(values)[part][name]
+    if name in ADDED.get(part, {}):
+        assert parts(to_dict(from_dict(values)))[part][name] == ADDED[part][name]
+        return
+    with pytest.raises(ValueError, match=rf"missing field\(s\) \['{name}'\] in {part}: .* use the"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_configuration_without_a_part_is_refused(part):
+    values = to_dict(RunConfig())
+    del values[part]
+    with pytest.raises(ValueError, match=rf"{part} \(=None\) must hold fields by name"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("part", RENAMED)
+def test_a_field_by_its_earlier_name_is_that_field(part):
+    for old, new in RENAMED[part].items():
+        values = to_dict(mission("v1"))
+        value = parts(values)[part].pop(new)
+        parts(values)[part][old] = value
+        assert from_dict(values) == mission("v1") and value != getattr(ModelConfig(), new)
+
+
+WRONG_TYPES = [
+    ("ModelConfig(d_model='256')", "d_model (='256') must be int, not str"),
+    ("ModelConfig(d_model=256.0)", "d_model (=256.0) must be int, not float"),
+    ("ModelConfig(d_model=True)", "d_model (=True) must be int, not bool"),
+    ("ModelConfig(windows=1)", "windows (=1) must be bool, not int"),
+    (
+        "ModelConfig(scan='sideways')",
+        "scan (='sideways') must be one of 'known', 'append', 'joint'",
+    ),
+    ("TrainConfig(lr='1e-4')", "lr (='1e-4') must be float, not str"),
+    ("TrainConfig(masks=None)", "masks (=None) must be one of 'strict', 'fresh'"),
+    ("RunConfig(data=3)", "data (=3) must be str, not int"),
+    ("RunConfig(model=None)", "model (=None) must be ModelConfig, not NoneType"),
+    ("from_json('[]')", "a run (=[]) must hold fields by name"),
+    ("from_json('{\"model\": 3}')", "model (=3) must hold fields by name"),
+    ("TrainConfig(lr=float('nan'))", "lr (=nan) must be positive; use a number above 0"),
+    ("TrainConfig(lr=float('inf'))", "lr (=inf) must be positive; use a number above 0"),
+    (
+        "TrainConfig(weight_decay=float('inf'))",
+        "weight_decay (=inf) must not be negative",
+    ),
+    ("TrainConfig(lr=1)", "accepted"),
+]  # a whole number will do for a float
+
+TOLD = """
+import json, sys
+from mambaflow.config import *
+for made in json.loads(sys.argv[1]):
+    try:
+        eval(made)
+        print("accepted")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_value_of_another_type_is_refused_as_json_may_bring_it():
+    """In a process of its own: here the shape checker of tests would speak first."""
+    command = [sys.executable, "-c", TOLD, json.dumps([made for made, _ in WRONG_TYPES])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    told = done.stdout.splitlines()
+    assert len(told) == len(WRONG_TYPES), done.stderr
+    for (made, message), line in zip(WRONG_TYPES, told, strict=True):
+        assert line.startswith(message), (made, line)

@@ -11,7 +11,7 @@ LIBRARY = ROOT / "mambaflow"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 # Who may import whom. The ground is what lies beside the wings in mambaflow/.
-GROUND = {"config", "checks", "storage", "host"}
+GROUND = {"config", "checks", "storage", "host", "run_paths"}
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "data": {"kernels"},
@@ -26,7 +26,8 @@ ARROWS: dict[str, set[str]] = {
 # What the wings may import of the ground: kernels know numbers alone, and flow nothing at all.
 ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": set(), "flow": {"checks"}}
 # Inside the ground.
-BELOW = {"checks": set(), "host": {"checks"}, "storage": {"checks"}, "config": {"checks"}}
+BELOW = {"checks": set(), "host": {"checks"}, "storage": {"checks"}, "config": {"checks"},
+         "run_paths": {"config", "storage"}}  # fmt: skip
 ONLY = {
     "ray": {"distributed"},
     "boto3": {"storage"},

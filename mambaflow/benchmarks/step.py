@@ -20,7 +20,7 @@ from mambaflow.data.batches import PixelBatch
 from mambaflow.kernels.linear import large, linear_forward
 from mambaflow.models.velocity_field import parameters
 from mambaflow.report.tables import Table
-from mambaflow.training.loop import Progress, TrainState, compiled, fit
+from mambaflow.training.loop import StepResult, TrainState, compiled, fit
 
 Size = Sequence[int]
 PROFILED, SHOWN = 3, 14  # steps, and operations of them
@@ -97,7 +97,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     return [Table(["training step", "value"], rows, caption), by_operation(steps, config.device)]
 
 
-def by_operation(steps: Iterator[Progress], device: str) -> Table:
+def by_operation(steps: Iterator[StepResult], device: str) -> Table:
     """Where the time of a step goes: of the CPU, or of the GPU where it has one."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile

@@ -180,6 +180,21 @@ def _places(size: int, coordinates: str, device: torch.device) -> Float[Tensor, 
     return (corner if coordinates == "corner" else xy).to(device)
 
 
+def require_queries(layout: Layout, config: TrainConfig) -> None:
+    """Refuse more queries than the masks leave.
+
+    Raises:
+        ValueError: max_queries is beyond the staged targets, or with fresh masks the unknown.
+    """
+    strict = config.masks == "strict"
+    most = layout.target if strict else layout.size**2 - layout.known
+    require(
+        config.max_queries <= most,
+        f"max_queries (={config.max_queries}) must be at most {most} with masks="
+        f"{config.masks!r}; use {most}" + (" or --masks fresh" if strict else ""),
+    )
+
+
 class Batches:
     """This worker's slice of each step's batch: `batches[step]`.
 
@@ -193,24 +208,17 @@ class Batches:
         layout: Layout,
         config: TrainConfig,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         device_rows: DeviceRows | None = None,
     ) -> None:
         require(
-            config.batch_size % world == 0,
-            f"batch_size (={config.batch_size}) must be divisible by world size (={world}); "
-            f"use {config.batch_size + world - config.batch_size % world}",
+            config.batch_size % world_size == 0,
+            f"batch_size (={config.batch_size}) must be divisible by world size (={world_size}); "
+            f"use {config.batch_size + world_size - config.batch_size % world_size}",
         )
-        unknown = layout.size**2 - layout.known
-        most = layout.target if config.masks == "strict" else unknown
-        require(
-            config.max_queries <= most,
-            f"max_queries (={config.max_queries}) must be at most {most} with masks="
-            f"{config.masks!r}; use {most}"
-            + (" or --masks fresh" if config.masks == "strict" else ""),
-        )
+        require_queries(layout, config)
         self.reader, self.layout, self.config = reader, layout, config
-        self.rank, self.world, self.device_rows = rank, world, device_rows
+        self.rank, self.world_size, self.device_rows = rank, world_size, device_rows
         self.order = RowOrder(len(reader), config.seed, reader.shuffle_block)
 
     @property
@@ -219,7 +227,7 @@ class Batches:
         return -(-len(self.reader) // self.config.batch_size)
 
     def __getitem__(self, step: int) -> PixelBatch:
-        share = self.config.batch_size // self.world
+        share = self.config.batch_size // self.world_size
         first = step * self.config.batch_size + self.rank * share
         rows = self._rows(first, share)
         index, colours = self._pixels(rows, first, self.queries(step))

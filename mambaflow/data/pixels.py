@@ -75,11 +75,6 @@ def to_rgb(colours: UInt8[Tensor, "*m"]) -> Float[Tensor, "*m"]:
     return colours.float().div_(127.5).sub_(1)
 
 
-def to_uint8(rgb: Float[Tensor, "*m"]) -> UInt8[Tensor, "*m"]:
-    """[-1, 1] to bytes, rounded and clipped."""
-    return ((rgb + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def copy_known(
     rgb: Float[Tensor, "b n 3"], index: Int[Tensor, "b k"], known: Float[Tensor, "b k 3"]
 ) -> Float[Tensor, "b n 3"]:

@@ -127,11 +127,6 @@ class ShardSet:
             return max(1, len(self))
         return max(self.capacity - 1, 1) * min(rows[:-1])
 
-    @property
-    def opened(self) -> list[int]:
-        """The shards that are open."""
-        return np.flatnonzero(self._slots >= 0).tolist()
-
     def __len__(self) -> int:
         return self.manifest.rows
 

@@ -1,78 +1,50 @@
-"""A Ray cluster to work on: the one at RAY_ADDRESS, or a private one."""
+"""A Ray cluster to work on, the one at RAY_ADDRESS or a private one, and the room on it.
+
+Ray's own defaults are replaced where they are known to hurt: authentication is stated, never
+guessed (see `environment`); every wait and every retry is bounded.
+"""
 
 import contextlib
-import json
 import logging
 import os
-import secrets
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-LOCAL = "local"
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
-
-def cluster_address() -> str:
-    """Where RAY_ADDRESS points: host:port or auto; "local", a private cluster, without it.
-
-    Raises:
-        ValueError: it is the address of jobs, or of a Ray client.
-    """
-    address = os.environ.get("RAY_ADDRESS") or LOCAL
-    if "://" in address:
-        raise ValueError(
-            f"RAY_ADDRESS (={address}) is where jobs are submitted; use `ray job submit -- python "
-            "…`, or set RAY_ADDRESS to the head's host:port (6379 by default), or unset it for a "
-            "private Ray on this machine"
-        )
-    return address
-
-
-def _settle_authentication() -> None:
-    """State Ray's authentication before it is imported, which is when it reads it.
-
-    Without a cluster to join we shall start our own: it asks for a token that only this process
-    and its children know, so that nobody else on the machine can run code in it, and no token is
-    written to the home folder. A cluster that exists has its own mode, which its users state in
-    RAY_AUTH_MODE; a job of the cluster inherits it.
-    """
-    joining = os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL)
-    if not joining and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-_settle_authentication()
-
-import ray  # noqa: E402
-
-from mambaflow.host import KEEP_MEMORY  # noqa: E402
+from mambaflow import host
+from mambaflow.checks import require
+from mambaflow.config import ScaleConfig
+from mambaflow.distributed.environment import LOCAL, cluster_address, is_set, worker_environment
+from mambaflow.training.run import RunFailed
 
 REACH_S = 10
+PATIENCE_S, SOON_S = 300.0, 5.0
+GROWTH_S = 60.0
 log = logging.getLogger(__name__)
-# What a worker needs of the driver's environment, whichever node it starts on.
-FORWARDED = ("AWS_", "MAMBAFLOW_", "RAY_TRAIN_", "RAY_ADDRESS")
-# How Ray Train and its workers behave unless the environment says otherwise.
-SETTINGS = {
-    **KEEP_MEMORY,
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next one
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints each line twice otherwise
-}
 
 
 @contextlib.contextmanager
-def connect(num_cpus: int | None = None) -> Iterator[None]:
-    """The cluster at RAY_ADDRESS, or else a private one on this machine that ends with us.
-
-    Args:
-        num_cpus: cores of the private cluster; without it, all that this machine has.
+def connect() -> Iterator[None]:
+    """The cluster at RAY_ADDRESS, or else a private one on this machine that ends with us, as
+    large as the machine.
 
     Raises:
+        RuntimeError: `set_ray_environment` was not called before Ray was imported.
         ValueError, OSError: RAY_ADDRESS is of another kind, does not answer, or refuses us.
     """
     if ray.is_initialized():
         yield
         return
+    if not is_set():
+        raise RuntimeError(
+            "RAY_AUTH_MODE (unset) must be stated before Ray starts; call "
+            "distributed.environment.set_ray_environment() before `import ray`"
+        )
     address = cluster_address()
     with contextlib.ExitStack() as stack:
         settings: dict[str, Any] = {"address": address}
@@ -80,8 +52,8 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
             # A short path: a Unix socket's name holds 107 bytes.
             folder = tempfile.TemporaryDirectory("", "mf-", "/tmp", ignore_cleanup_errors=True)
             temp = stack.enter_context(folder)
-            settings |= {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": temp}
-        _join(settings, {"env_vars": _environment(address)})
+            settings |= {"num_cpus": host.cores(), "include_dashboard": False, "_temp_dir": temp}
+        _join(settings, {"env_vars": worker_environment(address)})
         stack.callback(ray.shutdown)
         yield
 
@@ -89,10 +61,10 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
 def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:
     """ray.init; an address where nobody answers is found in seconds, where Ray takes minutes."""
     address = settings["address"]
-    host, _, port = address.rpartition(":")
+    name, _, port = address.rpartition(":")
     try:
         if port.isdigit():
-            socket.create_connection((host, int(port)), REACH_S).close()
+            socket.create_connection((name, int(port)), REACH_S).close()
     except OSError as error:
         raise ConnectionError(
             f"no Ray cluster answers at RAY_ADDRESS (={address}): {error}; start one with "
@@ -109,12 +81,61 @@ def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:
         ) from error
 
 
-def _environment(address: str) -> dict[str, str]:
-    """What workers get of the driver's environment, less what they have of their job: Ray refuses
-    a variable that is given twice."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    known = job.get("runtime_env", {}).get("env_vars", {})
-    given = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in SETTINGS}
-    if address in (LOCAL, "auto"):
-        given.pop("RAY_ADDRESS", None)
-    return {k: v for k, v in (SETTINGS | given).items() if k not in known}
+def check_room(scale: ScaleConfig) -> None:
+    """Refuse more workers than a private cluster can ever hold; a shared one may still grow.
+
+    Raises:
+        ValueError: num_workers, or min_workers, exceeds this machine's cores or GPUs;
+            MAMBAFLOW_GROWTH_S is no number of seconds.
+    """
+    growth_s()
+    if cluster_address() == LOCAL:
+        require(not missing(scale), missing(scale))
+
+
+def growth_s() -> float:
+    """Seconds between two looks for nodes to grow on. A run that grows repeats the steps since
+    its last checkpoint, so that it does not follow every node that joins.
+
+    Raises:
+        ValueError: MAMBAFLOW_GROWTH_S is no number of seconds.
+    """
+    text = os.environ.get("MAMBAFLOW_GROWTH_S") or str(GROWTH_S)
+    good = re.fullmatch(r"\d+(\.\d+)?", text) is not None
+    require(good, f"MAMBAFLOW_GROWTH_S (={text!r}) must be a number of seconds; use 60")
+    return float(text)
+
+
+def missing(scale: ScaleConfig) -> str:
+    """What the connected cluster lacks for the fewest workers of the run; "" for nothing."""
+    workers, have = scale.world_sizes[0], ray.cluster_resources()
+    name = "min_workers" if scale.min_workers else "num_workers"
+    for kind in ("CPU", "GPU") if scale.use_gpu else ("CPU",):
+        count = int(have.get(kind, 0))
+        if count < workers:
+            return (
+                f"{name} (={workers}) needs {workers} {kind}s, and the cluster has {count}; "
+                f"use {name}={count} or fewer, or add nodes"
+            )
+    return ""
+
+
+def await_room(scale: ScaleConfig, patience_s: float = PATIENCE_S) -> None:
+    """Wait until the cluster has room for the fewest workers of the run.
+
+    The request is one that an autoscaler sees and answers with nodes.
+
+    Raises:
+        RunFailed: there was no room for `patience_s` seconds.
+    """
+    bundle = {"CPU": 1, "GPU": 1} if scale.use_gpu else {"CPU": 1}
+    group = placement_group([bundle] * scale.world_sizes[0])
+    try:
+        if group.wait(SOON_S):
+            return
+        why = missing(scale) or "other work holds the CPUs or GPUs of the cluster"
+        log.warning("waiting up to %.0f s for room: %s", patience_s, why)
+        if not group.wait(patience_s):
+            raise RunFailed(f"no room on the cluster for {patience_s:.0f} s: {why}")
+    finally:
+        remove_placement_group(group)

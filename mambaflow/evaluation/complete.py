@@ -1,35 +1,29 @@
-"""Completing held-out images and scoring them: during a run, and once at its end.
+"""Completing held-out images by a model, a sampler or a classical fill, and scoring them together.
 
 The task: the known pixels of the staged masks are given, all others are asked, and the known ones
-are copied into the answer. "Posterior mean" is one call at t = 0; "one sample" is Heun's.
+are copied into the answer.
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from mambaflow.checks import require
-from mambaflow.config import RunConfig, TrainConfig
 from mambaflow.data.batches import Layout, PixelBatch, RowReader
 from mambaflow.data.pixels import copy_known, unknown
 from mambaflow.data.random_bits import normal
 from mambaflow.evaluation.baselines import fill_images
-from mambaflow.evaluation.metrics import Calibration, Quality, Speckle
+from mambaflow.evaluation.metrics import Completion, Scores
 from mambaflow.flow.samplers import CountedVelocity, heun, mean, uniform_times
 from mambaflow.models.velocity_field import VelocityField
-from mambaflow.report.pictures import only_known, picture
-from mambaflow.report.tables import provenance, results_table
 
-BASELINES = ("nearest", "linear", "thin-plate")
 CHUNK = 32
-SHOWN = 8
 Images = Float[Tensor, "m h w 3"]
 
 
@@ -58,10 +52,9 @@ class EvalSet:
     def __getitem__(self, rows: slice) -> "EvalSet":
         return EvalSet(self.layout, self.images[rows], self.known[rows], self.ids[rows])
 
-    def chunks(self) -> Iterator["EvalSet"]:
-        """A few images at a time."""
-        for first in range(0, len(self), CHUNK):
-            yield self[first : first + CHUNK]
+    def chunk(self, number: int) -> "EvalSet":
+        """A few of the images, as many as are completed at a time."""
+        return self[number * CHUNK : (number + 1) * CHUNK]
 
     @property
     def truth(self) -> Images:
@@ -79,32 +72,28 @@ class EvalSet:
         """What two results must share to be compared."""
         return hashlib.sha256(self.known.numpy().astype(np.uint16).tobytes()).hexdigest()[:12]
 
-    def asked(self) -> tuple[PixelBatch, Int[Tensor, "m n"]]:
+    def batch(self) -> tuple[PixelBatch, Int[Tensor, "m n"]]:
         """The known pixels, and all others as queries; and which those are."""
         others = unknown(self.known, self.layout.size)
         index = torch.cat((self.known, others), 1)
         colours = self.images.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 3))
         return self.layout.batch(index, colours, self.ids), others
 
-    def painted(self, others: Int[Tensor, "m n"], rgb: Float[Tensor, "m n 3"]) -> Images:
+    def assemble(self, others: Int[Tensor, "m n"], rgb: Float[Tensor, "m n 3"]) -> Images:
         """Whole images in [0, 1] from the colours of the unknown pixels."""
         known = self.truth.flatten(1, 2)
         whole = copy_known(known, others, self.layout.image(rgb.cpu()))
         return whole.view(self.images.shape)
 
+    def completion(
+        self, images: Images, calls: int | None = None, seconds: float = 0.0,
+        around: Images | None = None,
+    ) -> Completion:  # fmt: skip
+        """An answer for these images, ready to be scored; `around`: the mean of a sample."""
+        return Completion(images, self.truth, self.is_known, around, calls, seconds)
+
 
 Solver = Callable[[CountedVelocity, Tensor], Tensor]
-
-
-def complete(model: VelocityField, eval_set: EvalSet, solver: Solver) -> tuple[Images, int]:
-    """The images that a solver makes of (velocity, noise), and the calls it took."""
-    device = next(model.parameters()).device
-    batch, others = eval_set.asked()
-    noise = normal(0, "evaluation", 0, eval_set.ids, 3 * others.shape[1]).view(*others.shape, 3)
-    with torch.no_grad():
-        velocity = CountedVelocity(model.condition(batch.to(device)))
-        rgb = solver(velocity, noise.to(device))
-    return eval_set.painted(others, rgb), velocity.calls
 
 
 def posterior_mean(velocity: CountedVelocity, noise: Tensor) -> Tensor:
@@ -117,116 +106,82 @@ def sampler(steps: int) -> Solver:
     return lambda velocity, noise: heun(velocity, noise, uniform_times(steps))
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one method made of all held-out images."""
+def complete(
+    model: VelocityField, eval_set: EvalSet, solver: Solver, around: Images | None = None
+) -> Completion:
+    """What a solver makes of (velocity, noise), all images at once; noise depends on their ids.
 
-    images: Images
-    calls: int
-    seconds: float
-
-
-def answers(model: VelocityField, eval_set: EvalSet, solver: Solver) -> Answer:
-    """Complete all images, a few at a time."""
+    Args:
+        around: the posterior mean, where the solver draws a sample around it.
+    """
     start = time.perf_counter()
-    parts = [complete(model, chunk, solver) for chunk in eval_set.chunks()]
-    seconds = (time.perf_counter() - start) / len(eval_set)
-    return Answer(torch.cat([p[0] for p in parts]), parts[0][1], seconds)
+    device = next(model.parameters()).device
+    batch, others = eval_set.batch()
+    noise = normal(0, "evaluation", 0, eval_set.ids, 3 * others.shape[1]).view(*others.shape, 3)
+    with torch.no_grad():
+        velocity = CountedVelocity(model.condition(batch.to(device)))
+        rgb = solver(velocity, noise.to(device))
+    images = eval_set.assemble(others, rgb)  # on CPU: what a GPU still had to do is done
+    return eval_set.completion(images, velocity.calls, time.perf_counter() - start, around)
 
 
-def score(images: Images, eval_set: EvalSet) -> dict[str, float]:
-    """PSNR, SSIM and speckle of completed images."""
-    quality = Quality().add(images, eval_set.truth, eval_set.is_known)
-    return quality.report() | Speckle().add(images, eval_set.truth).report()
-
-
-def validate(
-    model: VelocityField, eval_set: EvalSet, config: TrainConfig
-) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
-    """Scores of the posterior mean, and a picture with one sample of a few images."""
-    answer = answers(model, eval_set, posterior_mean)
-    scores = score(answer.images, eval_set)
-    few = eval_set[:SHOWN]
-    sample = answers(model, few, sampler(config.sample_steps))
-    shown = {"posterior mean": answer.images[:SHOWN], "sample": sample.images}
-    named = {f"val/{key}": scores[key] for key in ("psnr", "psnr_unknown", "ssim", "speckle")}
-    return named, completion_grid(few, shown)
-
-
-def completion_grid(
-    eval_set: EvalSet, answers: Mapping[str, Images]
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Truth, known pixels, linear fill, and the answers, side by side."""
-    truth = eval_set.images.numpy()
-    columns = {
-        "truth": truth,
-        "known pixels": only_known(truth, eval_set.is_known.numpy()),
-        "linear fill": _bytes(baseline("linear", eval_set)),
-    }
-    return picture(columns | {name: _bytes(images) for name, images in answers.items()})
-
-
-def _bytes(images: Images) -> UInt8[np.ndarray, "m h w 3"]:
-    return (images * 255).round().to(torch.uint8).numpy()
-
-
-def baseline(name: str, eval_set: EvalSet) -> Images:
+def fill(name: str, eval_set: EvalSet) -> Completion:
     """A classical fill of the same masks."""
     truth = eval_set.truth.flatten(1, 2)
     rgb = truth.gather(1, eval_set.known[..., None].expand(-1, -1, 3))
     filled = fill_images(name, eval_set.known.numpy(), rgb.double().numpy(), eval_set.layout.size)
-    return torch.from_numpy(filled).float().clamp(0, 1)
+    return eval_set.completion(torch.from_numpy(filled).float().clamp(0, 1))
+
+
+@runtime_checkable
+class Workers(Protocol):
+    """Who shares the scoring: as much as it needs to know of a process group."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, values: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class FinalReport:
-    """The end of a run: rows of the table, what it was measured on, and the picture."""
+class Alone:
+    """One process that shares with nobody."""
 
-    rows: dict[str, dict[str, float]]
-    facts: dict[str, str | int]
-    picture: UInt8[np.ndarray, "height width 3"]
+    rank: int = 0
+    size: int = 1
 
-    @property
-    def table(self) -> str:
-        """The table, with where its numbers come from."""
-        shown = ("psnr", "psnr_se", "psnr_unknown", "psnr_unknown_se", "ssim", "nfe", "spread",
-                 "coherence", "speckle")  # fmt: skip
-        rows = {
-            name: {key: row[key] for key in shown if key in row} for name, row in self.rows.items()
-        }
-        facts = dict(self.facts)
-        command, data, seed = (facts.pop(key) for key in ("command", "data", "seed"))
-        facts.pop("trained_steps")
-        return str(results_table(rows, provenance(str(command), str(data), int(seed), **facts)))
-
-    @property
-    def json(self) -> str:
-        """The same for programs."""
-        return json.dumps({"rows": self.rows, **self.facts}, indent=2) + "\n"
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """The sum over the one worker."""
+        return values
 
 
-def final_report(
-    model: VelocityField, eval_set: EvalSet, config: RunConfig, step: int, trained_steps: int
-) -> FinalReport:
-    """Score the model and the classical fills on the same images and masks."""
-    require(len(eval_set) > 0, "the test split is empty; stage the data with a test split")
-    rows = {name: score(baseline(name, eval_set), eval_set) for name in BASELINES}
-    best = answers(model, eval_set, posterior_mean)
-    one = answers(model, eval_set, sampler(config.train.sample_steps))
-    for name, answer in (("posterior mean", best), ("one sample (Heun)", one)):
-        scores = score(answer.images, eval_set)
-        rows[name] = scores | {"nfe": answer.calls, "seconds": answer.seconds}
-    law = Calibration().add(one.images, best.images, eval_set.truth, eval_set.is_known)
-    rows["one sample (Heun)"] |= law.report()
-    facts: dict[str, str | int] = {
-        "command": config.command,
-        "data": config.data,
-        "seed": config.train.seed,
-        "images": len(eval_set),
-        "masks": eval_set.mask_hash,
-        "training masks": config.train.masks,
-        "checkpoint": f"step {step}",
-        "trained_steps": trained_steps,
-    }
-    shown = {"posterior mean": best.images[:SHOWN], "sample": one.images[:SHOWN]}
-    return FinalReport(rows, facts, completion_grid(eval_set[:SHOWN], shown))
+# All ways of completing a chunk of images, by name: each chunk is answered by one worker.
+Methods = Callable[[EvalSet], Mapping[str, Completion]]
+
+
+def score(
+    names: list[str], methods: Methods, eval_set: EvalSet, workers: Workers | None = None
+) -> dict[str, Scores]:
+    """The scores of every method, its chunks shared out over the workers.
+
+    Chunks are the same for any number of workers, and their sums are added in the order of the
+    chunks: one worker or eight give the same bits.
+
+    Args:
+        names: what `methods` answers by: a worker without a chunk has no answer to learn it from.
+    """
+    workers = workers or Alone()
+    chunks = -(-len(eval_set) // CHUNK)
+    sums = torch.zeros(chunks, len(names) * len(Scores().flat()), dtype=torch.float64)
+    for number in range(workers.rank, chunks, workers.size):
+        answers = methods(eval_set.chunk(number))
+        flat = [x for name in names for x in Scores().add(answers[name]).flat()]
+        sums[number] = torch.tensor(flat, dtype=torch.float64)
+    total = {name: Scores() for name in names}
+    for row in workers.all_reduce(sums).tolist():  # others' rows are zeros: each sum is exact
+        numbers = iter(row)
+        total = {name: scores + scores.unflat(numbers) for name, scores in total.items()}
+    return total

@@ -1,13 +1,26 @@
 """What a prediction is worth, as sums that merge: one worker or eight give the same numbers.
 
 Each class is a frozen value that starts at zero; `add` returns the sum with a batch counted in,
-`+` merges two, `report` reads the numbers. Images are b h w 3 in [0, 1] with known pixels copied;
-sums are float64. Definitions: the evaluation protocol in README.md.
+`+` merges two, `report` reads the numbers, `flat` and `unflat` take the sums through a collective.
+METRICS is the registry: what reports, validation and benchmarks score, and how tables show it.
+
+Images are b h w 3 in [0, 1], known pixels copied into the prediction; sums are float64.
+
+    psnr, psnr_unknown  decibels of each image, of all its pixels and of the unknown ones; the mean
+                        over images. Copying a fifth of the pixels is worth 0.97 dB of the first.
+    ssim                structural similarity of each image (Wang et al. 2004), the mean over images
+    speckle, outliers   lone values where the truth is flat, pooled over images: see Speckle
+    spread, coherence   whether a sample has the law of the truth around the posterior mean,
+                        pooled over unknown pixels: see Calibration
+
+A posterior mean and one sample are different answers: a true sample of the posterior has 3.01 dB
+less than its mean on unknown pixels.
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,20 +31,35 @@ PERFECT_DB = 100.0
 SSIM_WINDOW = 7  # pixels a side
 FLAT, OUTLIER, CALM = 0.03, 0.08, 0.04  # of speckle
 
+Images = Float[Tensor, "b h w 3"]
+Mask = Bool[Tensor, "b h w"]
+S = TypeVar("S", bound="Sums")  # not Self: what checks shapes in tests decorates methods alone
 
-S = TypeVar("S", bound="_Sums")
 
-
-class _Sums:
-    """Fields that add up, one by one."""
+class Sums:
+    """Fields that add up, one by one: numbers, or sums themselves."""
 
     def __add__(self: S, other: S) -> S:
         mine: Any = self
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(mine)))
 
+    def flat(self) -> list[float]:
+        """Every number, in a fixed order: what a collective adds up over the workers."""
+        mine: Any = self
+        values = (getattr(self, f.name) for f in fields(mine))
+        return [x for v in values for x in (v.flat() if isinstance(v, Sums) else [float(v)])]
+
+    def unflat(self: S, numbers: Iterator[float]) -> S:
+        """Sums of this kind, of the next numbers that `flat` gave."""
+        mine: Any = self
+        values = (getattr(self, f.name) for f in fields(mine))
+        return type(self)(
+            *(v.unflat(numbers) if isinstance(v, Sums) else type(v)(next(numbers)) for v in values)
+        )
+
 
 @dataclass(frozen=True)
-class Moments(_Sums):
+class Moments(Sums):
     """Mean, variance and standard error of numbers, such as one per image."""
 
     count: int = 0
@@ -53,6 +81,7 @@ class Moments(_Sums):
         """Of the sample; nan below two values."""
         if self.count < 2:
             return math.nan
+        # Rounding may leave a variance of equal values just below zero.
         return max(self.squares - self.total**2 / self.count, 0.0) / (self.count - 1)
 
     @property
@@ -61,38 +90,61 @@ class Moments(_Sums):
         return math.sqrt(self.variance / self.count) if self.count else math.nan
 
 
-def psnr(
-    prediction: Float[Tensor, "b h w 3"],
-    truth: Float[Tensor, "b h w 3"],
-    where: Bool[Tensor, "b h w"] | None = None,
-) -> Float[Tensor, " b"]:
+def _require_same_shape(**images: Tensor) -> None:
+    """Refuse images that would be broadcast against one another."""
+    shapes = {name: tuple(image.shape[:3]) for name, image in images.items()}
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{name} (={shape})" for name, shape in shapes.items())
+        raise ValueError(f"{told} must agree in images, height and width; score like with like")
+
+
+def _require_in_range(**images: Tensor) -> None:
+    for name, image in images.items():
+        low, high = (image.min().item(), image.max().item()) if image.numel() else (0.0, 1.0)
+        if not (low >= 0 and high <= 1):  # nor is nan
+            raise ValueError(
+                f"{name} (={low:.3g} to {high:.3g}): image values must be in [0, 1]; "
+                "use ((rgb + 1) / 2).clamp(0, 1)"
+            )
+
+
+def psnr(prediction: Images, truth: Images, where: Mask | None = None) -> Float[Tensor, " b"]:
     """Decibels of each image for a range of 1, over the pixels `where` (default: all).
 
     A perfect image counts 100 dB, where an infinity would hide all others; one wrong step in
-    one byte of a 32 x 32 image is 83 dB, so that no other image comes near.
+    one byte of a 32 x 32 image is 83 dB, so that no other image comes near. What lies outside
+    `where` is not looked at, not even where it is no number.
+
+    Raises:
+        ValueError: shapes that differ; an image without a pixel to score.
     """
-    error = (prediction.double() - truth.double()).square().mean(-1)
     if where is None:
-        where = torch.ones_like(error, dtype=torch.bool)
+        where = torch.ones(truth.shape[:3], dtype=torch.bool, device=truth.device)
+    _require_same_shape(prediction=prediction, truth=truth, where=where)
     count = where.sum((1, 2))
     if not count.all():
         raise ValueError("where (=no pixel in some image) must leave a pixel to score in each")
-    mean_square = (error * where).sum((1, 2)) / count
+    error = (prediction.double() - truth.double()).square().mean(-1)
+    # Chosen, not multiplied by 0: 0 x nan is nan.
+    mean_square = torch.where(where, error, 0.0).sum((1, 2)) / count
     return -10 * mean_square.clamp(min=10 ** (-PERFECT_DB / 10)).log10()
 
 
-def ssim(
-    prediction: Float[Tensor, "b h w 3"], truth: Float[Tensor, "b h w 3"]
-) -> Float[Tensor, " b"]:
+def ssim(prediction: Images, truth: Images) -> Float[Tensor, " b"]:
     """Structural similarity of each image (Wang et al. 2004), range 1, mean over channels.
 
     As scikit-image's default: 7 x 7 uniform windows inside the image, sample covariance.
+
+    Raises:
+        ValueError: shapes that differ; images smaller than a window.
     """
+    _require_same_shape(prediction=prediction, truth=truth)
     if min(truth.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
             f"image size (={tuple(truth.shape[1:3])}) must be at least {SSIM_WINDOW} a side "
-            "for SSIM"
+            "for SSIM; score larger images"
         )
+    # Variances are differences of means: float32 would lose what is left of them in flat parts.
     x, y = (image.double().permute(0, 3, 1, 2) for image in (prediction, truth))
     products = torch.cat((x, y, x * x, y * y, x * y), 1)
     mx, my, xx, yy, xy = F.avg_pool2d(products, SSIM_WINDOW, stride=1).chunk(5, 1)
@@ -104,21 +156,18 @@ def ssim(
 
 
 @dataclass(frozen=True)
-class Quality(_Sums):
+class Quality(Sums):
     """PSNR over the full image and over its unknown pixels, and SSIM, averaged per image."""
 
     psnr: Moments = field(default_factory=Moments)
     psnr_unknown: Moments = field(default_factory=Moments)
     ssim: Moments = field(default_factory=Moments)
 
-    def add(
-        self,
-        prediction: Float[Tensor, "b h w 3"],
-        truth: Float[Tensor, "b h w 3"],
-        known: Bool[Tensor, "b h w"],
-    ) -> "Quality":
+    def add(self, prediction: Images, truth: Images, known: Mask) -> "Quality":
         """With these images counted in; `known` is True where the colour was given."""
-        _in_range(prediction, truth)
+        _require_in_range(prediction=prediction, truth=truth)
+        if not len(truth):
+            return self
         return Quality(
             self.psnr.add(psnr(prediction, truth)),
             self.psnr_unknown.add(psnr(prediction, truth, ~known)),
@@ -134,23 +183,13 @@ class Quality(_Sums):
         return scores
 
 
-def _in_range(*images: Tensor) -> None:
-    for image in images:
-        low, high = image.min().item(), image.max().item()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"image values (={low:.3g} to {high:.3g}) must be in [0, 1]; "
-                "use ((rgb + 1) / 2).clamp(0, 1)"
-            )
-
-
-def _neighbourhoods(images: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b i j 3 9"]:
+def _neighbourhoods(images: Images) -> Float[Tensor, "b i j 3 9"]:
     """The 3 x 3 values around each value that has them, its own fifth; channels apart."""
     return images.double().unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)
 
 
 @dataclass(frozen=True)
-class Speckle(_Sums):
+class Speckle(Sums):
     """Lone values in regions where the truth is flat: |x - median of 3 x 3| there.
 
     A value (one channel of one pixel, off the border) is in a flat region where the truth's
@@ -158,16 +197,17 @@ class Speckle(_Sums):
     the truth's lies less than 0.04 from its own. Pooled over all images.
     """
 
-    flat: int = 0
+    flat_values: int = 0
     prediction: float = 0.0
     truth: float = 0.0
     outliers: int = 0
 
-    def add(
-        self, prediction: Float[Tensor, "b h w 3"], truth: Float[Tensor, "b h w 3"]
-    ) -> "Speckle":
-        """With these images counted in."""
-        _in_range(prediction, truth)
+    def add(self, prediction: Images, truth: Images) -> "Speckle":
+        """With these images counted in; an image below 3 x 3 has no value off its border."""
+        _require_same_shape(prediction=prediction, truth=truth)
+        _require_in_range(prediction=prediction, truth=truth)
+        if not len(truth) or min(truth.shape[1:3]) < 3:
+            return self
         around, around_truth = _neighbourhoods(prediction), _neighbourhoods(truth)
         flat = around_truth.std(-1, correction=0) < FLAT
         lone, lone_truth = (
@@ -180,16 +220,16 @@ class Speckle(_Sums):
 
     def report(self) -> dict[str, float]:
         """`speckle` (0 is right, negative is smoother than the truth) and `outlier_rate`."""
-        if not self.flat:
+        if not self.flat_values:
             return {"speckle": math.nan, "outlier_rate": math.nan}
         return {
-            "speckle": (self.prediction - self.truth) / self.flat,
-            "outlier_rate": self.outliers / self.flat,
+            "speckle": (self.prediction - self.truth) / self.flat_values,
+            "outlier_rate": self.outliers / self.flat_values,
         }
 
 
 @dataclass(frozen=True)
-class _Neighbours(_Sums):
+class _Neighbours(Sums):
     """Sums over pairs (a, b), each counted both ways round, for their correlation."""
 
     pairs: int = 0
@@ -197,7 +237,7 @@ class _Neighbours(_Sums):
     squares: float = 0.0
     products: float = 0.0
 
-    def add(self, values: Float[Tensor, "b h w 3"], where: Bool[Tensor, "b h w"]) -> "_Neighbours":
+    def add(self, values: Images, where: Mask) -> "_Neighbours":
         sums = self
         for axis in (1, 2):
             last = values.shape[axis] - 1
@@ -221,7 +261,7 @@ class _Neighbours(_Sums):
 
 
 @dataclass(frozen=True)
-class Calibration(_Sums):
+class Calibration(Sums):
     """Whether samples have the law of the truth around the posterior mean, over unknown pixels.
 
     A true draw s and the truth x have the same law around mu. Give values that are not clipped
@@ -233,16 +273,17 @@ class Calibration(_Sums):
     sample_neighbours: _Neighbours = field(default_factory=_Neighbours)
     truth_neighbours: _Neighbours = field(default_factory=_Neighbours)
 
-    def add(
-        self,
-        sample: Float[Tensor, "b h w 3"],
-        mean: Float[Tensor, "b h w 3"],
-        truth: Float[Tensor, "b h w 3"],
-        known: Bool[Tensor, "b h w"],
-    ) -> "Calibration":
-        """With these images counted in; any one scale of the three will do."""
+    def add(self, sample: Images, mean: Images, truth: Images, known: Mask) -> "Calibration":
+        """With these images counted in; any one scale of the three will do.
+
+        Raises:
+            ValueError: shapes that differ; an unknown pixel that is no number.
+        """
+        _require_same_shape(sample=sample, mean=mean, truth=truth, known=known)
         centre = mean.double()
         drawn, real = sample.double() - centre, truth.double() - centre
+        if not (drawn[~known].isfinite().all() and real[~known].isfinite().all()):
+            raise ValueError("sample, mean and truth must be finite where known is False")
         return Calibration(
             self.sample.add(drawn[~known].flatten()),
             self.truth.add(real[~known].flatten()),
@@ -260,3 +301,125 @@ class Calibration(_Sums):
             "coherence": self.sample_neighbours.correlation,
             "coherence_truth": self.truth_neighbours.correlation,
         }
+
+
+@dataclass(frozen=True)
+class Cost(Sums):
+    """What an answer took: calls of the velocity, and seconds of the worker that made it."""
+
+    images: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+
+    def add(self, images: int, calls: int, seconds: float) -> "Cost":
+        """With a batch of images counted in, made together in so many calls and seconds."""
+        return self + Cost(images, calls * images, seconds)
+
+    def report(self) -> dict[str, float]:
+        """`nfe`, calls an image, and `seconds` an image."""
+        if not self.images:
+            return {"nfe": math.nan, "seconds": math.nan}
+        return {"nfe": self.calls / self.images, "seconds": self.seconds / self.images}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Completed images, and what they are scored against."""
+
+    prediction: Images
+    truth: Images
+    known: Mask
+    mean: Images | None = None
+    """The posterior mean, where the prediction is one sample around it."""
+    calls: int | None = None
+    """Calls of the velocity; None where there is no velocity, as in a classical fill."""
+    seconds: float = 0.0
+
+
+class Column(NamedTuple):
+    """How a table shows a number: its title, decimals, and where its standard error is."""
+
+    title: str
+    decimals: int
+    error: str = ""
+    brief: bool = True
+    """Whether the short table at a run's end has it."""
+
+
+class Metric(NamedTuple):
+    """An entry of the registry: sums, how a completion is counted in, and columns by key."""
+
+    zero: Any
+    """Sums of nothing."""
+    add: Any
+    """(sums, completion) -> sums with the completion counted in."""
+    columns: Mapping[str, Column]
+    validated: tuple[str, ...] = ()
+    """Keys whose curves are drawn during training."""
+
+
+# A metric is added here and tested in tests/evaluation/test_metrics.py; nothing else names it.
+METRICS: dict[str, Metric] = {
+    "quality": Metric(
+        Quality(),
+        lambda sums, c: sums.add(c.prediction, c.truth, c.known),
+        {
+            "psnr": Column("PSNR full", 2, "psnr_se"),
+            "psnr_unknown": Column("PSNR unknown", 2, "psnr_unknown_se"),
+            "ssim": Column("SSIM", 3),
+        },
+        ("psnr", "psnr_unknown", "ssim"),
+    ),
+    "speckle": Metric(
+        Speckle(),
+        lambda sums, c: sums.add(c.prediction, c.truth),
+        {"speckle": Column("speckle", 4), "outlier_rate": Column("outliers", 4, brief=False)},
+        ("speckle",),
+    ),
+    "calibration": Metric(
+        Calibration(),
+        lambda sums, c: (
+            sums if c.mean is None else sums.add(c.prediction, c.mean, c.truth, c.known)
+        ),
+        {"spread": Column("spread", 2), "coherence": Column("coherence", 2)},
+    ),
+    "cost": Metric(
+        Cost(),
+        lambda sums, c: (
+            sums if c.calls is None else sums.add(len(c.prediction), c.calls, c.seconds)
+        ),
+        {"nfe": Column("NFE", 0), "seconds": Column("s / image", 4, brief=False)},
+    ),
+}
+COLUMNS: dict[str, Column] = {k: v for m in METRICS.values() for k, v in m.columns.items()}
+VALIDATED: list[str] = [key for metric in METRICS.values() for key in metric.validated]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every metric's sums for one way of completing images."""
+
+    sums: Mapping[str, Sums] = field(
+        default_factory=lambda: {k: m.zero for k, m in METRICS.items()}
+    )
+
+    def add(self, completion: Completion) -> "Scores":
+        """With these images counted in, by every metric that has something to say of them."""
+        return Scores({k: m.add(self.sums[k], completion) for k, m in METRICS.items()})
+
+    def __add__(self, other: "Scores") -> "Scores":
+        return Scores({k: v + other.sums[k] for k, v in self.sums.items()})
+
+    def flat(self) -> list[float]:
+        """Every number, in a fixed order."""
+        return [x for sums in self.sums.values() for x in sums.flat()]
+
+    def unflat(self, numbers: Iterator[float]) -> "Scores":
+        """Scores of the next numbers that `flat` gave."""
+        return Scores({k: v.unflat(numbers) for k, v in self.sums.items()})
+
+    def report(self) -> dict[str, float]:
+        """Every number that is one: a fill has no NFE, a mean no spread."""
+        sums: Mapping[str, Any] = self.sums
+        found = {k: x for s in sums.values() for k, x in s.report().items()}
+        return {k: x for k, x in found.items() if not math.isnan(x)}

@@ -8,14 +8,13 @@
                              itself; written last and removed first
 
 A directory without its checkpoint.json is no checkpoint; one with a file that it does not
-describe, or that differs from what it says, is refused.
+describe, or that differs from what it says, is refused. `training.checkpoint` writes them.
 """
 
 import hashlib
 import json
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +26,18 @@ from torch import Tensor, nn
 
 from mambaflow.config import RunConfig, from_dict
 from mambaflow.models.velocity_field import VelocityField
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage, at
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "checkpoint.json"
+# What format 1 called otherwise: a part's file, and parts of the names of tensors.
+FILES_OF_1 = {"ema": "averaged"}
+TENSORS_OF_1 = {
+    ".among.": ".self_attn.",
+    ".cross.": ".cross_attn.",
+    "surroundings.": "local_linear.",
+}
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +50,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Index:
+class CheckpointInfo:
     """What checkpoint.json says."""
 
     step: int
@@ -52,29 +59,34 @@ class Index:
     files: dict[str, str] = field(default_factory=dict)
     finished: bool = False
     """Whether this was the run's last step."""
+    format: int = FORMAT
+    uri: str = field(default="", compare=False)
+    """Where it is; empty for one that is not written yet."""
+
+    def file(self, part: str) -> str:
+        """The file of a part: model, ema or optimizer."""
+        name = FILES_OF_1.get(part, part) if self.format == 1 else part
+        return f"{name}.safetensors"
 
 
-def name(step: int) -> str:
-    """Folder name of the checkpoint after `step`."""
-    return f"step_{step:07d}"
-
-
-def _digest(values: dict[str, Any]) -> str:
+def digest(values: dict[str, Any]) -> str:
     """sha256 of JSON values, however they are laid out."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def where(run: Storage, step: int) -> str:
+    """What messages call a checkpoint."""
+    return f"checkpoint {run.uri}/{RunPaths.checkpoint(step)}"
+
+
 def saved_steps(run: Storage) -> list[int]:
     """Steps of the run's complete checkpoints, oldest first."""
-    found = (re.fullmatch(rf"step_(\d+)/{re.escape(INDEX)}", key) for key in run.list("step_"))
-    return sorted(int(match.group(1)) for match in found if match)
+    indexes = [key for key in run.list(RunPaths.CHECKPOINTS) if key.endswith(f"/{INDEX}")]
+    steps = (RunPaths.step(key) for key in indexes if key.count("/") == 1)
+    return sorted(step for step in steps if step is not None)
 
 
-def _where(run: Storage, step: int) -> str:
-    return f"checkpoint {run.uri}/{name(step)}"
-
-
-def read_index(run: Storage, step: int) -> Index:
+def read_info(run: Storage, step: int) -> CheckpointInfo:
     """What the checkpoint after `step` holds, its weights unread.
 
     Raises:
@@ -85,44 +97,44 @@ def read_index(run: Storage, step: int) -> Index:
         config = from_dict(values["config"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{_where(run, step)} has a configuration that this mambaflow does not know: {error}; "
+            f"{where(run, step)} has a configuration that this mambaflow does not know: {error}; "
             "use the version that wrote it"
         ) from error
-    return Index(
+    return CheckpointInfo(
         step=step,
         config=config,
         scores=values["scores"],
         files=values["files"],
         finished=values["finished"],
+        format=values["format"],
+        uri=f"{run.uri}/{RunPaths.checkpoint(step)}",
     )
 
 
 def _read_values(run: Storage, step: int) -> dict[str, Any]:
-    where = _where(run, step)
+    told = where(run, step)
     try:
-        values = json.loads(run.read(f"{name(step)}/{INDEX}"))
-        version, digest = values["format"], values.pop("sha256", None)
+        values = json.loads(run.read(f"{RunPaths.checkpoint(step)}/{INDEX}"))
+        version, seal = values["format"], values.pop("sha256", None)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{where} is not there; there are steps {saved_steps(run)}"
-        ) from error
+        raise CheckpointError(f"{told} is not there; there are steps {saved_steps(run)}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedCheckpointError(
-            f"{where} has an unreadable {INDEX}: {error!r}; remove the folder to go back"
+            f"{told} has an unreadable {INDEX}: {error!r}; remove the folder to go back"
         ) from error
-    if version != FORMAT:
+    if version not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{where} has format {version}, this mambaflow reads {FORMAT}; "
+            f"{told} has format {version}, this mambaflow reads 1 to {FORMAT}; "
             "use the version that wrote it"
         )
-    if digest != _digest(values) or values["step"] != step:
+    if seal != digest(values) or values["step"] != step:
         raise DamagedCheckpointError(
-            f"{where} has an {INDEX} that was not written so; remove the folder to go back"
+            f"{told} has an {INDEX} that was not written so; remove the folder to go back"
         )
     return values
 
 
-def _require_fit(saved: dict[str, Tensor], module: nn.Module, where: str) -> None:
+def require_fit(saved: dict[str, Tensor], module: nn.Module, told: str) -> None:
     """Refuse tensors of other names or shapes: the same configuration under changed code."""
     have = {key: list(value.shape) for key, value in saved.items()}
     want = {key: list(value.shape) for key, value in module.state_dict().items()}
@@ -130,36 +142,56 @@ def _require_fit(saved: dict[str, Tensor], module: nn.Module, where: str) -> Non
     if odd:
         key = odd[0]
         raise CheckpointError(
-            f"{where} does not fit this model in {len(odd)} tensors, first {key}: "
+            f"{told} does not fit this model in {len(odd)} tensors, first {key}: "
             f"{have.get(key)} saved, {want.get(key)} wanted; use the version that wrote it"
         )
 
 
-def _read_parts(run: Storage, index: Index, parts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    folder = name(index.step)
+def read_parts(
+    run: Storage, info: CheckpointInfo, parts: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors by part and name, every file verified before any is parsed.
+
+    Raises:
+        CheckpointError: a file that the checkpoint does not describe, or that is damaged.
+    """
+    folder = RunPaths.checkpoint(info.step)
     there = {key.removeprefix(f"{folder}/") for key in run.list(f"{folder}/")}
-    strange = sorted(file for file in there - {INDEX, *index.files} if not file.startswith("."))
+    strange = sorted(file for file in there - {INDEX, *info.files} if not file.startswith("."))
     if strange:
         raise CheckpointError(
-            f"{_where(run, index.step)} holds {strange}, which its {INDEX} does not describe; "
+            f"{where(run, info.step)} holds {strange}, which its {INDEX} does not describe; "
             "move them elsewhere"
         )
-    return {part: parse(_verified(run, index, f"{part}.safetensors")) for part in parts}
+    data = {part: _verified(run, info, info.file(part)) for part in parts}
+    return {part: _renamed(parse(found), info.format) for part, found in data.items()}
 
 
-def _verified(run: Storage, index: Index, file: str) -> bytes:
-    where = _where(run, index.step)
+def _renamed(tensors: dict[str, Tensor], version: int) -> dict[str, Tensor]:
+    """Tensors of an earlier format by today's names."""
+    if version == FORMAT:
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        for old, new in TENSORS_OF_1.items():
+            name = name.replace(old, new)
+        found[name] = tensor
+    return found
+
+
+def _verified(run: Storage, info: CheckpointInfo, file: str) -> bytes:
+    told = where(run, info.step)
     try:
-        data = run.read(f"{name(index.step)}/{file}")
+        data = run.read(f"{RunPaths.checkpoint(info.step)}/{file}")
     except FileNotFoundError as error:
         raise DamagedCheckpointError(
-            f"{where} lacks {file}; remove the folder to go back"
+            f"{told} lacks {file}; remove the folder to go back"
         ) from error
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != index.files[file]:
+    found = hashlib.sha256(data).hexdigest()
+    if found != info.files[file]:
         raise DamagedCheckpointError(
-            f"{where}: {file} ({len(data)} bytes) has sha256 {digest[:12]}…, {INDEX} says "
-            f"{index.files[file][:12]}…; it is damaged, remove the folder to go back"
+            f"{told}: {file} ({len(data)} bytes) has sha256 {found[:12]}…, {INDEX} says "
+            f"{info.files[file][:12]}…; it is damaged, remove the folder to go back"
         )
     return data
 
@@ -175,7 +207,7 @@ def best_step(run: Storage, score: str, until: int | None = None) -> int | None:
     best, highest = (steps[-1] if steps else None), -math.inf
     for step in steps:
         try:
-            value = read_index(run, step).scores.get(score, math.nan)
+            value = read_info(run, step).scores.get(score, math.nan)
         except DamagedCheckpointError as error:
             log.warning("%s; passed over", error)
             continue
@@ -184,23 +216,38 @@ def best_step(run: Storage, score: str, until: int | None = None) -> int | None:
     return best
 
 
-def load_model(
-    run: str | Path, *, score: str = "val/psnr", device: str = "cpu"
-) -> tuple[VelocityField, Index]:
-    """The averaged weights (EMA) of a run's best checkpoint, ready to sample.
+def read_best(run: str | Path, score: str = "val/psnr") -> CheckpointInfo:
+    """What a run's best checkpoint holds, its weights unread.
 
     Args:
-        run: the run's folder or s3:// address.
+        run: the folder or s3:// address of the run, or of one of its checkpoints.
         score: what "best" means; every checkpoint carries its scores.
+
+    Raises:
+        CheckpointError: there is none, or it is of another version.
     """
-    storage = at(run)
-    step = best_step(storage, score)
+    storage, step = _found(run)
+    step = best_step(storage, score) if step is None else step
     if step is None:
         raise CheckpointError(f"{storage.uri} holds no complete checkpoint; train a run first")
-    index = read_index(storage, step)
+    return read_info(storage, step)
+
+
+def _found(address: str | Path) -> tuple[Storage, int | None]:
+    """The run at an address, and the step of the checkpoint that it leads to, if it does."""
+    parent, _, name = at(address).uri.rpartition("/")
+    step = RunPaths.step(name)
+    return (at(address), None) if step is None else (at(parent), step)
+
+
+def load_model(
+    run: str | Path, *, score: str = "val/psnr", device: str = "cpu"
+) -> tuple[VelocityField, CheckpointInfo]:
+    """The averaged weights (EMA) of a run's best checkpoint, ready to sample; see `read_best`."""
+    storage, info = _found(run)[0], read_best(run, score)
     with torch.random.fork_rng(devices=[]):  # its first weights, replaced at once
-        model = VelocityField(index.config.model)
-    parts = _read_parts(storage, index, ("ema",))
-    _require_fit(parts["ema"], model, f"{_where(storage, step)}: ema")
-    model.load_state_dict(parts["ema"])
-    return model.to(device).eval().requires_grad_(False), index
+        model = VelocityField(info.config.model)
+    ema = read_parts(storage, info, ("ema",))["ema"]
+    require_fit(ema, model, f"{where(storage, info.step)}: ema")
+    model.load_state_dict(ema)
+    return model.to(device).eval().requires_grad_(False), info

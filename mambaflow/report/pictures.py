@@ -1,9 +1,8 @@
 """Pictures of completions: images side by side, for a person."""
 
+import io
 import math
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,8 +67,8 @@ def _wrap(title: str, font: Any, width: int) -> str:
     return "\n".join(lines)
 
 
-def save_png(image: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
-    """A PNG that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(image).save(partial, format="PNG")
-    partial.replace(path)
+def to_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()

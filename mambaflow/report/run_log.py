@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from mambaflow.storage import Storage
 
+METRICS = "metrics.jsonl"
 Number = int | float
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         if path.exists():
             _keep_until(path, step)
         self._lines = path.open("a", encoding="utf-8")
@@ -100,35 +101,35 @@ def _keep_until(path: Path, step: int) -> None:
     partial.replace(path)
 
 
-class Logbook:
-    """The first worker's curves and pictures: a RunLog in the run's folder, or, when the run is
-    in S3, in a scratch folder that `push` copies there."""
+class StoredRunLog(RunLog):
+    """A RunLog in a run's folder, or, when the run is in S3, in a scratch folder: TensorBoard's
+    writer knows local files alone, so that `push` copies them there."""
 
     def __init__(self, run: Storage, step: int) -> None:
-        self.run = run
-        self._scratch: tempfile.TemporaryDirectory | None = None
-        if run.is_local:
-            folder = Path(run.path)
-        else:
-            self._scratch = tempfile.TemporaryDirectory(prefix="mambaflow-")
-            folder = Path(self._scratch.name)
-            if run.exists("metrics.jsonl"):
-                run.download("metrics.jsonl", folder / "metrics.jsonl")
-        self.folder = folder
-        self.log = RunLog(folder, step)
+        self._run, self._scratch = run, None if run.is_local else _scratch_copy(run)
+        super().__init__(Path(self._scratch.name) if self._scratch else run.path, step)
 
     def push(self) -> None:
         """Make everything logged so far last."""
-        self.log.flush()
+        self.flush()
         if self._scratch is None:
             return
-        for file in sorted(self.folder.rglob("*")):
+        folder = Path(self._scratch.name)
+        for file in sorted(folder.rglob("*")):
             if file.is_file():
-                self.run.upload(file, file.relative_to(self.folder).as_posix())
+                self._run.upload(file, file.relative_to(folder).as_posix())
 
     def close(self) -> None:
         """Push, and give the scratch folder back."""
         self.push()
-        self.log.close()
+        super().close()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+
+def _scratch_copy(run: Storage) -> tempfile.TemporaryDirectory:
+    """A folder with the curves that the run has so far, to go on with."""
+    scratch = tempfile.TemporaryDirectory(prefix="mambaflow-")
+    if run.exists(METRICS):
+        run.download(METRICS, Path(scratch.name) / METRICS)
+    return scratch

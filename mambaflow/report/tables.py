@@ -1,8 +1,9 @@
-"""What a person sees of a run: result tables, pictures of completions, and training curves."""
+"""Tables of results, for a terminal and for Markdown alike, and the captions they need."""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 Number = int | float
 
@@ -38,38 +39,39 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return f"| {' | '.join(padded)} |"
 
 
-# Column: key of a row, key of its standard error, decimals.
-COLUMNS: dict[str, tuple[str, str, int]] = {
-    "PSNR full": ("psnr", "psnr_se", 2),
-    "PSNR unknown": ("psnr_unknown", "psnr_unknown_se", 2),
-    "SSIM": ("ssim", "ssim_se", 3),
-    "speckle": ("speckle", "", 4),
-    "outliers": ("outlier_rate", "", 4),
-    "spread": ("spread", "", 2),
-    "coherence": ("coherence", "", 2),
-    "NFE": ("nfe", "", 0),
-    "s / image": ("seconds", "", 4),
-}
+@runtime_checkable
+class Column(Protocol):
+    """How a table shows a number: its title, decimals, and the key of its standard error."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def decimals(self) -> int: ...
+
+    @property
+    def error(self) -> str: ...
 
 
-def results_table(rows: Mapping[str, Mapping[str, Number]], caption: str = "") -> Table:
+def results_table(
+    rows: Mapping[str, Mapping[str, Number]], columns: Mapping[str, Column], caption: str = ""
+) -> Table:
     """Methods by what is known of them; a column that no method has is left out.
 
     Args:
-        rows: method -> the numbers of `metrics` reports, `nfe` and `seconds`.
+        rows: method -> its numbers by key.
+        columns: key -> how it is shown, in the order of the table.
     """
-    shown = {
-        title: spec for title, spec in COLUMNS.items() if any(spec[0] in r for r in rows.values())
-    }
-    body = [[name, *(_cell(row, *spec) for spec in shown.values())] for name, row in rows.items()]
-    return Table(["method", *shown], body, caption)
+    shown = {key: column for key, column in columns.items() if any(key in r for r in rows.values())}
+    body = [[name, *(_cell(row, *item) for item in shown.items())] for name, row in rows.items()]
+    return Table(["method", *(column.title for column in shown.values())], body, caption)
 
 
-def _cell(row: Mapping[str, Number], key: str, error: str, decimals: int) -> str:
+def _cell(row: Mapping[str, Number], key: str, column: Column) -> str:
     if key not in row:
         return ""
-    text = f"{row[key]:.{decimals}f}"
-    return f"{text} ± {row[error]:.{decimals}f}" if error in row else text
+    text = f"{row[key]:.{column.decimals}f}"
+    return f"{text} ± {row[column.error]:.{column.decimals}f}" if column.error in row else text
 
 
 def provenance(command: str, data: str, seed: int, **more: object) -> str:

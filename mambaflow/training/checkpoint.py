@@ -1,14 +1,6 @@
-"""Checkpoints: directories that are whole or are not there.
+"""Writing and restoring checkpoints: directories that are whole or are not there.
 
-    step_0000400/
-      model.safetensors      weights
-      ema.safetensors        their exponential average, which is what is evaluated
-      optimizer.safetensors  moments and step counts of the optimiser
-      checkpoint.json        format, step, configuration, scores; sha256 of the others and of
-                             itself; written last and removed first
-
-A directory without its checkpoint.json is no checkpoint; one with a file that it does not
-describe, or that differs from what it says, is refused.
+What is in one, and how it is read, stands in `models.weights`.
 """
 
 import hashlib
@@ -25,42 +17,42 @@ from mambaflow.models.weights import (
     FORMAT,
     INDEX,
     CheckpointError,
+    CheckpointInfo,
     DamagedCheckpointError,
-    Index,
-    _digest,
-    _read_parts,
-    _require_fit,
-    _where,
-    name,
-    read_index,
+    digest,
+    read_info,
+    read_parts,
+    require_fit,
     saved_steps,
+    where,
 )
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage
 from mambaflow.training.loop import TrainState
 
-log = logging.getLogger(__name__)
 PARTS = ("model", "ema", "optimizer")
+log = logging.getLogger(__name__)
 
 
-def save(state: TrainState, index: Index, run: Storage) -> str:
+def save(state: TrainState, info: CheckpointInfo, run: Storage) -> str:
     """Write a checkpoint into the run's storage, its index last; returns its folder name."""
-    folder = name(index.step)
+    folder = RunPaths.checkpoint(info.step)
     _remove(run, folder)  # what an interrupted save, or another past of this run, left there
     digests = {}
     for part, tensors in _parts(state).items():
         data = serialise({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
-        run.write(f"{folder}/{part}.safetensors", data)
-        digests[f"{part}.safetensors"] = hashlib.sha256(data).hexdigest()
+        run.write(f"{folder}/{info.file(part)}", data)
+        digests[info.file(part)] = hashlib.sha256(data).hexdigest()
     values = {
         "format": FORMAT,
-        "step": index.step,
-        "scores": index.scores,
-        "finished": index.finished,
+        "step": info.step,
+        "scores": info.scores,
+        "finished": info.finished,
         "torch": torch.__version__,
-        "config": to_dict(index.config),
+        "config": to_dict(info.config),
         "files": digests,
     }
-    text = json.dumps(values | {"sha256": _digest(values)}, indent=2)
+    text = json.dumps(values | {"sha256": digest(values)}, indent=2)
     run.write(f"{folder}/{INDEX}", text.encode())
     return folder
 
@@ -76,6 +68,7 @@ def _parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
         "optimizer": {
+            # The optimiser knows parameters by their number alone, in the order of its groups.
             f"{i}.{key}": torch.as_tensor(value)
             for i, moments in state.optimizer.state_dict()["state"].items()
             for key, value in moments.items()
@@ -83,18 +76,18 @@ def _parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def restore(state: TrainState, run: Storage, step: int) -> Index:
+def restore(state: TrainState, run: Storage, step: int) -> CheckpointInfo:
     """Put the checkpoint after `step` into `state`, every file verified before any is used."""
-    index = read_index(run, step)
-    where = _where(run, step)
-    other = list(differences(index.config.model, state.model.config, "model."))
+    info = read_info(run, step)
+    told = where(run, step)
+    other = list(differences(info.config.model, state.model.config, "model."))
     if other:
         raise CheckpointError(
-            f"{where} is of another model ({'; '.join(other)}); build the model that it is of"
+            f"{told} is of another model ({'; '.join(other)}); build the model that it is of"
         )
-    parts = _read_parts(run, index, PARTS)
+    parts = read_parts(run, info, PARTS)
     for part, module in (("model", state.model), ("ema", state.ema)):
-        _require_fit(parts[part], module, f"{where}: {part}")
+        require_fit(parts[part], module, f"{told}: {part}")
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in parts["optimizer"].items():
         number, moment = key.split(".", 1)
@@ -103,11 +96,11 @@ def restore(state: TrainState, run: Storage, step: int) -> Index:
     state.ema.load_state_dict(parts["ema"])
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    state.step = index.step
-    return index
+    state.step = info.step
+    return info
 
 
-def restore_newest(state: TrainState, run: Storage) -> Index | None:
+def restore_newest(state: TrainState, run: Storage) -> CheckpointInfo | None:
     """Restore the newest sound checkpoint; a damaged one is logged and passed over.
 
     Raises:
@@ -130,6 +123,8 @@ def restore_newest(state: TrainState, run: Storage) -> Index | None:
 def prune(run: Storage, newest: int, best: int | None) -> None:
     """Keep the checkpoints after `newest` and `best`, and remove all else of their kind: older
     ones, those past `newest`, which the run went back from, and what interrupted saves left."""
-    found = {match.group() for key in run.list("step_") if (match := re.match(r"step_\d+", key))}
-    for folder in sorted(found - {name(step) for step in (newest, best) if step is not None}):
+    kept = {RunPaths.checkpoint(step) for step in (newest, best) if step is not None}
+    keys = run.list(RunPaths.CHECKPOINTS)
+    found = {key.split("/")[0] for key in keys if re.match(rf"{RunPaths.CHECKPOINTS}\d+/", key)}
+    for folder in sorted(found - kept):
         _remove(run, folder)

@@ -74,7 +74,7 @@ def _decay_groups(model: nn.Module, decay: float) -> list[dict]:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepResult:
     """After a step. Tensors stay on the device: reading one is what waits for it."""
 
     step: int
@@ -109,7 +109,7 @@ def fit(
     config: TrainConfig,
     steps: int,
     forward: Forward | None = None,
-) -> Iterator[Progress]:
+) -> Iterator[StepResult]:
     """Train from `state.step` to `steps`, yielding after each step.
 
     Args:
@@ -133,7 +133,7 @@ def fit(
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.update_ema(config.ema_decay)
-        yield Progress(state.step, value.detach(), norm.detach(), lr, waited)
+        yield StepResult(state.step, value.detach(), norm.detach(), lr, waited)
 
 
 def loss(forward: Forward, batch: PixelBatch, config: TrainConfig) -> Float[Tensor, ""]:

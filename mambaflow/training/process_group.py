@@ -1,16 +1,24 @@
-"""Who trains together, and where a run is: what a worker knows of the others."""
+"""Who trains together: what a worker knows of the others, whoever started them."""
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mambaflow.host import keep_memory, share_threads
 from mambaflow.training.loop import Forward
+
+COLLECTIVE_TIMEOUT_S = 600
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RunProgress:
+class Progress:
     """Where a run is: what a progress bar shows."""
 
     step: int
@@ -20,10 +28,24 @@ class RunProgress:
 
 
 class ProcessGroup:
-    """Who trains together. This one is a process alone, or one of those that torchrun started."""
+    """The workers of a run, as one of them sees them. This one is a process alone, or one of those
+    that torchrun started; Ray's is `distributed.train.RayProcessGroup`.
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    Args:
+        rank: of this worker; the first, 0, also logs, saves and reports.
+        size: how many there are.
+        device: where this one computes.
+        watch: called by `report_progress`.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        watch: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.rank, self.size, self.device, self.watch = rank, size, device, watch
 
     def wrap(self, model: nn.Module) -> Forward:
         """The model with its gradients averaged over the workers."""
@@ -32,11 +54,48 @@ class ProcessGroup:
     def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
         """Called by every worker after a checkpoint is in place."""
 
-    def report_progress(self, point: RunProgress) -> None:
+    def report_progress(self, progress: Progress) -> None:
         """Called by the first worker with news."""
+        self.watch(progress)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over the workers."""
+        """The sum over the workers, on the device where the values are."""
+        if self.size == 1:
+            return values
+        # NCCL takes tensors of its GPU alone.
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def broadcast(self, value: T) -> T:
+        """The first worker's value, to all of them; anything that can be pickled."""
+        values = [value]
         if self.size > 1:
-            dist.all_reduce(values)
-        return values
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def launched_workers() -> int:
+    """How many processes torchrun started; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def launched_group(use_gpu: bool) -> Iterator[ProcessGroup]:
+    """This process, alone or among those that torchrun started, which find one another here.
+
+    Takes its share of the machine: its GPU, or its part of the cores.
+    """
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    keep_memory()
+    size = launched_workers()
+    if size > 1:
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    rank = int(os.environ.get("RANK", "0")) if size > 1 else 0
+    yield ProcessGroup(rank, size, device or torch.device("cpu"))
+    # Not where training failed: the others wait in a collective, and to leave it hangs with them.
+    if size > 1:
+        dist.destroy_process_group()

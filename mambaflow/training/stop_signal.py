@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage
 from mambaflow.training.process_group import ProcessGroup
 
-STOP = "STOP"
 STOP_POLL_S = 1.0
 
 
@@ -26,36 +26,37 @@ class StopSignal:
 
     def __init__(self, group: ProcessGroup, run: Storage) -> None:
         self.group, self.run = group, run
-        self.asked = False
+        self.received = False
         self._looked = time.monotonic()
         self._travelling: tuple[Tensor, dist.Work | None] | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def catching(self) -> Iterator[None]:
         """Take SIGTERM as a request; only a process's main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._ask)
+        before = signal.signal(signal.SIGTERM, self._receive)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
 
-    def stop(self) -> bool:
-        """Whether to stop after this step."""
-        self._look()
+    def agreed(self) -> bool:
+        """Whether all workers stop after this step; every one of them asks at every step."""
+        self._poll()
         if self.group.size == 1:
-            return self.asked
+            return self.received
         answer = self._arrived()
-        flag = torch.tensor(float(self.asked), device=self.group.device)
+        flag = torch.tensor(float(self.received), device=self.group.device)
         self._travelling = (flag, dist.all_reduce(flag, async_op=True))
         return answer
 
     def _arrived(self) -> bool:
+        """The answer to what was sent a step ago."""
         if self._travelling is None:
             return False
         flag, work = self._travelling
@@ -63,8 +64,9 @@ class StopSignal:
             work.wait()
         return bool(flag.item())
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
+        """Look for the file, now and then: a look may be a request to S3."""
         now = time.monotonic()
         if self.group.rank == 0 and now - self._looked > STOP_POLL_S:
             self._looked = now
-            self.asked = self.asked or self.run.exists(STOP)
+            self.received = self.received or self.run.exists(RunPaths.STOP)

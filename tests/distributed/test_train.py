@@ -20,12 +20,18 @@ import pytest
 from small import FLAGS, staged
 
 from mambaflow.config import RunConfig, ScaleConfig
-from mambaflow.distributed import train
-from mambaflow.distributed.cluster import cluster_address
-from mambaflow.distributed.train import ray
+from mambaflow.distributed.environment import cluster_address, set_ray_environment
 from mambaflow.models import weights
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import at
-from mambaflow.training import run
+from mambaflow.training import preflight, run
+
+set_ray_environment()
+
+import ray  # noqa: E402
+import ray.train  # noqa: E402
+
+from mambaflow.distributed import train  # noqa: E402
 
 pytestmark = pytest.mark.ray
 
@@ -93,7 +99,7 @@ def finish(command: list[str], code: int = 0) -> str:
 
 def final_weights(uri: str) -> bytes:
     folder = at(uri)
-    return folder.read(f"{weights.name(weights.saved_steps(folder)[-1])}/{WEIGHTS}")
+    return folder.read(f"{RunPaths.checkpoint(weights.saved_steps(folder)[-1])}/{WEIGHTS}")
 
 
 def test_a_worker_on_ray_trains_bitwise_as_a_process_alone(shards, tmp_path, marked):
@@ -359,4 +365,4 @@ def test_the_address_of_jobs_is_told_from_that_of_a_cluster(monkeypatch):
 def test_a_run_folder_that_a_node_does_not_share_is_refused(tmp_path):
     config = RunConfig(storage=str(tmp_path), run_name="elsewhere", scale=ScaleConfig())
     with pytest.raises(ValueError, match=r"must be seen by every node; use a shared folder or s3"):
-        run.check_storage(config)
+        preflight.check_storage(config)

@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +11,18 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from mambaflow.evaluation.metrics import Calibration, Moments, Quality, Speckle, psnr, ssim
+from mambaflow.evaluation.metrics import (
+    COLUMNS,
+    VALIDATED,
+    Calibration,
+    Completion,
+    Moments,
+    Quality,
+    Scores,
+    Speckle,
+    psnr,
+    ssim,
+)
 
 
 def images(count=6, size=12, seed=0, noise=0.1):
@@ -196,3 +210,95 @@ def test_what_cannot_be_scored_is_refused_with_the_cure():
         Quality().add(prediction, truth, torch.ones_like(known))
     with pytest.raises(ValueError, match="at least 7 a side"):
         ssim(prediction[:, :6], truth[:, :6])
+
+
+SCORERS = {
+    "psnr": lambda x, y, k: psnr(x, y),
+    "psnr where": lambda x, y, k: psnr(x, y, ~k),
+    "ssim": lambda x, y, k: ssim(x, y),
+    "quality": lambda x, y, k: Quality().add(x, y, k),
+    "speckle": lambda x, y, k: Speckle().add(x, y),
+    "calibration": lambda x, y, k: Calibration().add(x, y, y, k),
+}
+SHAPES = {"images": (1, 12, 12), "height": (6, 1, 12), "width": (6, 12, 1), "size": (6, 11, 12)}
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_images_of_other_shapes_are_never_broadcast(scorer, shape):
+    prediction, truth, known = images()
+    b, h, w = SHAPES[shape]
+    # jaxtyping's hook would refuse it first: the message is for users, who have no hook.
+    with pytest.raises((ValueError, TypeError), match=r"must agree in images|jaxtyping|type-check"):
+        SCORERS[scorer](prediction[:b, :h, :w], truth, known)
+
+
+def test_a_user_without_shape_checks_is_told_which_shapes_differ():
+    code = (
+        "import torch; from mambaflow.evaluation.metrics import psnr\n"
+        "x, y = torch.rand(1, 8, 8, 3), torch.rand(4, 8, 8, 3)\n"
+        "try: print(psnr(x, y))\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "prediction (=(1, 8, 8)), truth (=(4, 8, 8))" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+def test_what_lies_outside_the_pixels_scored_is_not_looked_at(value):
+    prediction, truth, known = images()
+    spoiled = torch.where(known[..., None], value, prediction)
+    assert torch.equal(psnr(spoiled, truth, ~known), psnr(prediction, truth, ~known))
+    with pytest.raises(ValueError, match="must be finite where known is False"):
+        Calibration().add(torch.where(known[..., None], prediction, math.nan), truth, truth, known)
+
+
+@pytest.mark.parametrize("kind", [Quality, Speckle, Calibration])
+def test_no_images_add_nothing(kind):
+    batch = images()
+    nothing = [x[:0] for x in batch]
+    assert counted(kind, *nothing) == kind()
+    together = counted(kind, *batch) + counted(kind, *nothing)
+    assert together == counted(kind, *batch)
+
+
+def test_images_too_small_to_have_a_value_off_the_border_have_no_speckle():
+    tiny = torch.full((2, 2, 2, 3), 0.5)
+    assert Speckle().add(tiny, tiny) == Speckle()
+
+
+def completion(**changes) -> Completion:
+    prediction, truth, known = images()
+    return replace(Completion(prediction, truth, known, truth.square(), 16, 0.5), **changes)
+
+
+@given(cuts=st.lists(st.integers(1, 5), max_size=3, unique=True))
+@settings(deadline=None, max_examples=10)
+def test_scores_come_back_from_their_numbers_and_merge(cuts):
+    parts = torch.tensor_split(torch.arange(6), sorted(cuts))
+    whole, found = completion(), Scores()
+    for rows in parts:
+        part = Scores().add(
+            Completion(whole.prediction[rows], whole.truth[rows], whole.known[rows],
+                       whole.mean[rows], 16, 0.5)
+        )  # fmt: skip
+        assert Scores().unflat(iter(part.flat())) == part
+        found = found + part
+    once = Scores().add(whole).report()
+    assert found.report() == pytest.approx(once | {"seconds": 0.5 * len(parts) / 6}, rel=1e-9)
+    assert once["nfe"] == 16
+
+
+def test_a_number_that_is_none_is_left_out():
+    report = Scores().add(completion(mean=None, calls=None)).report()
+    assert "spread" not in report and "nfe" not in report and report["images"] == 6
+    assert not any(math.isnan(v) for v in report.values())
+    assert Scores().report() == {"images": 0}
+
+
+def test_every_column_and_every_curve_is_of_a_number_that_some_metric_reports():
+    report = Scores().add(completion()).report()
+    assert set(COLUMNS) <= set(report) and set(VALIDATED) <= set(report)
+    for column in COLUMNS.values():
+        assert not column.error or column.error in report
+    assert len({column.title for column in COLUMNS.values()}) == len(COLUMNS)

@@ -30,12 +30,14 @@ from mambaflow.config import (
 )
 from mambaflow.data.shards import MANIFEST
 from mambaflow.models import weights
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import at
 
 # Every flag, a value that is not its default, and the flags that it needs beside it.
 FLAG_VALUES: dict[str, tuple[object, str]] = {
     "arch": ("v1", ""), "recipe": ("first-run", ""), "run_name": ("mine", ""),
     "storage": ("elsewhere", ""), "data": ("shards", ""), "resume": (True, ""),
+    "init_from": ("elsewhere/run", ""),
     "d_model": (96, ""), "num_layers": (6, ""), "bidirectional": (False, ""),
     "scan": ("append", "--start plain"), "curve": ("raster", ""), "d_state": (8, ""),
     "d_conv": (3, ""), "expand": (3, ""), "readout": ("cross_attention", ""),
@@ -253,7 +255,7 @@ def with_shard(place: Place, change: Callable[[bytes], bytes]) -> None:
     place.manifest(lambda about: about["shards"][0].update(now))
 
 
-def another_recipe(place: Place) -> None:
+def another_spec(place: Place) -> None:
     other = place.shards.parent / "other"
     small.staged(other, mask_seed=7)
     data = (other / "shards/train/shard-00000.parquet").read_bytes()
@@ -301,7 +303,7 @@ BAD_DATA: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "a shard that is no Parquet": (
         lambda p: with_shard(p, lambda data: b"x" * 999), "",
         "train/shard-00000.parquet is not whole Parquet (999 bytes)"),
-    "a shard of another recipe": (another_recipe, "", "train/shard-00000.parquet"),
+    "a shard of another spec": (another_spec, "", "train/shard-00000.parquet"),
     "splits of two stagings": (
         another_split, "", "must hold validation images, staged as the training ones (28 known"),
     "a manifest that contradicts itself": (
@@ -392,7 +394,7 @@ def test_a_later_shard_that_is_damaged_ends_with_code_3_and_mended_goes_on(
     last.write_bytes(whole)
     assert main(place.run("--resume")) == 0
     runs = at(place.storage / "new"), at(done / "done")
-    digests = [weights.read_index(run, small.STEPS).files for run in runs]
+    digests = [weights.read_info(run, small.STEPS).files for run in runs]
     assert digests[0] == digests[1]
 
 
@@ -426,14 +428,86 @@ def test_a_run_without_a_name_is_called_after_its_architecture_and_the_time(plac
 
 def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, monkeypatch):
     monkeypatch.setattr("mambaflow.training.stop_signal.STOP_POLL_S", -1.0)
-    fit = job.train
+    fit = job.train_and_score
 
-    def stopping(config: RunConfig, world: job.ProcessGroup) -> job.Outcome:
+    def stopping(config: RunConfig, group: job.ProcessGroup) -> job.Outcome:
         (place.storage / "new" / "STOP").touch()
-        return fit(config, world)
+        return fit(config, group)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "train", stopping)
+        patch.setattr(job, "train_and_score", stopping)
         assert main(place.run()) == 143
     assert "stopped after step 1; go on with --resume --run-name new" in capsys.readouterr().out
     assert main(place.run("--resume")) == 0
+
+
+LATE = {
+    "a name that is taken": ("--run-name=done", "is taken by a finished run"),
+    "no run to resume": ("--resume", "has nothing to resume in"),
+    "workers without torchrun": ("--num-workers=2", "must be the number of processes (=1)"),
+    "more queries than targets": ("--max-queries=500", "max_queries (=500) must be at most 204"),
+    "more queries than unknown": (
+        "--max-queries=821 --masks=fresh", "max_queries (=821) must be at most 820"),
+    "unknown storage": ("--storage=ftp://x/y", "unknown scheme 'ftp'"),
+    "no weights to start from": ("--init-from={storage}/no", "holds no complete checkpoint"),
+    "weights of another model": (
+        "--init-from={storage}/done --d-model=32",
+        "is of another model (model.d_model: 16 -> 32); give the flags of that model, or leave"),
+    "no compiler": ("--compile=on", "compile (='on') needs a compiler"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_bad_flags_are_refused_before_an_embedded_data_set_is_staged(
+    place, capsys, monkeypatch, tmp_path, case
+):
+    """`--data sample` is staged on the way: what is refused must not have begun it."""
+    monkeypatch.chdir(tmp_path)
+    if case == "no compiler":
+        monkeypatch.setattr("shutil.which", lambda name: None)
+    flags, message = LATE[case]
+    argv = place.run(*flags.format(storage=place.storage).split(), "--data=sample")
+    before = tree(tmp_path)
+    code, words = refusal(argv, capsys)
+    assert code == 2 and message in words, words
+    assert tree(tmp_path) == before and not (tmp_path / "data").exists()
+
+
+def test_a_private_ray_refuses_more_workers_than_the_machine_has_cores(
+    place, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("MAMBAFLOW_CORES", "3")
+    flags = [flag for flag in place.run("--data=sample", "--batch-size=64") if flag != "--no-ray"]
+    before = tree(tmp_path)
+    code, words = refusal([*flags, "--num-workers=64"], capsys)
+    assert code == 2, words
+    assert "num_workers (=64) needs 64 CPUs, and the cluster has 3; use num_workers=3" in words
+    assert tree(tmp_path) == before
+
+
+def test_a_run_may_start_from_anothers_weights_with_a_fresh_optimiser(place, capsys):
+    source = place.storage / "done"
+    best, info = weights.load_model(source)
+    flags = ["--lr=1e-12", "--epochs=1", "--warmup-steps=0"]  # it goes nowhere from where it starts
+    assert main(place.run(f"--init-from={source}", *flags)) == 0
+    config = from_json((place.storage / "new" / "config.json").read_bytes())
+    assert config.init_from == info.uri == f"{source}/{RunPaths.checkpoint(info.step)}"
+    model, after = weights.load_model(place.storage / "new")
+    assert after.step == 5
+    for key, value in best.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
+    # Its source may train on: the run goes on as what it began as.
+    assert main(place.run(f"--init-from={source}", *flags, "--resume")) == 0
+    code, words = refusal(place.run("--resume", *flags), capsys)
+    assert code == 2 and f"init_from: {info.uri} -> " in words, words
+
+
+def test_the_test_split_may_be_left_alone(place, capsys):
+    shutil.rmtree(place.shards / "test")
+    assert main(place.run("--test-images=0")) == 0
+    assert not (place.storage / "new" / "report").exists()
+    assert "run folder" in capsys.readouterr().out
+    logged = (place.storage / "new" / "metrics.jsonl").read_text()
+    assert '"val/psnr"' in logged and '"test/' not in logged

@@ -1,5 +1,6 @@
 """A checkpoint is whole or is none, comes back bitwise, and says what is wrong with it."""
 
+import hashlib
 import json
 import logging
 import math
@@ -19,7 +20,13 @@ from test_loop import Stream
 
 from mambaflow.config import RunConfig, to_dict, to_json
 from mambaflow.models import weights
-from mambaflow.models.weights import INDEX, CheckpointError, DamagedCheckpointError, Index
+from mambaflow.models.weights import (
+    INDEX,
+    CheckpointError,
+    CheckpointInfo,
+    DamagedCheckpointError,
+)
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import LocalStorage, at
 from mambaflow.training import checkpoint
 from mambaflow.training.checkpoint import PARTS
@@ -37,8 +44,8 @@ def trained(steps: int, run: RunConfig = RUN) -> TrainState:
     return state
 
 
-def index(step: int, **scores: float) -> Index:
-    return Index(step=step, config=RUN, scores={f"val/{k}": v for k, v in scores.items()})
+def index(step: int, **scores: float) -> CheckpointInfo:
+    return CheckpointInfo(step=step, config=RUN, scores={f"val/{k}": v for k, v in scores.items()})
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -91,7 +98,7 @@ def test_everything_comes_back_bitwise_and_trains_on_as_if_never_saved(state, ru
 def test_the_index_comes_back_as_it_was(state, run):
     saved = replace(index(3, psnr=21.5, ssim=math.pi), finished=True)
     folder = checkpoint.save(state, saved, run)
-    got = weights.read_index(run, 3)
+    got = weights.read_info(run, 3)
     assert folder == "step_0000003" and set(got.files) == {f"{part}.safetensors" for part in PARTS}
     assert replace(got, files={}) == saved
 
@@ -129,7 +136,7 @@ def test_a_save_that_is_interrupted_leaves_no_checkpoint_and_the_one_before(
     assert len(left) == after  # the fault was where it should be
     assert weights.saved_steps(run) == [3]
     with pytest.raises(CheckpointError, match=r"step_0000004 is not there; there are steps \[3\]"):
-        weights.read_index(run, 4)
+        weights.read_info(run, 4)
     assert checkpoint.restore_newest(TrainState(MODEL, FIT, CPU), run).step == 3
     checkpoint.save(state, replace(index(5)), run)
     checkpoint.prune(run, newest=5, best=None)
@@ -140,6 +147,7 @@ KILLED = """
 import os, signal, sys
 from mambaflow.config import from_json
 from mambaflow.models import weights
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import LocalStorage, at
 from mambaflow.training import checkpoint
 from mambaflow.training.loop import TrainState
@@ -147,7 +155,7 @@ import torch
 config = from_json(sys.argv[2])
 state = TrainState(config.model, config.train, torch.device("cpu"))
 run, write = at(sys.argv[1]), LocalStorage.write
-checkpoint.save(state, weights.Index(step=1, config=config), run)
+checkpoint.save(state, weights.CheckpointInfo(step=1, config=config), run)
 def dying(self, key, data):
     if key == "step_0000002/optimizer.safetensors":
         path = self.root / ".optimizer.half"
@@ -155,7 +163,7 @@ def dying(self, key, data):
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, key, data)
 LocalStorage.write = dying
-checkpoint.save(state, weights.Index(step=2, config=config), run)
+checkpoint.save(state, weights.CheckpointInfo(step=2, config=config), run)
 """
 
 
@@ -175,7 +183,7 @@ def test_saving_over_leftovers_leaves_nothing_of_them(state, run):
 
 
 def damaged(run: LocalStorage, step: int, file: str, change) -> None:
-    path = run.path / weights.name(step) / file
+    path = run.path / RunPaths.checkpoint(step) / file
     before = path.read_bytes()
     after = change(before)
     assert after != before
@@ -235,17 +243,17 @@ def test_a_file_that_the_index_does_not_describe_is_refused(state, run):
 
 def rewritten(run: LocalStorage, step: int, change) -> None:
     """The index as another version of the code would have written it, checksum and all."""
-    key = f"{weights.name(step)}/{INDEX}"
+    key = f"{RunPaths.checkpoint(step)}/{INDEX}"
     values = json.loads(run.read(key))
     values.pop("sha256")
     change(values)
-    run.write(key, json.dumps(values | {"sha256": weights._digest(values)}).encode())
+    run.write(key, json.dumps(values | {"sha256": weights.digest(values)}).encode())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format=2), "format 2, this mambaflow reads 1; use the version"),
+        (lambda v: v.update(format=9), "format 9, this mambaflow reads 1 to 2; use the version"),
         (lambda v: v["config"]["model"].update(warp=3), r"unknown field\(s\) \['warp'\] in model"),
         (lambda v: v["config"].update(planet=3), r"unknown field\(s\) \['planet'\] in a run"),
         (lambda v: v["config"]["train"].update(lr=-1.0), r"lr \(=-1.0\) must be positive"),
@@ -314,12 +322,12 @@ def pretend(run: LocalStorage, **scores: dict[str, float]) -> None:
     """Checkpoints with indexes alone, as far as choosing among them goes."""
     for key, of in scores.items():
         step = int(key.removeprefix("s"))
-        path = f"{weights.name(step)}/{INDEX}"
+        path = f"{RunPaths.checkpoint(step)}/{INDEX}"
         values = {
             "format": 1, "step": step, "scores": of, "finished": False, "files": {},
             "config": to_dict(RUN),
         }  # fmt: skip
-        run.write(path, json.dumps(values | {"sha256": weights._digest(values)}).encode())
+        run.write(path, json.dumps(values | {"sha256": weights.digest(values)}).encode())
 
 
 def test_the_best_has_the_highest_score_and_is_the_earlier_of_equals(run):
@@ -396,3 +404,58 @@ def test_a_loaded_model_has_the_averaged_weights_of_the_best_and_only_evaluates(
 def test_loading_from_nothing_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no complete checkpoint; train a run first"):
         weights.load_model(tmp_path / "none")
+
+
+def as_format_1(run: LocalStorage, step: int) -> None:
+    """Rewrite a checkpoint as the first version wrote it: other names of one file, of tensors and
+    of a field, and no field that came later."""
+    folder = run.path / RunPaths.checkpoint(step)
+    old = {new: name for name, new in weights.TENSORS_OF_1.items()}
+    digests = {}
+    for part in PARTS:
+        tensors = load_file(folder / f"{part}.safetensors")
+        (folder / f"{part}.safetensors").unlink()
+        for new, name in old.items():
+            tensors = {key.replace(new, name): value for key, value in tensors.items()}
+        file = f"{weights.FILES_OF_1.get(part, part)}.safetensors"
+        data = save(tensors)
+        (folder / file).write_bytes(data)
+        digests[file] = hashlib.sha256(data).hexdigest()
+
+    def change(values: dict) -> None:
+        values.update(format=1, files=digests)
+        values["config"]["model"]["surroundings"] = values["config"]["model"].pop("local_linear")
+        del values["config"]["init_from"]
+
+    rewritten(run, step, change)
+
+
+def test_a_checkpoint_of_the_first_format_means_what_it_meant(state, run):
+    checkpoint.save(state, index(3), run)
+    as_format_1(run, 3)
+    names = {key for key in run.list("step_")}
+    assert (
+        "step_0000003/averaged.safetensors" in names and "step_0000003/ema.safetensors" not in names
+    )
+    fresh = TrainState(MODEL, FIT, CPU)
+    assert checkpoint.restore_newest(fresh, run).step == 3
+    for mine, theirs in ((fresh.model, state.model), (fresh.ema, state.ema)):
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[key], value), key
+    saved, got = state.optimizer.state_dict()["state"], fresh.optimizer.state_dict()["state"]
+    for number, moments in saved.items():
+        assert all(torch.equal(got[number][k], torch.as_tensor(v)) for k, v in moments.items())
+    model, info = weights.load_model(run.path)
+    assert info.config == RUN and info.format == 1
+    assert torch.equal(model.head.weight, state.ema.head.weight)
+
+
+def test_a_checkpoint_is_found_by_its_own_address_too(state, run):
+    for step, score in ((1, 9.0), (2, 1.0)):
+        checkpoint.save(state, index(step, psnr=score), run)
+    assert weights.read_best(run.path).step == 1
+    for step in (1, 2):
+        info = weights.read_best(f"{run.path}/{RunPaths.checkpoint(step)}")
+        assert info.step == step and info.uri == f"{run.uri}/{RunPaths.checkpoint(step)}"
+    with pytest.raises(CheckpointError, match="step_0000007 is not there; there are steps"):
+        weights.load_model(f"{run.path}/step_0000007")

@@ -23,12 +23,14 @@ from mambaflow.config import RunConfig, ScaleConfig, to_json
 from mambaflow.data.batches import Batches
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.complete import EvalSet
+from mambaflow.evaluation.final_report import final_report
 from mambaflow.models import weights
 from mambaflow.storage import at
 from mambaflow.training import run as run_module
 from mambaflow.training import stop_signal
+from mambaflow.training.preflight import open_run
 from mambaflow.training.process_group import ProcessGroup
-from mambaflow.training.run import Outcome, open_run, reported_steps, train
+from mambaflow.training.run import Outcome, reported_steps, train_and_score
 
 ROOT = Path(__file__).parents[2]
 VOLATILE = {"time", "train/samples_per_second", "train/input_stall", "test/seconds"}
@@ -79,7 +81,7 @@ def start(
 ) -> Outcome:
     """Open and train; `after` says where it goes on, if not after the newest checkpoint."""
     newest = max(weights.saved_steps(open_run(config)), default=0)
-    return train(config, Scripted(events or {}, newest if after < 0 else after))
+    return train_and_score(config, Scripted(events or {}, newest if after < 0 else after))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def final(config: RunConfig) -> dict[str, str]:
     """sha256 of weights, average and optimiser (moments and counts) of every checkpoint kept."""
     run = at(folder(config))
     kept = weights.saved_steps(run)
-    return {f"{s}/{f}": d for s in kept for f, d in weights.read_index(run, s).files.items()}
+    return {f"{s}/{f}": d for s in kept for f, d in weights.read_info(run, s).files.items()}
 
 
 def report(config: RunConfig) -> dict:
@@ -164,7 +166,7 @@ def test_a_run_stopped_anywhere_and_continued_is_the_straight_run_bitwise(
 def test_a_stop_at_a_validation_does_not_lose_it(straight, data, tmp_path, step):
     config = small.run_config(data, tmp_path, "due")
     assert start(config, {step: (folder(config) / "STOP").touch}).step == step
-    assert "val/psnr" in weights.read_index(at(folder(config)), step).scores
+    assert "val/psnr" in weights.read_info(at(folder(config)), step).scores
     start(replace(config, resume=True))
     assert_same_run(config, straight)
 
@@ -327,7 +329,7 @@ def test_the_best_on_validation_is_the_one_reported(data, tmp_path, monkeypatch)
     assert about["checkpoint"] == "step 12" and about["trained_steps"] == STEPS
     model, index = weights.load_model(folder(config))
     test = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, 4)
-    again = run_module.final_report(model, test, config, 12, STEPS)
+    again = final_report(model, test, config, 12, STEPS)
     assert again.rows["posterior mean"]["psnr"] == about["rows"]["posterior mean"]["psnr"]
 
 
@@ -336,14 +338,14 @@ def test_the_test_split_is_read_at_the_end_alone(data, tmp_path, monkeypatch):
 
     class Watched(ShardSet):
         def __init__(self, uri: str, split: str) -> None:
-            opened.append((split, world.step))
+            opened.append((split, group.step))
             super().__init__(uri, split)
 
     config = small.run_config(data, tmp_path, "blind")
     open_run(config)
-    world = Scripted({})
+    group = Scripted({})
     monkeypatch.setattr(run_module, "ShardSet", Watched)
-    train(config, world)
+    train_and_score(config, group)
     assert opened == [("train", 0), ("validation", 0), ("test", STEPS)]
 
 
@@ -355,7 +357,7 @@ def test_workers_that_restored_different_steps_do_not_start(data, tmp_path):
     config = small.run_config(data, tmp_path, "apart")
     open_run(config)
     with pytest.raises(RuntimeError, match="worker 0 is after step 0, the 2 workers on average"):
-        train(config, Apart(0, 2, CPU))
+        train_and_score(config, Apart(0, 2, CPU))
 
 
 ENVIRONMENT = {**os.environ, "MAMBAFLOW_THREADS": "1"}
@@ -449,14 +451,15 @@ from dataclasses import replace
 from pathlib import Path
 from mambaflow.training import run as run_module
 from mambaflow.training import stop_signal
-from jobs.train import TorchrunProcessGroup
 from mambaflow.config import from_json
+from mambaflow.training.preflight import open_run
+from mambaflow.training.process_group import ProcessGroup, launched_group
 config = from_json(sys.argv[1])
 folder = Path(config.storage) / config.run_name
 stop_signal.STOP_POLL_S = -1.0
 batches = []
 
-class Scripted(TorchrunProcessGroup):
+class Scripted(ProcessGroup):
     def wrap(self, model):
         whole = super().wrap(model)
         def forward(batch, *more):
@@ -466,15 +469,15 @@ class Scripted(TorchrunProcessGroup):
             return whole(batch, *more)
         return forward
 
-world = Scripted(False, lambda point: None)
-for resume in (False, True):
-    if group.rank == 0:
-        run_module.open_run(replace(config, resume=resume))
-    dist.barrier()
-    outcome = run_module.train(config, world)
-    assert outcome == run_module.Outcome(*(("finished", 20) if resume else ("stopped", 12)))
-torch.save(batches, f"{config.storage}/batches{group.rank}")
-dist.destroy_process_group()
+with launched_group(False) as launched:
+    group = Scripted(launched.rank, launched.size, launched.device)
+    for resume in (False, True):
+        if group.rank == 0:
+            open_run(replace(config, resume=resume))
+        dist.barrier()
+        outcome = run_module.train_and_score(config, group)
+        assert outcome == run_module.Outcome(*(("finished", 20) if resume else ("stopped", 12)))
+    torch.save(batches, f"{config.storage}/batches{group.rank}")
 """
 
 

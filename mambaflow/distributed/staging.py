@@ -1,0 +1,33 @@
+"""Staging over Ray: one task makes one shard, a bounded number at a time."""
+
+import itertools
+from collections.abc import Iterator
+
+import ray
+
+from mambaflow.data.staging import ShardResult, ShardTask, make
+from mambaflow.distributed.cluster import connect
+
+IN_FLIGHT = 64
+RETRIES = 3
+
+
+def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
+    """Make shards on the cluster at RAY_ADDRESS or on a private one, as they are finished.
+
+    Raises:
+        What `data.staging.make` raises; storage that fails is tried again a few times.
+    """
+    with connect():
+        remote = ray.remote(make).options(
+            num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError]
+        )
+        running = [remote.remote(task) for task in tasks[:IN_FLIGHT]]
+        waiting = iter(tasks[IN_FLIGHT:])
+        while running:
+            done, running = ray.wait(running)
+            running += [remote.remote(task) for task in itertools.islice(waiting, len(done))]
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error

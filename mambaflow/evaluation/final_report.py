@@ -1,0 +1,133 @@
+"""How good a model is on held-out images: now and then during a run, and once at its end.
+
+"Posterior mean" is one call at t = 0; "one sample" is Heun's. They are different answers: PSNR
+rewards the first, the eye the second.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from mambaflow.checks import require
+from mambaflow.config import RunConfig, TrainConfig
+from mambaflow.evaluation.complete import (
+    EvalSet,
+    Images,
+    Workers,
+    complete,
+    fill,
+    posterior_mean,
+    sampler,
+    score,
+)
+from mambaflow.evaluation.metrics import COLUMNS, VALIDATED, Completion
+from mambaflow.models.velocity_field import VelocityField
+from mambaflow.report.pictures import only_known, picture
+from mambaflow.report.tables import provenance, results_table
+
+FILLS = ("nearest", "linear", "thin-plate")
+MEAN, SAMPLE = "posterior mean", "one sample (Heun)"
+SHOWN = 8
+Picture = UInt8[np.ndarray, "height width 3"]
+
+
+def validate(
+    model: VelocityField, eval_set: EvalSet, config: TrainConfig, workers: Workers | None = None
+) -> tuple[dict[str, float], Picture | None]:
+    """Scores of the posterior mean, the same on every worker; and on the first of them a picture
+    with one sample of a few images."""
+    scores = score(
+        [MEAN], lambda chunk: {MEAN: complete(model, chunk, posterior_mean)}, eval_set, workers
+    )[MEAN].report()
+    named = {f"val/{key}": scores[key] for key in VALIDATED if key in scores}
+    if workers is not None and workers.rank:
+        return named, None
+    return named, completion_grid(eval_set[:SHOWN], model, config)
+
+
+def completion_grid(eval_set: EvalSet, model: VelocityField, config: TrainConfig) -> Picture:
+    """Truth, known pixels, linear fill, posterior mean and one sample, side by side."""
+    truth = eval_set.images.numpy()
+    columns = {
+        "truth": truth,
+        "known pixels": only_known(truth, eval_set.is_known.numpy()),
+        "linear fill": _bytes(fill("linear", eval_set).prediction),
+        MEAN: _bytes(complete(model, eval_set, posterior_mean).prediction),
+        "sample": _bytes(complete(model, eval_set, sampler(config.sample_steps)).prediction),
+    }
+    return picture(columns)
+
+
+def _bytes(images: Images) -> UInt8[np.ndarray, "m h w 3"]:
+    return (images * 255).round().to(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class FinalReport:
+    """The end of a run: rows of the table, what it was measured on, and the picture."""
+
+    rows: dict[str, dict[str, float]]
+    facts: dict[str, str | int]
+    picture: Picture
+
+    @property
+    def table(self) -> str:
+        """The table, with where its numbers come from."""
+        facts = dict(self.facts)
+        command, data, seed = (facts.pop(key) for key in ("command", "data", "seed"))
+        facts.pop("trained_steps")
+        brief = {key: column for key, column in COLUMNS.items() if column.brief}
+        caption = provenance(str(command), str(data), int(seed), **facts)
+        return str(results_table(self.rows, brief, caption))
+
+    @property
+    def json(self) -> str:
+        """The same for programs."""
+        return json.dumps({"rows": self.rows, **self.facts}, indent=2) + "\n"
+
+
+def _answers(
+    model: VelocityField, eval_set: EvalSet, config: TrainConfig
+) -> Mapping[str, Completion]:
+    """Every row of the final table, for a few images."""
+    best = complete(model, eval_set, posterior_mean)
+    one = complete(model, eval_set, sampler(config.sample_steps), best.prediction)
+    return {name: fill(name, eval_set) for name in FILLS} | {MEAN: best, SAMPLE: one}
+
+
+def final_report(
+    model: VelocityField,
+    eval_set: EvalSet,
+    config: RunConfig,
+    step: int,
+    trained_steps: int,
+    workers: Workers | None = None,
+) -> FinalReport | None:
+    """Score the model and the classical fills on the same images and masks.
+
+    Args:
+        step: of the checkpoint that the model is of.
+        trained_steps: of the whole run.
+        workers: who shares the scoring; every one of them calls this, and the first gets a report.
+    """
+    require(len(eval_set) > 0, "the test split is empty; stage the data with a test split")
+    names = [*FILLS, MEAN, SAMPLE]
+    scores = score(names, lambda chunk: _answers(model, chunk, config.train), eval_set, workers)
+    if workers is not None and workers.rank:
+        return None
+    facts: dict[str, str | int] = {
+        "command": config.command,
+        "data": config.data,
+        "seed": config.train.seed,
+        "images": len(eval_set),
+        "masks": eval_set.mask_hash,
+        "training masks": config.train.masks,
+        "checkpoint": f"step {step}",
+        "trained_steps": trained_steps,
+    }
+    rows = {name: sums.report() for name, sums in scores.items()}
+    return FinalReport(rows, facts, completion_grid(eval_set[:SHOWN], model, config.train))

@@ -1,0 +1,57 @@
+"""Where the files of a run are: every name in a run's folder, here and nowhere else.
+
+<storage>/<run_name>/
+  config.json                 what was asked for
+  metrics.jsonl               the training and validation curves; events.out.tfevents.* the same
+  step_0000400/               checkpoints: the newest, and the best on validation
+  report/                     results.json, table.md and picture.png on the test split
+  STOP                        put there by anyone: checkpoint and stop
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mambaflow.config import RunConfig
+from mambaflow.storage import Storage, at
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """A run's folder, and the keys of what it holds."""
+
+    folder: Storage
+
+    CONFIG: ClassVar[str] = "config.json"
+    METRICS: ClassVar[str] = "metrics.jsonl"
+    STOP: ClassVar[str] = "STOP"
+    RESULTS: ClassVar[str] = "report/results.json"
+    TABLE: ClassVar[str] = "report/table.md"
+    PICTURE: ClassVar[str] = "report/picture.png"
+    CHECKPOINTS: ClassVar[str] = "step_"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunPaths":
+        """Those of a configuration's run."""
+        return cls(at(config.storage).child(config.run_name))
+
+    @classmethod
+    def at(cls, address: str | Path) -> "RunPaths":
+        """Those of the run in a folder or at s3://…"""
+        return cls(at(address))
+
+    def uri(self, key: str) -> str:
+        """The address of a file or folder of the run."""
+        return f"{self.folder.uri}/{key}"
+
+    @classmethod
+    def checkpoint(cls, step: int) -> str:
+        """Folder of the checkpoint after `step`."""
+        return f"{cls.CHECKPOINTS}{step:07d}"
+
+    @classmethod
+    def step(cls, key: str) -> int | None:
+        """The step of the checkpoint in whose folder a key is, if it is in one."""
+        match = re.match(rf"{cls.CHECKPOINTS}(\d+)(/|$)", key)
+        return int(match.group(1)) if match else None

@@ -1,0 +1,235 @@
+"""What a run is refused for before anything is written: names, data, weights, storage."""
+
+import logging
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from mambaflow.checks import require
+from mambaflow.config import RunConfig, ScaleConfig, differences, from_json, to_json
+from mambaflow.data.batches import Batches, Layout, require_queries
+from mambaflow.data.shard_reader import ShardSet
+from mambaflow.data.sources import EMBEDDED
+from mambaflow.data.staging import StageConfig
+from mambaflow.models.weights import read_best, saved_steps
+from mambaflow.run_paths import RunPaths
+from mambaflow.storage import Storage, at
+
+# What may change when a run goes on: how long, how often it is looked at, not what it learns.
+# With other epochs the learning rate goes on along the other cosine from the step it is at: a
+# finished run with more epochs starts again at a higher rate, and ends where no straight run does.
+ELASTIC = ("epochs", "log_every", "eval_every", "eval_images", "test_images", "sample_steps")
+log = logging.getLogger(__name__)
+
+
+def total_steps(config: RunConfig, rows: int) -> int:
+    """Steps of the whole run, at least one."""
+    return config.train.epochs * rows // config.train.batch_size or 1
+
+
+def settle(config: RunConfig, command: str) -> RunConfig:
+    """The same run with a name, absolute addresses, and the one checkpoint that it starts from, so
+    that it means the same to every worker and tomorrow; nothing is written.
+
+    Raises:
+        ValueError: an address that is none, or weights that do not fit.
+    """
+    name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
+    data = config.data if config.data in EMBEDDED else at(config.data).uri
+    settled = replace(
+        config, run_name=name, storage=at(config.storage).uri, data=data, command=command
+    )
+    return _resolve_init_from(settled)
+
+
+def check_launch(scale: ScaleConfig, launched: int) -> None:
+    """Refuse workers and devices that are not there for a run without Ray.
+
+    Args:
+        launched: processes that torchrun started.
+
+    Raises:
+        ValueError: naming the flag, the rule and the cure.
+    """
+    require(
+        scale.ray or scale.num_workers == launched,
+        f"num_workers (={scale.num_workers}) without Ray must be the number of processes "
+        f"(={launched}); start them with torchrun --nproc-per-node {scale.num_workers}",
+    )
+    require(
+        scale.ray or not scale.use_gpu or torch.cuda.is_available(),
+        "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
+    )
+
+
+def check_flags(config: RunConfig) -> None:
+    """Refuse what can be refused before data are staged: names, and sizes of embedded data.
+
+    Raises:
+        ValueError: naming the flag, the rule and the cure.
+    """
+    _check_name(config)
+    if config.data in EMBEDDED:
+        planned = StageConfig(source=config.data)
+        require_queries(Layout(planned.size, planned.known, planned.target), config.train)
+
+
+def check_storage(config: RunConfig) -> None:
+    """Refuse a run's folder that this worker's node does not share with the driver's.
+
+    Raises:
+        ValueError: the run's configuration is not there.
+    """
+    require(
+        RunPaths.of(config).folder.exists(RunPaths.CONFIG),
+        f"storage (={config.storage}) must be seen by every node; use a shared folder or s3://…",
+    )
+
+
+def check_data(config: RunConfig) -> None:
+    """Refuse data that the run could not use, before a worker starts.
+
+    Reads the manifests, the first training shard and the held-out images. A damaged later shard
+    is found by the worker that first needs it.
+
+    Raises:
+        ValueError: a split is missing, damaged, or does not fit the others or the configuration.
+    """
+    train = ShardSet(config.data, "train")
+    Batches(train, Layout.of(train.spec, config.model), config.train)
+    require(
+        config.train.masks == "strict" or train.spec.full_images,
+        f"masks (={config.train.masks!r}) needs whole training images, and {config.data} holds "
+        "only the staged pixels; stage again with --full-images, or use --masks strict",
+    )
+    train.rows(np.arange(1))
+    _check_held_out(config, train, "validation", config.train.eval_images)
+    if config.train.test_images:
+        _check_held_out(config, train, "test", config.train.test_images)
+
+
+def _check_held_out(config: RunConfig, train: ShardSet, split: str, count: int) -> None:
+    spec, held_out = train.spec, ShardSet(config.data, split)
+    other = held_out.spec
+    require(
+        len(held_out) > 0 and (other.size, other.known) == (spec.size, spec.known),
+        f"data (={config.data}) must hold {split} images, staged as the training ones "
+        f"({spec.known} known pixels of {spec.size} x {spec.size}), and holds "
+        f"{len(held_out)} ({other.known} of {other.size} x {other.size}); stage it again",
+    )
+    held_out.rows(np.arange(min(count, len(held_out))))
+
+
+def _resolve_init_from(config: RunConfig) -> RunConfig:
+    """The same run with the one checkpoint that it starts from, where it starts from another run:
+    that one may train on, and its best weights be others tomorrow.
+
+    Raises:
+        ValueError: the weights are not there, or are of another model: its fields are named.
+    """
+    if not config.init_from:
+        return config
+    source, run = RunPaths.at(config.init_from), RunPaths.of(config)
+    if config.resume and run.folder.exists(RunPaths.CONFIG):
+        before = _config_of(run.folder).init_from
+        if before.startswith(f"{source.folder.uri}/"):
+            return replace(config, init_from=before)
+    info = read_best(config.init_from)
+    other = list(differences(info.config.model, config.model, "model."))
+    require(
+        not other,
+        f"init_from (={config.init_from}) is of another model ({'; '.join(other)}); give the "
+        "flags of that model, or leave --init-from out",
+    )
+    return replace(config, init_from=info.uri)
+
+
+def open_run(config: RunConfig) -> Storage:
+    """The run's folder after the rules of names: a new name, or --resume of the same run.
+
+    Raises:
+        ValueError: the name is taken and resume is off; or resume is on and the run is missing,
+            was another model or other training, or is already longer.
+    """
+    run, text = RunPaths.of(config).folder, to_json(config).encode()
+    _check_name(config)
+    if not config.resume:
+        # Of two that looked at once, one creates it.
+        require(run.create(RunPaths.CONFIG, text), _taken(config, run))
+        return run
+    _require_not_longer(config, run)
+    _warn_of_another_cosine(config, _config_of(run))
+    run.delete(RunPaths.STOP)
+    run.write(RunPaths.CONFIG, text)
+    return run
+
+
+def _check_name(config: RunConfig) -> None:
+    run = RunPaths.of(config).folder
+    taken = run.exists(RunPaths.CONFIG)
+    require(config.resume or not taken, _taken(config, run))
+    require(
+        taken or not config.resume,
+        f"run_name (={config.run_name!r}) has nothing to resume in {config.storage}; "
+        "leave --resume out, or name a run that is there",
+    )
+    if config.resume:
+        _require_same_run(config, _config_of(run))
+
+
+def _taken(config: RunConfig, run: Storage) -> str:
+    how = "finished" if run.exists(RunPaths.RESULTS) else "begun"
+    return (
+        f"run_name (={config.run_name!r}) is taken by a {how} run in {config.storage}; "
+        "use --resume to go on, or another --run-name"
+    )
+
+
+def _config_of(run: Storage) -> RunConfig:
+    try:
+        return from_json(run.read(RunPaths.CONFIG))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run.uri}/{RunPaths.CONFIG} is not of this version of mambaflow: {error}; "
+            "resume with the version that wrote it"
+        ) from error
+
+
+def _require_same_run(config: RunConfig, before: RunConfig) -> None:
+    changed = [*differences(before.model, config.model, "model.")]
+    changed += [
+        line
+        for line in differences(before.train, config.train, "train.")
+        if line.split(":")[0].removeprefix("train.") not in ELASTIC
+    ]
+    # An embedded data set has its address once it is staged.
+    for name in ("init_from",) if config.data in EMBEDDED else ("init_from", "data"):
+        old, new = getattr(before, name), getattr(config, name)
+        changed += [f"{name}: {old} -> {new}"] if old != new else []
+    require(
+        not changed,
+        f"run_name (={config.run_name!r}) cannot resume with another configuration "
+        f"({'; '.join(changed)}); give the same flags, or another --run-name",
+    )
+
+
+def _require_not_longer(config: RunConfig, run: Storage) -> None:
+    rows, batch_size = len(ShardSet(config.data, "train")), config.train.batch_size
+    steps, newest = total_steps(config, rows), max(saved_steps(run), default=0)
+    require(
+        newest <= steps,
+        f"epochs (={config.train.epochs}) end at step {steps}, and run_name "
+        f"(={config.run_name!r}) is already at step {newest}; "
+        f"use --epochs {-(-newest * batch_size // rows)} or more",
+    )
+
+
+def _warn_of_another_cosine(config: RunConfig, before: RunConfig) -> None:
+    if before.train.epochs != config.train.epochs:
+        log.warning(
+            "epochs: %d -> %d; the learning rate goes on along the other cosine",
+            before.train.epochs,
+            config.train.epochs,
+        )
