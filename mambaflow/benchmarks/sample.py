@@ -10,7 +10,7 @@ from torch import Tensor
 from mambaflow.benchmarks.bench import BenchmarkConfig, Work, race, random_batch
 from mambaflow.config import ARCHITECTURES
 from mambaflow.data.batches import PixelBatch
-from mambaflow.flow.samplers import CountedVelocity, ddim, heun, mean, midpoint, sde, uniform_times
+from mambaflow.flow.samplers import SOLVERS, CountedVelocity, Solver, times_for
 from mambaflow.models.velocity_field import Velocity, VelocityField
 from mambaflow.report.tables import Table
 
@@ -18,15 +18,17 @@ KNOWN = 204
 
 
 def solvers(noise: Tensor, steps: int) -> dict[str, Callable[[Velocity], Tensor]]:
-    """Every way from noise to colours."""
-    times = uniform_times(steps)
-    return {
-        "posterior mean": lambda v: mean(v, noise),
-        f"ddim, {steps} steps": lambda v: ddim(v, noise, times),
-        f"sde, {steps} steps": lambda v: sde(v, noise, times, lambda _: torch.randn_like(noise)),
-        f"midpoint, {steps} steps": lambda v: midpoint(v, noise, times),
-        f"heun, {steps} steps": lambda v: heun(v, noise, times),
-    }
+    """Every sampler of the registry at its own settings, by what the table calls it."""
+    times = times_for("uniform", steps)
+    return {_title(s, steps): partial(_solve, s, noise, times) for s in SOLVERS.values()}
+
+
+def _title(solver: Solver, steps: int) -> str:
+    return f"{solver.title}, {steps} steps" if solver.takes_times else solver.title
+
+
+def _solve(solver: Solver, noise: Tensor, times: Tensor, velocity: Velocity) -> Tensor:
+    return solver(velocity, noise, times, lambda step: torch.randn_like(noise))
 
 
 def measure(config: BenchmarkConfig) -> list[Table]:

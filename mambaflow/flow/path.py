@@ -10,21 +10,62 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mambaflow.checks import lookup, require
+
 LAST_STRETCH = 0.1
 
 
 def interpolate(
     x_0: Float[Tensor, "b n 3"], x_1: Float[Tensor, "b n 3"], t: Float[Tensor, " b"]
 ) -> Float[Tensor, "b n 3"]:
-    """The point of the path at each image's own time."""
+    """The point of the path at each image's own time: x_t = (1 - t) x_0 + t x_1.
+
+    Args:
+        x_0: noise.
+        x_1: colours of the data.
+        t: times in [0, 1].
+
+    Raises:
+        ValueError: shapes differ, or hold no floating-point numbers.
+    """
+    _require_alike(x_0=x_0, x_1=x_1)
+    _require_time_each(t, x_0)
     return torch.lerp(x_0, x_1, t[:, None, None])
 
 
 def target_velocity(
     x_0: Float[Tensor, "b n 3"], x_1: Float[Tensor, "b n 3"]
 ) -> Float[Tensor, "b n 3"]:
-    """What the velocity field is the conditional mean of: dx_t / dt = x_1 - x_0."""
+    """What the velocity field is the conditional mean of: dx_t / dt = x_1 - x_0.
+
+    Raises:
+        ValueError: shapes differ, or hold no floating-point numbers.
+    """
+    _require_alike(x_0=x_0, x_1=x_1)
     return x_1 - x_0
+
+
+def _require_alike(**tensors: Tensor) -> None:
+    """Floating-point tensors of one shape: torch would broadcast, and bytes would wrap around."""
+    (first, reference), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        require(
+            tensor.is_floating_point(),
+            f"{name} (of {tensor.dtype}) must hold floating-point numbers; use {name}.float()",
+        )
+        require(
+            tensor.shape == reference.shape,
+            f"{name} (of shape {tuple(tensor.shape)}) must have the shape of {first} "
+            f"(={tuple(reference.shape)}); use {name}.expand_as({first}) if that is meant",
+        )
+
+
+def _require_time_each(t: Tensor, x: Tensor) -> None:
+    require(
+        t.shape == x.shape[:1] and t.is_floating_point(),
+        f"t (of shape {tuple(t.shape)}, {t.dtype}) must hold one time for each of {len(x)} images; "
+        f"use torch.full(({len(x)},), t)",
+    )
 
 
 def sample_times(
@@ -33,16 +74,26 @@ def sample_times(
     """Uniform draws to times: a share exactly at t = 0, the rest by `law`.
 
     The share at t = 0 trains the posterior mean x_0 + v(x_0, 0), which other times never ask for.
-    Laws: "uniform"; "logit_normal", the sigmoid of N(0, 1) (Esser et al. 2024, section 3.1).
+
+    Args:
+        u: uniform on [0, 1), float32 or float64.
+        share_at_zero: in [0, 1].
+        law: "uniform"; "logit_normal", the sigmoid of N(0, 1) (Esser et al. 2024, section 3.1).
+
+    Raises:
+        ValueError: an unknown law, a share outside [0, 1], or u of less than float32.
     """
-    if law not in LAWS:
-        raise ValueError(f"unknown time law {law!r}; valid: {', '.join(LAWS)}")
-    if not 0 <= share_at_zero <= 1:
-        raise ValueError(f"share_at_zero (={share_at_zero}) must be in [0, 1]; use 0.1")
+    transform = lookup(LAWS, law, "time law")
+    require(0 <= share_at_zero <= 1, f"share_at_zero (={share_at_zero}) must be in [0, 1]; use 0.1")
+    # Half precision would round the last times to t = 1.
+    require(
+        u.dtype in (torch.float32, torch.float64),
+        f"u (of {u.dtype}) must be float32 or float64; use u.float()",
+    )
     if share_at_zero == 1:
         return torch.zeros_like(u)
     rest = (u - share_at_zero) / (1 - share_at_zero)
-    return torch.where(rest < 0, 0.0, LAWS[law](rest.clamp(min=0)))
+    return torch.where(rest < 0, 0.0, transform(rest.clamp(min=0)))
 
 
 LAWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,8 +116,19 @@ def loss(
     t: Float[Tensor, " b"],
     weighting: str = "velocity",
 ) -> Float[Tensor, ""]:
-    """Mean squared error of the velocity, weighted by time."""
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"unknown weighting {weighting!r}; valid: {', '.join(WEIGHTINGS)}")
+    """Mean squared error of the velocity, weighted by time (Lipman et al. 2023, eq. 9).
+
+    Args:
+        velocity: what the network answers at (interpolate(x_0, x_1, t), t).
+        weighting: "velocity", all times alike; "data", see WEIGHTINGS.
+
+    Raises:
+        ValueError: an unknown weighting, shapes that differ, no floating-point numbers, or none
+            at all, of which the mean is NaN.
+    """
+    weight = lookup(WEIGHTINGS, weighting, "weighting")
+    _require_alike(x_0=x_0, x_1=x_1, velocity=velocity)
+    _require_time_each(t, x_0)
+    require(x_0.numel() > 0, f"x_0 (of shape {tuple(x_0.shape)}) must hold a colour at least")
     error = (velocity - target_velocity(x_0, x_1)).square().mean((1, 2))
-    return (WEIGHTINGS[weighting](t) * error).mean()
+    return (weight(t) * error).mean()

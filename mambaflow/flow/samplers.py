@@ -1,15 +1,24 @@
-"""From noise to colours: a schedule is a tensor of times, a sampler a loop over it.
+"""From noise to colours: a grid is a tensor of times, a sampler a loop over it.
 
 Every sampler is `(velocity, noise, times, draw) -> colours` with the velocity a plain callable.
-`draw(step)` gives the standard normal noise of one step: randomness is an argument. None of them
-asks for the velocity at t = 1, where E[x_1 | x_t] - x_t and 1 - t vanish together.
+`draw(step)` gives the standard normal noise of one step: randomness is an argument. SOLVERS says
+what each one costs and takes; reports, benchmarks and jobs read it there, so that a sampler is
+added in this file alone.
+
+All compute in the dtype of the noise, in float32 at least: in bfloat16 the last times of a grid
+round to 1. None asks for the velocity at t = 1, where E[x_1 | x_t] - x_t and 1 - t vanish together.
 """
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mambaflow.checks import lookup, require
 
 Velocity = Callable[[Float[Tensor, "b n 3"], Float[Tensor, " b"]], Float[Tensor, "b n 3"]]
 Draw = Callable[[int], Float[Tensor, "b n 3"]]
@@ -17,8 +26,8 @@ Draw = Callable[[int], Float[Tensor, "b n 3"]]
 
 def uniform_times(steps: int) -> Float[Tensor, " times"]:
     """`steps` equal intervals from noise (0) to data (1)."""
-    _refuse(steps < 1, f"steps (={steps}) must be at least 1")
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    _require_count("steps", steps)
+    return torch.linspace(0, 1, int(steps) + 1, dtype=torch.float64)
 
 
 def quadratic_times(steps: int) -> Float[Tensor, " times"]:
@@ -30,45 +39,69 @@ def quadratic_times(steps: int) -> Float[Tensor, " times"]:
     return 1 - (1 - uniform_times(steps)).square()
 
 
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
+GRIDS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": uniform_times,
+    "quadratic": quadratic_times,
+}
+
+
+def times_for(grid: str, steps: int) -> Float[Tensor, " times"]:
+    """The times of a grid by its name in GRIDS: `steps` intervals from 0 to 1."""
+    return lookup(GRIDS, grid, "grid")(steps)
+
+
+def _require_count(name: str, value: object) -> None:
+    require(
+        isinstance(value, Integral) and int(value) >= 1,
+        f"{name} (={value}) must be a whole number, at least 1; use 1 or more",
+    )
 
 
 def _intervals(times: Tensor) -> list[tuple[float, float]]:
+    require(times.ndim == 1, f"times (of shape {tuple(times.shape)}) must be a row; use flatten()")
     grid = times.tolist()
-    rising = all(a < b for a, b in zip(grid, grid[1:], strict=False))
-    _refuse(
-        len(grid) < 2 or not rising or grid[0] < 0 or grid[-1] > 1,
+    rising = all(a < b for a, b in zip(grid, grid[1:], strict=False))  # false for NaN
+    require(
+        len(grid) >= 2 and rising and grid[0] >= 0 and grid[-1] <= 1,
         f"times (={grid}) must rise from 0 or more to 1 or less; use uniform_times(steps)",
     )
     return list(zip(grid[:-1], grid[1:], strict=True))
 
 
+def _start(noise: Tensor) -> Tensor:
+    require(
+        noise.is_floating_point(),
+        f"noise (of {noise.dtype}) must hold floating-point numbers; use noise.float()",
+    )
+    return noise.to(torch.promote_types(noise.dtype, torch.float32))
+
+
 def _at(velocity: Velocity, x: Tensor, t: float) -> Tensor:
-    return velocity(x, x.new_full((len(x),), t))
+    """The velocity with every image at time t, which is kept below 1 where x's dtype rounds it."""
+    last = 1 - torch.finfo(x.dtype).eps / 2
+    v = velocity(x, x.new_full((len(x),), min(t, last)))
+    _require_shape("velocity's answer", v, x)
+    return v.to(x.dtype)
 
 
-Drift = Callable[[Tensor, float], Tensor]
+def _normal(draw: Draw | None, step: int, x: Tensor) -> Tensor:
+    if draw is None:
+        raise ValueError(
+            "draw (=None) must give the noise of each step; use "
+            "draw=lambda step: torch.randn_like(noise)"
+        )
+    z = draw(step)
+    _require_shape("draw's answer", z, x)
+    return z.to(x.dtype)
 
 
-def _heun_step(
-    drift: Drift, x: Tensor, t: float, end: float, noise_increment: Tensor | float
-) -> Tensor:
-    """One interval in two calls, the second where the first leads (Heun 1900).
-
-    With additive noise the same increment goes into both: weak order 2 (Kloeden & Platen 1992,
-    15.1).
-    """
-    first = drift(x, t)
-    second = drift(x + (end - t) * first + noise_increment, end)
-    return x + (end - t) / 2 * (first + second) + noise_increment
-
-
-def _midpoint_step(drift: Drift, x: Tensor, t: float, end: float) -> Tensor:
-    """One interval in two calls, the second in its middle; also of order 2."""
-    half = (end - t) / 2
-    return x + 2 * half * drift(x + half * drift(x, t), t + half)
+def _require_shape(name: str, given: Tensor, x: Tensor) -> None:
+    """Refuse what torch would broadcast: one noise for all images, one velocity for all points."""
+    require(
+        given.shape == x.shape,
+        f"{name} (of shape {tuple(given.shape)}) must have the shape of noise "
+        f"(={tuple(x.shape)}); use one value for each colour",
+    )
 
 
 @torch.no_grad()
@@ -78,12 +111,43 @@ def heun(
     times: Float[Tensor, " times"],
     draw: Draw | None = None,
 ) -> Float[Tensor, "b n 3"]:
-    """Heun's method for the flow's ODE: order 2, two calls an interval, no noise drawn.
+    """Heun's method for the flow's ODE (Heun 1900): order 2, two calls an interval, no noise drawn.
+
+    The one to start with: what this library samples with where nothing else is asked for.
 
     An interval that ends at t = 1 takes the midpoint rule. Ending on one Euler step instead, as
-    EDM does, loses variance: 10 % of it in 16 uniform steps on a Gaussian of variance 0.03.
+    EDM does (Karras et al. 2022, algorithm 1), loses variance: 10 % of it in 16 uniform steps on
+    a Gaussian of variance 0.03.
+
+    Args:
+        velocity: v(x, t); x in noise's dtype, float32 at least, and t in x's.
+        noise: x at times[0]; standard normal at 0.
+        times: rising from 0 or more to 1 or less.
+        draw: not asked.
+
+    Returns:
+        x at times[-1], in noise's dtype.
+
+    Raises:
+        ValueError: times that do not rise in [0, 1], noise of integers, or a velocity of another
+            shape than the noise.
     """
-    return sde(velocity, noise, times, draw, temperature=0.0)
+    x = _start(noise)
+    for t, end in _intervals(times):
+        if end == 1:
+            x = _midpoint_step(velocity, x, t, end)
+            continue
+        h = end - t
+        first = _at(velocity, x, t)
+        second = _at(velocity, x + h * first, end)
+        x = x + h / 2 * (first + second)
+    return x.to(noise.dtype)
+
+
+def _midpoint_step(velocity: Velocity, x: Tensor, t: float, end: float) -> Tensor:
+    h = end - t
+    middle = x + h / 2 * _at(velocity, x, t)
+    return x + h * _at(velocity, middle, t + h / 2)
 
 
 @torch.no_grad()
@@ -93,15 +157,16 @@ def midpoint(
     times: Float[Tensor, " times"],
     draw: Draw | None = None,
 ) -> Float[Tensor, "b n 3"]:
-    """The midpoint rule for the flow's ODE: order 2 and two calls an interval, as Heun's.
+    """The midpoint rule for the flow's ODE (Runge 1895): order 2, two calls an interval, no noise.
 
     Closer than Heun's on few steps where the law is near a Gaussian (on one it is of order 3): a
     variance of 0.03 is kept to 99.9 % in 16 uniform steps, where Heun's makes it 103 %.
+    Arguments and refusals as of `heun`.
     """
-    x = noise
+    x = _start(noise)
     for t, end in _intervals(times):
-        x = _midpoint_step(lambda x, t: _at(velocity, x, t), x, t, end)
-    return x
+        x = _midpoint_step(velocity, x, t, end)
+    return x.to(noise.dtype)
 
 
 @torch.no_grad()
@@ -112,44 +177,42 @@ def sde(
     draw: Draw | None = None,
     *,
     temperature: float = 0.5,
-    quiet_steps: int = 5,
+    noiseless_steps: int = 5,
 ) -> Float[Tensor, "b n 3"]:
     """Langevin: dx = [v + (s^2 / 2) score] dt + s dW, the same law as the ODE at any temperature.
 
     On this path E[x_0 | x] = x - t v, hence score = -E[x_0 | x] / (1 - t) = (t v - x) / (1 - t)
     (Ma et al. 2024, SiT, section 2). The noise s(t) = temperature sqrt(2 (1 - t)) is annealed
-    so that (s^2 / 2) score = temperature^2 (t v - x) stays finite.
+    so that (s^2 / 2) score = temperature^2 (t v - x) stays finite. Steps are Heun's with the same
+    noise in both calls: weak order 2 (Kloeden & Platen 1992, 15.1), two calls an interval.
+
+    For a learned velocity and a budget of many steps: the score pulls back toward the law what
+    errors of earlier steps have led off it, and an ODE carries on (Karras et al. 2022, section 4).
+    Arguments and refusals as of `heun`, and:
 
     Args:
-        draw: noise of each step; not needed at temperature 0, which is Heun's method.
-        quiet_steps: last steps without noise, at least 1: they follow the ODE.
+        draw: standard normal noise of each step; not asked at temperature 0, which is `heun`.
+        temperature: in [0, 10]; with temperature^2 (end - t) above 2 a step is unstable.
+        noiseless_steps: last steps that draw none and are `heun`'s, at least 1.
     """
     intervals = _intervals(times)
-    _refuse(temperature < 0, f"temperature (={temperature}) must not be negative; use 0 to 1")
-    _refuse(quiet_steps < 1, f"quiet_steps (={quiet_steps}) must be at least 1; use 5")
-    x, loud = noise, len(intervals) - quiet_steps if temperature > 0 else 0
-    for step, (t, end) in enumerate(intervals):
-        heat = temperature**2 if step < loud else 0.0
-        noise_increment = _noise_increment(draw, step, heat * ((1 - t) ** 2 - (1 - end) ** 2))
+    require(0 <= temperature <= 10, f"temperature (={temperature}) must be in [0, 10]; use 0 to 1")
+    _require_count("noiseless_steps", noiseless_steps)
+    noisy_steps = max(len(intervals) - noiseless_steps, 0) if temperature > 0 else 0
 
-        def drift(x: Tensor, t: float, heat: float = heat) -> Tensor:
-            v = _at(velocity, x, t)
-            return v + heat * (t * v - x)
+    def drift(x: Tensor, t: float) -> Tensor:
+        v = _at(velocity, x, t)
+        return v + temperature**2 * (t * v - x)
 
-        if end < 1:
-            x = _heun_step(drift, x, t, end, noise_increment)
-        else:
-            x = _midpoint_step(drift, x, t, end)
-    return x
-
-
-def _noise_increment(draw: Draw | None, step: int, variance: float) -> Tensor | float:
-    """The noise of one step, of a variance that is s^2 integrated over it."""
-    if variance == 0:
-        return 0.0
-    if draw is None:
-        raise ValueError("draw (=None) must give the noise of each step; use draw=lambda step: ...")
-    return variance**0.5 * draw(step)
+    x = _start(noise)
+    for step, (t, end) in enumerate(intervals[:noisy_steps]):
+        h = end - t
+        variance = temperature**2 * ((1 - t) ** 2 - (1 - end) ** 2)  # s^2 integrated over the step
+        dw = variance**0.5 * _normal(draw, step, x)
+        first = drift(x, t)
+        second = drift(x + h * first + dw, end)
+        x = x + h / 2 * (first + second) + dw
+    return heun(velocity, x, times[noisy_steps:]).to(noise.dtype)
 
 
 @torch.no_grad()
@@ -168,16 +231,24 @@ def ddim(
     q(x_s | x_t, x_1): sigma = eta (1 - s) sqrt(1 - (t (1 - s) / (s (1 - t)))^2), which is eq. 16
     for signal t and noise 1 - t in place of sqrt(alpha) and sqrt(1 - alpha). eta = 0 is Euler's
     method.
+
+    For a budget of very few calls, and to compare with work on diffusion. Arguments and refusals
+    as of `heun`, and:
+
+    Args:
+        draw: standard normal noise of each step but one that ends at 1; not asked at eta 0.
+        eta: in [0, 1].
     """
-    _refuse(not 0 <= eta <= 1, f"eta (={eta}) must be in [0, 1]; use 0, 0.3 or 1")
-    x = noise
+    require(0 <= eta <= 1, f"eta (={eta}) must be in [0, 1]; use 0, 0.3 or 1")
+    x = _start(noise)
     for step, (t, end) in enumerate(_intervals(times)):
         v = _at(velocity, x, t)
         kept = t * (1 - end) / (end * (1 - t))
         variance = (eta * (1 - end)) ** 2 * (1 - kept**2)
-        fresh = _noise_increment(draw, step, variance)
-        x = end * (x + (1 - t) * v) + ((1 - end) ** 2 - variance) ** 0.5 * (x - t * v) + fresh
-    return x
+        x = end * (x + (1 - t) * v) + ((1 - end) ** 2 - variance) ** 0.5 * (x - t * v)
+        if variance > 0:
+            x = x + variance**0.5 * _normal(draw, step, x)
+    return x.to(noise.dtype)
 
 
 @torch.no_grad()
@@ -187,30 +258,88 @@ def mean(
     times: Float[Tensor, " times"] | None = None,
     draw: Draw | None = None,
 ) -> Float[Tensor, "b n 3"]:
-    """The posterior mean in one call: x_0 + v(x_0, 0) = E[x_1]; `times` plays no part."""
-    return noise + _at(velocity, noise, 0.0)
+    """The posterior mean in one call: x_0 + v(x_0, 0) = E[x_1]; neither times nor draw is asked.
+
+    For the least squared error (PSNR), and as the quickest answer; it is smoother than any image.
+    """
+    x = _start(noise)
+    return (x + _at(velocity, x, 0.0)).to(noise.dtype)
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "heun": heun,
-    "midpoint": midpoint,
-    "sde": sde,
-    "ddim": ddim,
-    "mean": mean,
+@dataclass(frozen=True)
+class Solver:
+    """A sampler as its callers see it: what it is called, costs and takes, and one way to call it.
+
+    A run on a budget of calls: `solver(velocity, noise, times_for(grid, solver.steps_for(nfe)),
+    draw, **settings)`.
+    """
+
+    name: str
+    """Its key in SOLVERS, as a user types it."""
+    title: str
+    """What a table calls it."""
+    function: Callable[..., Tensor]
+    """The sampler itself."""
+    calls_per_step: int
+    """Calls of the velocity for each interval; for all of them if it takes no times."""
+    draws_noise: bool = False
+    """Whether it asks `draw`, at some of its settings at least."""
+    takes_times: bool = True
+    """False: it makes its calls once, whatever the times."""
+
+    @property
+    def settings(self) -> dict[str, float | int]:
+        """The keyword settings that it takes, and their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def calls(self, steps: int) -> int:
+        """Calls of the velocity (NFE) that `steps` intervals take."""
+        _require_count("steps", steps)
+        return self.calls_per_step * (steps if self.takes_times else 1)
+
+    def steps_for(self, nfe: int) -> int:
+        """The most intervals that take `nfe` calls at most; 1 if it takes no times."""
+        _require_count("nfe", nfe)
+        require(
+            nfe >= self.calls_per_step,
+            f"nfe (={nfe}) must be at least {self.calls_per_step}, the calls of one step of "
+            f"{self.name}; use {self.calls_per_step}",
+        )
+        return nfe // self.calls_per_step if self.takes_times else 1
+
+    def __call__(
+        self,
+        velocity: Velocity,
+        noise: Float[Tensor, "b n 3"],
+        times: Float[Tensor, " times"],
+        draw: Draw | None = None,
+        **settings: float | int,
+    ) -> Float[Tensor, "b n 3"]:
+        """Colours from noise, as the sampler's own function makes them.
+
+        Raises:
+            ValueError: a setting that it does not take, or what the function refuses.
+        """
+        valid = self.settings
+        for name in settings:
+            require(
+                name in valid,
+                f"{self.name} has no setting {name!r}; valid: {', '.join(valid) or 'none'}",
+            )
+        return self.function(velocity, noise, times, draw, **settings)
+
+
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver
+    for solver in (
+        Solver("mean", "posterior mean", mean, calls_per_step=1, takes_times=False),
+        Solver("ddim", "DDIM", ddim, calls_per_step=1, draws_noise=True),
+        Solver("sde", "Langevin", sde, calls_per_step=2, draws_noise=True),
+        Solver("midpoint", "midpoint", midpoint, calls_per_step=2),
+        Solver("heun", "Heun", heun, calls_per_step=2),
+    )
 }
-GRIDS: dict[str, Callable[[int], Tensor]] = {
-    "uniform": uniform_times,
-    "quadratic": quadratic_times,
-}
-
-
-def average(samples: Iterable[Float[Tensor, "b n 3"]]) -> Float[Tensor, "b n 3"]:
-    """The mean of K samples, one at a time in memory: another estimate of the posterior mean."""
-    total, count = torch.zeros(()), 0
-    for sample in samples:
-        total, count = total.to(sample) + sample, count + 1
-    _refuse(count == 0, "samples (=none) must hold at least one; draw K of them")
-    return total / count
 
 
 class CountedVelocity:

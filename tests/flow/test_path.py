@@ -1,3 +1,6 @@
+import math
+import re
+
 import pytest
 import torch
 from scipy import stats
@@ -78,12 +81,68 @@ def test_velocity_weighting_is_the_plain_mean_squared_error():
     torch.testing.assert_close(actual, expected)
 
 
-def test_unknown_names_and_bad_shares_are_refused_with_the_cure():
-    x_0, x_1 = pairs(2)
-    t = torch.zeros(2).double()
-    with pytest.raises(ValueError, match="valid: uniform, logit_normal"):
-        path.sample_times(t, 0.1, "cosine")
-    with pytest.raises(ValueError, match="valid: velocity, data"):
-        path.loss(x_0, x_0, x_1, t, "noise")
-    with pytest.raises(ValueError, match=r"share_at_zero \(=1.5\)"):
-        path.sample_times(t, 1.5)
+X = torch.zeros(4, 5, 3)
+T = torch.zeros(4)
+OF_NOISE_AND_DATA = {
+    "interpolate": lambda x_0, x_1: path.interpolate(x_0, x_1, T),
+    "target_velocity": path.target_velocity,
+    "loss": lambda x_0, x_1: path.loss(X, x_0, x_1, T),
+}
+AT_TIMES = {
+    "interpolate": lambda t: path.interpolate(X, X, t),
+    "loss": lambda t: path.loss(X, X, X, t),
+}
+UNLIKE = {"one image": X[:1], "one point": X[:, :1], "one channel": X[..., :1], "a row": X[0]}
+
+
+@pytest.mark.parametrize("other", UNLIKE.values(), ids=UNLIKE)
+@pytest.mark.parametrize("call", OF_NOISE_AND_DATA.values(), ids=OF_NOISE_AND_DATA)
+def test_noise_and_data_are_never_broadcast(call, other, without_shape_checks):
+    shape = re.escape(str(tuple(other.shape)))
+    with pytest.raises(ValueError, match=rf"x_1 \(of shape {shape}\) must have the shape of x_0"):
+        call(X, other)
+    with pytest.raises(ValueError, match=rf"must have the shape of x_0 \(={shape}\)"):
+        call(other, X)
+
+
+@pytest.mark.parametrize("other", UNLIKE.values(), ids=UNLIKE)
+def test_the_loss_does_not_broadcast_a_velocity(other, without_shape_checks):
+    with pytest.raises(ValueError, match=r"velocity \(of shape .*\) must have the shape of x_0"):
+        path.loss(other, X, X, T)
+
+
+@pytest.mark.parametrize("t", [T[:1], T[0], T[:, None], T.long()], ids=["1", "()", "4 x 1", "int"])
+@pytest.mark.parametrize("call", AT_TIMES.values(), ids=AT_TIMES)
+def test_every_image_has_its_own_time(call, t, without_shape_checks):
+    with pytest.raises(ValueError, match=r"t \(of shape .*\) must hold one time for each of 4"):
+        call(t)
+
+
+@pytest.mark.parametrize("call", OF_NOISE_AND_DATA.values(), ids=OF_NOISE_AND_DATA)
+def test_bytes_are_refused_since_their_difference_would_wrap_around(call, without_shape_checks):
+    with pytest.raises(ValueError, match=r"x_1 \(of torch.uint8\) must hold .*; use x_1.float"):
+        call(X, X.byte())
+
+
+def test_a_loss_of_nothing_is_refused_instead_of_nan():
+    with pytest.raises(ValueError, match=r"x_0 \(of shape \(0, 5, 3\)\) must hold a colour"):
+        path.loss(X[:0], X[:0], X[:0], T[:0])
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, math.nan, math.inf])
+def test_a_share_outside_its_range_is_refused(share):
+    with pytest.raises(ValueError, match=rf"share_at_zero \(={share}\) must be in \[0, 1\]; use"):
+        path.sample_times(T, share)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_times_are_made_in_no_less_than_float32(dtype, without_shape_checks):
+    with pytest.raises(ValueError, match=rf"u \(of {dtype}\) must be float32 or float64"):
+        path.sample_times(T.to(dtype), 0.1)
+
+
+def test_unknown_names_are_refused_with_the_valid_ones():
+    with pytest.raises(ValueError, match="time law 'cosine'; valid: uniform, logit_normal"):
+        path.sample_times(T, 0.1, "cosine")
+    with pytest.raises(ValueError, match="weighting 'noise'; valid: velocity, data"):
+        path.loss(X, X, X, T, "noise")

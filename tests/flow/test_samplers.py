@@ -10,15 +10,15 @@ from scipy import optimize, stats
 
 from mambaflow.flow.samplers import (
     GRIDS,
-    SAMPLERS,
+    SOLVERS,
     CountedVelocity,
-    average,
     ddim,
     heun,
     mean,
     midpoint,
     quadratic_times,
     sde,
+    times_for,
     uniform_times,
 )
 
@@ -104,7 +104,7 @@ def test_sampler_converges_at_its_stated_order(name, grid):
     steps = [32, 64, 128, 256]
     truth = two_peaks_flow(noise)
     errors = [
-        (sampler(not_at_the_end(two_peaks), noise, GRIDS[grid](n)) - truth).abs().max().item()
+        (sampler(not_at_the_end(two_peaks), noise, times_for(grid, n)) - truth).abs().max().item()
         for n in steps
     ]
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
@@ -151,23 +151,30 @@ def test_langevin_with_random_numbers_keeps_a_gaussian_gaussian():
     assert moments == pytest.approx([0, 1, 0, 3], abs=0.05)
 
 
-def test_heat_forgets_the_noise_that_a_sample_started_from():
+def test_temperature_forgets_the_noise_that_a_sample_started_from():
     noise = normal(0)
     samples = [sde(exact, noise, uniform_times(60), draw, temperature=s) for s in (0.0, 0.5, 1.0)]
     kept = [torch.corrcoef(torch.stack((noise, x)).flatten(1))[0, 1].item() for x in samples]
     assert kept[0] == pytest.approx(1) and kept[0] > kept[1] + 0.1 and kept[1] > kept[2] + 0.1
 
 
-@pytest.mark.parametrize("quiet", [1, 5, 30])
-def test_the_last_steps_draw_no_noise(quiet):
+@pytest.mark.parametrize("noiseless", [1, 5, 30])
+def test_the_last_steps_draw_no_noise(noiseless):
     asked = []
 
     def watched(step):
         asked.append(step)
         return torch.zeros((1, 2, 3))
 
-    sde(exact, torch.ones((1, 2, 3)), uniform_times(20), watched, quiet_steps=quiet)
-    assert asked == list(range(20 - quiet))
+    sde(exact, torch.ones((1, 2, 3)), uniform_times(20), watched, noiseless_steps=noiseless)
+    assert asked == list(range(20 - noiseless))
+
+
+def test_without_noise_langevin_is_heuns_method_to_the_bit():
+    noise = normal(0, 20).float()
+    expected = heun(two_peaks, noise, uniform_times(7))
+    assert torch.equal(sde(two_peaks, noise, uniform_times(7), temperature=0.0), expected)
+    assert torch.equal(sde(two_peaks, noise, uniform_times(7), noiseless_steps=7), expected)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -193,7 +200,7 @@ def test_every_ddim_step_has_exactly_the_noise_of_the_path(eta, grid):
         seen.append((t.item(), x - t * CENTRE))
         return (CENTRE - x) / (1 - t)
 
-    last = ddim(one_point, normal(0), GRIDS[grid](8), draw, eta=eta)
+    last = ddim(one_point, normal(0), times_for(grid, 8), draw, eta=eta)
     torch.testing.assert_close(last, torch.full_like(last, CENTRE))
     for t, noise in seen:
         assert noise.std().item() == pytest.approx(1 - t, rel=0.012)
@@ -209,27 +216,112 @@ def test_the_mean_is_the_posterior_mean_in_one_call():
     assert velocity.calls == 1
 
 
-def test_an_average_of_samples_approaches_the_mean():
-    samples = (heun(exact, normal(seed, 5), uniform_times(16)) for seed in range(100))
-    error = average(samples) - CENTRE
-    assert error.abs().max().item() < 5 * DEVIATION / math.sqrt(100)
+HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("name", "calls"), [("heun", 20), ("midpoint", 20), ("sde", 20), ("ddim", 10), ("mean", 1)]
-)
-def test_every_registered_sampler_has_one_signature_and_the_calls_it_states(name, calls):
-    velocity = CountedVelocity(not_at_the_end(exact))
-    noise = torch.zeros((2, 4, 3))
-    sampler = SAMPLERS[name]
-    x = sampler(velocity, noise, quadratic_times(10), lambda step: torch.ones((2, 4, 3)))
-    assert x.shape == noise.shape and x.dtype == noise.dtype and velocity.calls == calls
-    assert set(SAMPLERS) == {"heun", "midpoint", "sde", "ddim", "mean"}
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_no_solver_asks_for_the_end_whatever_the_dtype_grid_and_steps(solver, grid, dtype):
+    asked = []
+
+    def recorded(x, t):
+        assert t.dtype == x.dtype == torch.promote_types(dtype, torch.float32)
+        assert t.shape == (2,) and (t[0] == t).all() and 0 <= t[0] < 1
+        asked.append(t[0].item())
+        return exact(x, t)
+
+    noise = torch.linspace(-1, 1, 24, dtype=dtype).view(2, 4, 3)
+    for steps in range(1, 21):
+        asked.clear()
+        x = solver(recorded, noise, times_for(grid, steps), lambda step: torch.ones((2, 4, 3)))
+        assert x.shape == noise.shape and x.dtype == dtype and x.isfinite().all()
+        assert len(asked) == solver.calls(steps)
+        assert min(asked) == 0 and asked == sorted(asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_time_that_rounds_to_one_is_asked_just_below(solver, dtype):
+    """In float32 all after 1 - 3e-8 is 1; so is in float64 the middle of the last two numbers."""
+    times = torch.tensor([0.0, 0.5, 1 - 1e-9, 1 - 2**-53, 1.0], dtype=torch.float64)
+    noise = torch.linspace(-1, 1, 12, dtype=dtype).view(1, 4, 3)
+    x = solver(not_at_the_end(exact), noise, times, lambda step: torch.zeros((1, 4, 3)))
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_half_precision_rounds_the_answer_and_nothing_before_it(solver, dtype):
+    noise = torch.linspace(-1, 1, 24).view(2, 4, 3).to(dtype)
+    runs = [
+        solver(exact, given, uniform_times(12), lambda step: torch.ones((2, 4, 3)))
+        for given in (noise, noise.float())
+    ]
+    assert torch.equal(runs[0], runs[1].to(dtype))
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_budget_of_calls_is_kept_and_used(solver):
+    for nfe in range(solver.calls(1), 40):
+        steps = solver.steps_for(nfe)
+        velocity = CountedVelocity(exact)
+        solver(velocity, torch.zeros((1, 2, 3)), uniform_times(steps), draw_zeros)
+        assert velocity.calls == solver.calls(steps) <= nfe
+        assert not solver.takes_times or solver.calls(steps + 1) > nfe
+
+
+def draw_zeros(step):
+    return torch.zeros((1, 2, 3))
+
+
+def test_the_registry_states_what_each_solver_costs_and_takes():
+    facts = {
+        s.name: (s.calls(10), s.steps_for(21), s.draws_noise, s.settings) for s in SOLVERS.values()
+    }
+    assert facts == {
+        "mean": (1, 1, False, {}),
+        "ddim": (10, 21, True, {"eta": 0.0}),
+        "sde": (20, 10, True, {"temperature": 0.5, "noiseless_steps": 5}),
+        "midpoint": (20, 10, False, {}),
+        "heun": (20, 10, False, {}),
+    }
+    assert list(SOLVERS) == list(facts) and len({s.title for s in SOLVERS.values()}) == len(facts)
+
+
+NOISIEST = {"temperature": 1.0, "noiseless_steps": 1, "eta": 1.0}
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_solver_draws_noise_if_and_only_if_it_says_so(solver):
+    asked = []
+    settings = {name: NOISIEST[name] for name in solver.settings}
+    noise = torch.zeros((1, 2, 3))
+    solver(exact, noise, uniform_times(4), lambda s: asked.append(s) or draw_zeros(s), **settings)
+    assert asked == (list(range(3)) if solver.draws_noise else [])
+    if solver.draws_noise:
+        with pytest.raises(ValueError, match=r"draw \(=None\) must give"):
+            solver(exact, noise, uniform_times(4), **settings)
+
+
+def test_a_solver_hands_its_settings_on_and_refuses_those_of_others():
+    noise, times = normal(0, 5), uniform_times(8)
+
+    def fixed(step):
+        return normal(step, 5)
+
+    expected = sde(exact, noise, times, fixed, temperature=1.5, noiseless_steps=2)
+    found = SOLVERS["sde"](exact, noise, times, fixed, temperature=1.5, noiseless_steps=2)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="sde has no setting 'eta'; valid: temperature, noisel"):
+        SOLVERS["sde"](exact, noise, times, fixed, eta=0.3)
+    with pytest.raises(ValueError, match="heun has no setting 'temperature'; valid: none"):
+        SOLVERS["heun"](exact, noise, times, temperature=0.3)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_grids_rise_from_noise_to_data(grid):
-    times = GRIDS[grid](7)
+    times = times_for(grid, 7)
     assert len(times) == 8 and times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all()
 
 
@@ -245,18 +337,81 @@ def test_samples_hold_no_graph():
     assert not x.requires_grad
 
 
-def test_bad_requests_are_refused_by_name():
-    noise = torch.zeros((1, 2, 3))
-    refused = [
-        (lambda: uniform_times(0), r"steps \(=0\)"),
-        (lambda: heun(exact, noise, torch.tensor([0.0, 0.5, 0.4])), "must rise"),
-        (lambda: ddim(exact, noise, torch.tensor([0.0, 1.5])), "must rise"),
-        (lambda: sde(exact, noise, uniform_times(9)), r"draw \(=None\)"),
-        (lambda: sde(exact, noise, uniform_times(9), quiet_steps=0), r"quiet_steps \(=0\)"),
-        (lambda: sde(exact, noise, uniform_times(9), temperature=-1.0), r"temperature \(=-1.0\)"),
-        (lambda: ddim(exact, noise, uniform_times(9), eta=2.0), r"eta \(=2.0\)"),
-        (lambda: average([]), "samples"),
-    ]
-    for call, message in refused:
-        with pytest.raises(ValueError, match=message):
-            call()
+NOISE = torch.zeros((2, 4, 3))
+NAN, INF = math.nan, math.inf
+
+
+def asking(solver, noise=NOISE, times=(0, 0.5, 0.8, 1), velocity=exact, draw=None, **settings):
+    return SOLVERS[solver](velocity, noise, torch.tensor(times), draw, **settings)
+
+
+REFUSED = {
+    "no steps": (lambda: uniform_times(0), r"steps \(=0\) must be a whole number, at least 1"),
+    "half a step": (lambda: quadratic_times(2.5), r"steps \(=2.5\)"),
+    "steps NaN": (lambda: times_for("uniform", NAN), r"steps \(=nan\)"),
+    "grid": (lambda: times_for("cubic", 5), "unknown grid 'cubic'; valid: uniform, quadratic"),
+    "calls of no steps": (lambda: SOLVERS["heun"].calls(0), r"steps \(=0\)"),
+    "too few calls": (lambda: SOLVERS["heun"].steps_for(1), r"nfe \(=1\) must be at least 2"),
+    "calls NaN": (lambda: SOLVERS["ddim"].steps_for(NAN), r"nfe \(=nan\)"),
+    "no draw": (lambda: asking("sde", noiseless_steps=1), r"draw \(=None\)"),
+    **{
+        f"times {times}, {name}": (lambda n=name, t=times: asking(n, times=t), "must rise|be a row")
+        for times in (
+            (0, 0.5, 0.4),
+            (0, 0.5, 0.5),
+            (0, 1.5),
+            (-0.1, 1),
+            (0, NAN, 1),
+            (NAN, 1),
+            (0, INF),
+            (0.0,),
+            (),
+            ((0.0, 1.0), (0.0, 1.0)),
+        )
+        for name, solver in SOLVERS.items()
+        if solver.takes_times
+    },
+    **{
+        f"{name} {value}": (
+            lambda s=solver, n=name, v=value: asking(s, **{n: v}),
+            rf"{name} \(={value}\) must",
+        )
+        for solver, name, values in (
+            ("sde", "temperature", (NAN, INF, -INF, -0.1, 10.1)),
+            ("sde", "noiseless_steps", (NAN, INF, 0, -1, 1.5)),
+            ("ddim", "eta", (NAN, INF, -INF, -0.1, 1.1)),
+        )
+        for value in values
+    },
+    **{
+        f"noise of integers, {name}": (
+            lambda n=name: asking(n, noise=NOISE.long()),
+            r"noise \(of torch.int64\) must hold floating-point numbers; use noise.float\(\)",
+        )
+        for name in SOLVERS
+    },
+    **{
+        f"a velocity for one image, {name}": (
+            lambda n=name: asking(n, velocity=lambda x, t: x[:1]),
+            r"velocity's answer \(of shape \(1, 4, 3\)\) must have the shape of noise \(=\(2, 4, 3",
+        )
+        for name in SOLVERS
+    },
+    **{
+        f"a draw for one image, {name}": (
+            lambda n=name, s=solver: asking(
+                n, draw=lambda step: NOISE[:1], **{k: NOISIEST[k] for k in s.settings}
+            ),
+            r"draw's answer \(of shape \(1, 4, 3\)\) must have the shape of noise",
+        )
+        for name, solver in SOLVERS.items()
+        if solver.draws_noise
+    },
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_requests_are_refused_by_name(what, without_shape_checks):
+    call, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        call()
