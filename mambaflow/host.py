@@ -18,13 +18,21 @@ def cores() -> int:
     Raises:
         ValueError: MAMBAFLOW_CORES is no whole number above 0.
     """
-    if text := os.environ.get("MAMBAFLOW_CORES"):
-        good = text.isascii() and text.isdigit() and int(text) > 0
-        require(good, f"MAMBAFLOW_CORES (={text!r}) must be a whole number above 0; unset it")
-        return int(text)
+    if stated := _stated("MAMBAFLOW_CORES"):
+        return stated
     if hasattr(os, "sched_getaffinity"):  # what a container or taskset grants, not what there is
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _stated(name: str) -> int | None:
+    """A number in the environment; None where it is unset or empty."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    good = text.isascii() and text.isdigit() and int(text) > 0
+    require(good, f"{name} (={text!r}) must be a whole number above 0; mend or unset it")
+    return int(text)
 
 
 def share_threads(workers: int) -> None:
@@ -34,8 +42,11 @@ def share_threads(workers: int) -> None:
 
     Args:
         workers: how many workers this node has.
+
+    Raises:
+        ValueError: MAMBAFLOW_THREADS is no whole number above 0.
     """
-    torch.set_num_threads(int(os.environ.get("MAMBAFLOW_THREADS") or max(1, cores() // workers)))
+    torch.set_num_threads(_stated("MAMBAFLOW_THREADS") or max(1, cores() // workers))
 
 
 # `keep_memory` for a process that trains in a thread, in the environment that it starts with:

@@ -101,7 +101,7 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[str]:
-        """KeyValue that begin with `prefix`, sorted."""
+        """Keys that begin with `prefix`, sorted."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -247,7 +247,7 @@ class S3Storage(Storage):
 
     @contextlib.contextmanager
     def _named(self, key: str) -> Iterator[None]:
-        """FailureReporter as errors that name the file, the cause and a cure."""
+        """Failures as errors that name the file, the cause and a cure."""
         where = f"{self.uri}/{key}"
         try:
             yield

@@ -70,3 +70,18 @@ def test_large_tensors_are_not_mapped_anew_at_every_step(where):
 def test_another_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert host.keep_memory() is False
+
+
+@pytest.mark.parametrize("name", ["MAMBAFLOW_CORES", "MAMBAFLOW_THREADS"])
+@pytest.mark.parametrize("text", ["0", "-1", "2.5", "many", "2\r", "\u0662"])
+def test_a_number_of_cores_or_threads_that_is_none_is_refused_by_name(monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=rf"{name} \(=.*\) must be a whole number above 0"):
+        host.share_threads(1)
+
+
+def test_cores_can_be_stated_and_an_empty_statement_is_none(monkeypatch):
+    monkeypatch.setenv("MAMBAFLOW_CORES", "64")
+    assert host.cores() == 64
+    monkeypatch.setenv("MAMBAFLOW_CORES", "")
+    assert host.cores() == len(os.sched_getaffinity(0))

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mambaflow.data.device_rows import DeviceRows, gather_pixels, to_device
-from mambaflow.config import ModelConfig, TrainConfig
 from mambaflow.checks import require
+from mambaflow.config import ModelConfig, TrainConfig
+from mambaflow.data.device_rows import DeviceRows, gather_pixels, to_device
 from mambaflow.data.pixels import choose, grid, to_rgb
 from mambaflow.data.random_bits import normal, philox, uniform
-from mambaflow.data.shards import ShardSpec, Rows
+from mambaflow.data.shards import Rows, ShardSpec
 
 FEISTEL_ROUNDS = 6
 STRETCH = 2**13
@@ -62,7 +62,8 @@ class RowOrder:
     that holds the rows, walked until it lands inside (Black & Rogaway 2002). Rows are shuffled
     within blocks of `block` rows and blocks among themselves, so that only the shards of one
     block are open at a time; with one block, which is the rule while all shards fit in
-    shard_reader.MEMORY_BYTES, the shuffle is over all. Memory does not grow with the number of rows.
+    shard_reader.MEMORY_BYTES, the shuffle is over all. Memory does not grow with the number of
+    rows.
     """
 
     def __init__(self, rows: int, seed: int, block: int = 2**20) -> None:

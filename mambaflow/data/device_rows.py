@@ -79,7 +79,9 @@ def device_resident(shards: ShardSet, device: torch.device, images: bool) -> Dev
     return rows.to(device)
 
 
-def gather_pixels(images: UInt8[Tensor, "b p 3"], index: Int[Tensor, "b m"]) -> UInt8[Tensor, "b m 3"]:
+def gather_pixels(
+    images: UInt8[Tensor, "b p 3"], index: Int[Tensor, "b m"]
+) -> UInt8[Tensor, "b m 3"]:
     """The pixels of each image at its own index."""
     b, p, _ = images.shape
     flat = index + torch.arange(0, b * p, p, device=index.device)[:, None]

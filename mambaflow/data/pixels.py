@@ -1,14 +1,12 @@
 """An image and its sparse pixels: which are known, where they are, in which order they are read."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mambaflow.data.random_bits import bits, require_uint32
 from mambaflow.kernels import random_cpu
 from mambaflow.kernels.build import PLACES
-from mambaflow.data.random_bits import require_uint32, bits
 
 PLACE_BITS = (PLACES - 1).bit_length()  # of a pixel in its image: at most 256 x 256
 
@@ -87,11 +85,3 @@ def unknown(known: Int[Tensor, "m k"], size: int) -> Int[Tensor, "m n"]:
     mask = torch.ones((len(known), size * size), dtype=torch.bool)
     mask.scatter_(1, known, False)
     return mask.nonzero()[:, 1].view(len(known), -1)
-
-
-
-
-
-
-
-

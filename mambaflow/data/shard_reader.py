@@ -11,7 +11,15 @@ import numpy as np
 from filelock import FileLock
 from jaxtyping import Int
 
-from mambaflow.data.shards import Manifest, ShardSpec, Rows, ShardError, ShardInfo, from_bytes, read_manifest
+from mambaflow.data.shards import (
+    Manifest,
+    Rows,
+    ShardError,
+    ShardInfo,
+    ShardSpec,
+    from_bytes,
+    read_manifest,
+)
 from mambaflow.storage import Storage, at
 
 MEMORY_BYTES = 2**30

@@ -112,9 +112,7 @@ def encode(
     """Keep the pixels that the spec's masks choose."""
     size = spec.size
     if images.shape[1:] != (size, size, 3):
-        raise ValueError(
-            f"images {images.shape[1:]} must be ({size}, {size}, 3), as the spec says"
-        )
+        raise ValueError(f"images {images.shape[1:]} must be ({size}, {size}, 3), as the spec says")
     chosen = choose(
         spec.mask_seed, spec.split, torch.from_numpy(ids), size, spec.known, spec.target
     ).numpy()

@@ -23,7 +23,7 @@ from filelock import FileLock
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from mambaflow.data.random_bits import uniform, bits
+from mambaflow.data.random_bits import bits, uniform
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}

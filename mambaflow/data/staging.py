@@ -20,7 +20,18 @@ import numpy as np
 import torch
 
 from mambaflow.checks import require
-from mambaflow.data.shards import MANIFEST, Manifest, ShardSpec, ShardError, ShardInfo, encode, read_manifest, shard_name, to_bytes, write_manifest
+from mambaflow.data.shards import (
+    MANIFEST,
+    Manifest,
+    ShardError,
+    ShardInfo,
+    ShardSpec,
+    encode,
+    read_manifest,
+    shard_name,
+    to_bytes,
+    write_manifest,
+)
 from mambaflow.data.sources import Item, Pixels, Source, SourceError, open_source
 from mambaflow.storage import Storage, StorageError, at
 
@@ -181,7 +192,9 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
         if split == "train" and config.limit:
             places = places[: config.limit]
         parts.append(
-            SplitPlan(source.address, source.fingerprint, out, spec, stored, places, config.on_corrupt)
+            SplitPlan(
+                source.address, source.fingerprint, out, spec, stored, places, config.on_corrupt
+            )
         )
     return parts
 

@@ -20,7 +20,7 @@ from mambaflow.data.pixels import copy_known, unknown
 from mambaflow.data.random_bits import normal
 from mambaflow.evaluation.baselines import fill_images
 from mambaflow.evaluation.metrics import Completion, Scores
-from mambaflow.flow.samplers import CountedVelocity, heun, mean, uniform_times
+from mambaflow.flow.samplers import CountedVelocity, Solver, times_for
 from mambaflow.models.velocity_field import VelocityField
 
 CHUNK = 32
@@ -93,34 +93,35 @@ class EvalSet:
         return Completion(images, self.truth, self.is_known, around, calls, seconds)
 
 
-Solver = Callable[[CountedVelocity, Tensor], Tensor]
-
-
-def posterior_mean(velocity: CountedVelocity, noise: Tensor) -> Tensor:
-    """One call at t = 0."""
-    return mean(velocity, noise)
-
-
-def sampler(steps: int) -> Solver:
-    """Heun's method in uniform steps."""
-    return lambda velocity, noise: heun(velocity, noise, uniform_times(steps))
-
-
 def complete(
-    model: VelocityField, eval_set: EvalSet, solver: Solver, around: Images | None = None
+    model: VelocityField,
+    eval_set: EvalSet,
+    solver: Solver,
+    steps: int = 1,
+    *,
+    grid: str = "uniform",
+    around: Images | None = None,
+    **settings: float,
 ) -> Completion:
-    """What a solver makes of (velocity, noise), all images at once; noise depends on their ids.
+    """What a solver makes of noise, all images at once; all noise is a function of their ids.
 
     Args:
+        solver: of the registry flow.samplers.SOLVERS.
+        steps: intervals of the grid.
         around: the posterior mean, where the solver draws a sample around it.
+        settings: of the solver, such as its temperature.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
     batch, others = eval_set.batch()
-    noise = normal(0, "evaluation", 0, eval_set.ids, 3 * others.shape[1]).view(*others.shape, 3)
+
+    def draw(stream: int) -> Float[Tensor, "m n 3"]:
+        noise = normal(0, "evaluation", stream, eval_set.ids, 3 * others.shape[1])
+        return noise.view(*others.shape, 3).to(device)
+
     with torch.no_grad():
         velocity = CountedVelocity(model.condition(batch.to(device)))
-        rgb = solver(velocity, noise.to(device))
+        rgb = solver(velocity, draw(0), times_for(grid, steps), lambda i: draw(i + 1), **settings)
     images = eval_set.assemble(others, rgb)  # on CPU: what a GPU still had to do is done
     return eval_set.completion(images, velocity.calls, time.perf_counter() - start, around)
 

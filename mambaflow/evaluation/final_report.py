@@ -20,17 +20,18 @@ from mambaflow.evaluation.complete import (
     Workers,
     complete,
     fill,
-    posterior_mean,
-    sampler,
     score,
 )
 from mambaflow.evaluation.metrics import COLUMNS, VALIDATED, Completion
+from mambaflow.flow.samplers import SOLVERS
 from mambaflow.models.velocity_field import VelocityField
 from mambaflow.report.pictures import only_known, picture
 from mambaflow.report.tables import provenance, results_table
 
-FILLS = ("nearest", "linear", "thin-plate")
-MEAN, SAMPLE = "posterior mean", "one sample (Heun)"
+# The others take seconds an image.
+QUICK_FILLS = ("nearest", "linear", "thin-plate")
+MEAN_SOLVER, SAMPLE_SOLVER = SOLVERS["mean"], SOLVERS["heun"]
+MEAN, SAMPLE = MEAN_SOLVER.title, f"one sample ({SAMPLE_SOLVER.title})"
 SHOWN = 8
 Picture = UInt8[np.ndarray, "height width 3"]
 
@@ -41,7 +42,7 @@ def validate(
     """Scores of the posterior mean, the same on every worker; and on the first of them a picture
     with one sample of a few images."""
     scores = score(
-        [MEAN], lambda chunk: {MEAN: complete(model, chunk, posterior_mean)}, eval_set, workers
+        [MEAN], lambda chunk: {MEAN: complete(model, chunk, MEAN_SOLVER)}, eval_set, workers
     )[MEAN].report()
     named = {f"val/{key}": scores[key] for key in VALIDATED if key in scores}
     if workers is not None and workers.rank:
@@ -56,8 +57,8 @@ def completion_grid(eval_set: EvalSet, model: VelocityField, config: TrainConfig
         "truth": truth,
         "known pixels": only_known(truth, eval_set.is_known.numpy()),
         "linear fill": _bytes(fill("linear", eval_set).prediction),
-        MEAN: _bytes(complete(model, eval_set, posterior_mean).prediction),
-        "sample": _bytes(complete(model, eval_set, sampler(config.sample_steps)).prediction),
+        MEAN: _bytes(complete(model, eval_set, MEAN_SOLVER).prediction),
+        "sample": _bytes(complete(model, eval_set, SAMPLE_SOLVER, config.sample_steps).prediction),
     }
     return picture(columns)
 
@@ -94,9 +95,9 @@ def _answers(
     model: VelocityField, eval_set: EvalSet, config: TrainConfig
 ) -> Mapping[str, Completion]:
     """Every row of the final table, for a few images."""
-    best = complete(model, eval_set, posterior_mean)
-    one = complete(model, eval_set, sampler(config.sample_steps), best.prediction)
-    return {name: fill(name, eval_set) for name in FILLS} | {MEAN: best, SAMPLE: one}
+    best = complete(model, eval_set, MEAN_SOLVER)
+    one = complete(model, eval_set, SAMPLE_SOLVER, config.sample_steps, around=best.prediction)
+    return {name: fill(name, eval_set) for name in QUICK_FILLS} | {MEAN: best, SAMPLE: one}
 
 
 def final_report(
@@ -115,7 +116,7 @@ def final_report(
         workers: who shares the scoring; every one of them calls this, and the first gets a report.
     """
     require(len(eval_set) > 0, "the test split is empty; stage the data with a test split")
-    names = [*FILLS, MEAN, SAMPLE]
+    names = [*QUICK_FILLS, MEAN, SAMPLE]
     scores = score(names, lambda chunk: _answers(model, chunk, config.train), eval_set, workers)
     if workers is not None and workers.rank:
         return None

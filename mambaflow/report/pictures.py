@@ -25,7 +25,7 @@ def picture(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Images side by side, a title over each column and a row for each image.
 
-    DeviceRows may differ in resolution: each image is shown `tile` pixels wide, or the next whole
+    Columns may differ in resolution: each image is shown `tile` pixels wide, or the next whole
     multiple of every column's size, so that its own pixels are crisp squares.
     """
     counts = {title: len(images) for title, images in columns.items()}

@@ -14,9 +14,9 @@ from jaxtyping import UInt8
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage
 
-METRICS = "metrics.jsonl"
 Number = int | float
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS
+        path = folder / RunPaths.METRICS
         if path.exists():
             _keep_until(path, step)
         self._lines = path.open("a", encoding="utf-8")
@@ -130,6 +130,6 @@ class StoredRunLog(RunLog):
 def _scratch_copy(run: Storage) -> tempfile.TemporaryDirectory:
     """A folder with the curves that the run has so far, to go on with."""
     scratch = tempfile.TemporaryDirectory(prefix="mambaflow-")
-    if run.exists(METRICS):
-        run.download(METRICS, Path(scratch.name) / METRICS)
+    if run.exists(RunPaths.METRICS):
+        run.download(RunPaths.METRICS, Path(scratch.name) / RunPaths.METRICS)
     return scratch

@@ -20,7 +20,7 @@ from mambaflow.storage import Storage, at
 # What may change when a run goes on: how long, how often it is looked at, not what it learns.
 # With other epochs the learning rate goes on along the other cosine from the step it is at: a
 # finished run with more epochs starts again at a higher rate, and ends where no straight run does.
-ELASTIC = ("epochs", "log_every", "eval_every", "eval_images", "test_images", "sample_steps")
+MAY_CHANGE = ("epochs", "log_every", "eval_every", "eval_images", "test_images", "sample_steps")
 log = logging.getLogger(__name__)
 
 
@@ -202,7 +202,7 @@ def _require_same_run(config: RunConfig, before: RunConfig) -> None:
     changed += [
         line
         for line in differences(before.train, config.train, "train.")
-        if line.split(":")[0].removeprefix("train.") not in ELASTIC
+        if line.split(":")[0].removeprefix("train.") not in MAY_CHANGE
     ]
     # An embedded data set has its address once it is staged.
     for name in ("init_from",) if config.data in EMBEDDED else ("init_from", "data"):

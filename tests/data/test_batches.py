@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambaflow.config import TrainConfig
-from mambaflow.data.batches import Prefetcher, Batches, Layout, RowOrder
+from mambaflow.data.batches import Batches, Layout, Prefetcher, RowOrder
 from mambaflow.data.shards import Rows
 
 SIZE, KNOWN, TARGET = 8, 12, 12
@@ -186,7 +186,10 @@ def test_rows_that_are_all_open_are_not_expected():
 
 def test_batches_made_ahead_are_the_same_and_ready_before_they_are_asked_for():
     config = TrainConfig(batch_size=10)
-    alone, ahead = stream(config), Prefetcher(stream(config), torch.device("cpu"), steps=11, depth=3)
+    alone, ahead = (
+        stream(config),
+        Prefetcher(stream(config), torch.device("cpu"), steps=11, depth=3),
+    )
     for step in (4, 5, 6, 9):
         got, want = ahead[step], alone[step]
         assert torch.equal(got.query_rgb, want.query_rgb) and torch.equal(got.number, want.number)

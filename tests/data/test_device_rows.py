@@ -10,7 +10,7 @@ from small_shards import SPEC, published, rows_of
 
 from mambaflow.config import TrainConfig
 from mambaflow.data.batches import Batches, Layout
-from mambaflow.data.device_rows import SHARE, DeviceRows, gather_pixels, device_resident
+from mambaflow.data.device_rows import SHARE, DeviceRows, device_resident, gather_pixels
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.storage import at
 from mambaflow.training import run as run_module

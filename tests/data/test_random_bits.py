@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mambaflow.data.random_bits import _philox, _bits, normal, philox, uniform, bits
+from mambaflow.data.random_bits import _bits, _philox, bits, normal, philox, uniform
 from mambaflow.kernels import random_cpu
 from mambaflow.kernels.build import library
 

@@ -15,8 +15,8 @@ from small_shards import SPEC, pictures, published, rows_of, same
 from mambaflow.data.pixels import choose
 from mambaflow.data.shards import (
     MANIFEST,
-    ShardSpec,
     ShardError,
+    ShardSpec,
     encode,
     from_bytes,
     read_manifest,

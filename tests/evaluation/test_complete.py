@@ -17,18 +17,10 @@ from mambaflow.data.shard_reader import ShardSet
 from mambaflow.data.sources import open_source
 from mambaflow.data.staging import StageConfig, in_process, stage
 from mambaflow.evaluation import complete as complete_module
-from mambaflow.evaluation.complete import (
-    EvalSet,
-    Solver,
-    complete,
-    fill,
-    posterior_mean,
-    sampler,
-    score,
-)
-from mambaflow.evaluation.final_report import FILLS, MEAN, SAMPLE, final_report, validate
+from mambaflow.evaluation.complete import EvalSet, complete, fill, score
+from mambaflow.evaluation.final_report import MEAN, QUICK_FILLS, SAMPLE, final_report, validate
 from mambaflow.evaluation.metrics import PERFECT_DB
-from mambaflow.flow.samplers import mean
+from mambaflow.flow.samplers import SOLVERS, Solver, mean
 from mambaflow.models.velocity_field import VelocityField
 
 
@@ -64,9 +56,14 @@ def model() -> VelocityField:
     return field.eval()
 
 
-def scored(model: VelocityField, eval_set: EvalSet, solver: Solver) -> dict[str, float]:
+BEST, HEUN = SOLVERS["mean"], SOLVERS["heun"]
+
+
+def scored(
+    model: VelocityField, eval_set: EvalSet, solver: Solver, steps: int = 1
+) -> dict[str, float]:
     """What a solver's answers are worth."""
-    answers = lambda chunk: {"it": complete(model, chunk, solver)}  # noqa: E731
+    answers = lambda chunk: {"it": complete(model, chunk, solver, steps)}  # noqa: E731
     return score(["it"], answers, eval_set)["it"].report()
 
 
@@ -91,8 +88,8 @@ def test_any_number_of_workers_score_bitwise_as_one(model, eval_set, monkeypatch
     answers = []
 
     def answer(chunk: EvalSet):
-        best = complete(model, chunk, posterior_mean)
-        one = complete(model, chunk, sampler(2), best.prediction)
+        best = complete(model, chunk, BEST)
+        one = complete(model, chunk, HEUN, 2, around=best.prediction)
         answers.append(len(chunk))
         return {MEAN: best, SAMPLE: one}
 
@@ -141,9 +138,9 @@ def test_all_pixels_are_known_or_asked_and_none_is_both(eval_set):
     assert batch.query_xy.shape[1] == others.shape[1] == small.SIZE**2 - LAYOUT.known
 
 
-@pytest.mark.parametrize("solver", [posterior_mean, sampler(3)])
-def test_a_perfect_solver_scores_100_dB_and_1(eval_set, solver):
-    scores = scored(Oracle(), eval_set, solver)
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_perfect_velocity_scores_100_dB_and_1_by_every_solver(eval_set, solver):
+    scores = scored(Oracle(), eval_set, solver, 3)
     assert scores["psnr"] == scores["psnr_unknown"] == PERFECT_DB
     assert scores["ssim"] == pytest.approx(1, abs=1e-6)
     assert scores["speckle"] == pytest.approx(0, abs=1e-6)
@@ -151,36 +148,40 @@ def test_a_perfect_solver_scores_100_dB_and_1(eval_set, solver):
 
 def test_a_constant_error_scores_what_arithmetic_says(eval_set):
     middle = replace(eval_set, images=(eval_set.images // 2 + 64))  # nothing is clipped
-    scores = scored(Oracle(0.02), middle, posterior_mean)
+    scores = scored(Oracle(0.02), middle, BEST)
     assert scores["psnr_unknown"] == pytest.approx(40, abs=1e-3)  # 0.02 of 2 is 0.01 of 1
     unknown = 1 - LAYOUT.known / small.SIZE**2
     assert scores["psnr"] == pytest.approx(40 - 10 * torch.tensor(unknown).log10().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("solver", [posterior_mean, sampler(2)])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_answers_and_scores_do_not_depend_on_the_chunk(model, eval_set, monkeypatch, solver):
     found = []
     for chunk in (1, 5, 64):
         monkeypatch.setattr(complete_module, "CHUNK", chunk)
-        found.append(scored(model, eval_set, solver))
+        found.append(scored(model, eval_set, solver, 2))
     for other in found[1:]:
         assert other["nfe"] == found[0]["nfe"] and other["images"] == TEST
         assert without_time(other) == pytest.approx(without_time(found[0]), abs=1e-3)
 
 
 def test_an_image_is_completed_the_same_beside_others_and_alone(model, eval_set):
-    together = complete(model, eval_set, sampler(2)).prediction
-    alone = complete(model, eval_set[7:8], sampler(2)).prediction
+    together = complete(model, eval_set, HEUN, 2).prediction
+    alone = complete(model, eval_set[7:8], HEUN, 2).prediction
     torch.testing.assert_close(alone[0], together[7], rtol=0, atol=2e-5)
     assert not torch.allclose(together[6], together[7])
 
 
 def test_the_posterior_mean_is_the_mean_sampler_whatever_the_noise(model, eval_set):
-    best = complete(model, eval_set, posterior_mean)
-    other = complete(model, eval_set, lambda velocity, noise: mean(velocity, 3 * noise + 1))
+    best = complete(model, eval_set, BEST)
+
+    def from_other_noise(velocity, noise, times, draw):
+        return mean(velocity, 3 * noise + 1)
+
+    other = complete(model, eval_set, replace(BEST, function=from_other_noise))
     assert best.calls == 1
     torch.testing.assert_close(best.prediction, other.prediction, rtol=0, atol=1e-5)
-    sample = complete(model, eval_set, sampler(4))
+    sample = complete(model, eval_set, HEUN, 4)
     assert sample.calls == 8  # Heun: two calls a step, as counted
     assert (sample.prediction - best.prediction).abs().max() > 0.05
 
@@ -206,7 +207,7 @@ def test_the_report_says_all_that_its_numbers_depend_on(model, eval_set, data):
     for column in ("PSNR full", "PSNR unknown", "SSIM", "speckle", "spread", "coherence", "NFE"):
         assert column in heading
     rows = [line.split("|")[1].strip() for line in report.table.splitlines()[2:7]]
-    assert rows == [*FILLS, MEAN, SAMPLE]
+    assert rows == [*QUICK_FILLS, MEAN, SAMPLE]
     facts = ("`python jobs/train.py --seed 5`", f"data {data}", "seed 5", f"images {TEST}",
              f"masks {eval_set.mask_hash}", "training masks fresh", "checkpoint step 18",
              f"date {time.strftime('%Y-%m-%d')}")  # fmt: skip
@@ -215,7 +216,7 @@ def test_the_report_says_all_that_its_numbers_depend_on(model, eval_set, data):
     about = json.loads(report.json)
     assert about["trained_steps"] == 20 and about["masks"] == eval_set.mask_hash
     assert about["rows"]["posterior mean"]["nfe"] == 1
-    want = scored(model, eval_set, posterior_mean)["psnr"]
+    want = scored(model, eval_set, BEST)["psnr"]
     assert about["rows"]["posterior mean"]["psnr"] == want
 
 
@@ -243,7 +244,9 @@ def test_classical_fills_of_real_photographs_come_in_their_known_order(tmp_path,
     photographs = EvalSet.read(ShardSet(str(tmp_path), "test"), Layout(32, 204, 204), 128)
     assert len(photographs) == 128
     sums = score(
-        list(FILLS), lambda chunk: {name: fill(name, chunk) for name in FILLS}, photographs
+        list(QUICK_FILLS),
+        lambda chunk: {name: fill(name, chunk) for name in QUICK_FILLS},
+        photographs,
     )
     scores = {name: found.report() for name, found in sums.items()}
     found = {name: of["psnr"] for name, of in scores.items()}

@@ -1,0 +1,1 @@
+"""From images to batches: random bits, masks, sources, shards, and what reads them."""
