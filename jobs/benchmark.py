@@ -38,6 +38,7 @@ from mambaflow.benchmarks.bench import BenchmarkConfig
 from mambaflow.host import keep_memory
 from mambaflow.report.tables import Table, provenance
 
+# A part is named here, in BenchmarkConfig.what and in the docstring above.
 PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
     "scan": scan.measure,
     "attention": attention.measure,
@@ -54,11 +55,14 @@ PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
+    # Before the first tensor, as in training (see training.process_group).
     if config.keep_memory:
         keep_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
+        # Flags, data and a checkout can be mended by who calls; a RuntimeError is a measurement
+        # that failed.
         tables = PARTS[config.what](config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -69,8 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     for table in tables:
         print(table)
     print(
+        # Last of all: a number without its command, machine, data and date says nothing.
         provenance(
             " ".join(["python", *sys.argv]),
+            # Which parts read data; the others make up their input from fixed seeds.
             config.data if config.what in ("loader", "stall", "ray") else "made up",
             0,
             threads=torch.get_num_threads(),
@@ -79,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if config.out:
         found = [
+            # The tables as they are printed, so that no number is rounded twice in two ways.
             {"heading": list(t.heading), "rows": [list(r) for r in t.rows], "caption": t.caption}
             for t in tables
         ]

@@ -30,6 +30,7 @@ def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
 def shown(tasks: list[ShardTask], config: StageConfig, source: Source) -> Iterator[ShardResult]:
     """The shards as they are made, with a progress bar."""
     run = on_ray if config.ray else in_process(source)
+    # disable=None: no bar where nobody watches, as in the log of a job.
     return iter(tqdm(run(tasks), total=len(tasks), unit="shard", disable=None))
 
 
@@ -37,9 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, stage, say what was done; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
+    # Outside of `try`: a flag that tyro refuses ends the process with code 2 by itself.
     config = tyro.cli(StageConfig, args=argv, description=__doc__)
     try:
         source = open_source(config.source)
+        # Called once, with the tasks of all splits: one bar for all of them.
         done = stage(config, source, lambda tasks: shown(tasks, config, source))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -43,12 +43,16 @@ from mambaflow.training.process_group import (
 )
 from mambaflow.training.run import Outcome, RunFailed, train_and_score
 
+# 128 + a signal's number is what a shell says of a process that a signal ended.
 FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
 log = logging.getLogger(__name__)
 
 
 def parse(argv: list[str]) -> RunConfig:
     """The run that the flags describe; --arch and --recipe choose the defaults of the others."""
+    # Twice: the first pass looks for these two flags alone, since they choose the defaults that the
+    # second pass parses and shows in --help. No abbreviations: --rec would be --recipe here and an
+    # error there.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--arch", default="v2")
     first.add_argument("--recipe", default="mission")
@@ -64,6 +68,7 @@ def parse(argv: list[str]) -> RunConfig:
 
 def check_compiler(config: RunConfig) -> None:
     """Refuse --compile where this machine, which will compile, cannot."""
+    # Workers of a cluster compile on their own nodes, which may have what the driver's lacks.
     elsewhere = config.scale.ray and os.environ.get("RAY_ADDRESS")
     if config.scale.compile == "off" or elsewhere:
         return
@@ -77,7 +82,10 @@ def check_compiler(config: RunConfig) -> None:
 
 def warn_of_a_copy(storage: str) -> None:
     """Say so if a job of Ray would keep its run in the copy of --working-dir that it runs in."""
+    # Ray hands a submitted job its runtime environment, as JSON, in a variable that is called so.
+    # With --working-dir its current folder is the copy.
     copied = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    # Relative, and so in that folder: neither from the root, nor of a home, nor with a scheme.
     if copied and not re.match(r"/|~|\w+://", storage):
         log.warning(
             "storage (=%s) is in Ray's copy of --working-dir, which Ray removes in time; "
@@ -93,9 +101,11 @@ def cluster(config: RunConfig) -> Iterator[None]:
         yield
         return
     set_ray_environment()
+    # Imports Ray, which reads how it authenticates as it is imported: after the line above.
     from mambaflow.distributed.cluster import check_room, connect
 
     with connect():
+        # In here, since only a connected cluster says what it has.
         check_room(config.scale)
         yield
 
@@ -108,9 +118,13 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> RunConfig:
         ValueError, OSError: bad input.
     """
     check_compiler(config)
+    # Before `settle`, which makes the address absolute.
     warn_of_a_copy(config.storage)
     config = settle(config, " ".join(["python", *sys.argv]))
+    # What flags alone can be refused for, then the cluster, then data, which may have to be staged
+    # first, and last the run's folder: what is refused has made none.
     check_flags(config)
+    # In main's stack: the cluster must outlive this function.
     stack.enter_context(cluster(config))
     if config.data in EMBEDDED:
         config = replace(config, data=at(stage_once(config.data)).uri)
@@ -125,10 +139,15 @@ def stoppable(config: RunConfig) -> Iterator[None]:
     folder = RunPaths.of(config).folder
 
     def ask(number: int, frame: object) -> None:
+        # First, so that a second signal is not caught, not even while the file is being written.
         signal.signal(number, signal.SIG_DFL)
         log.info("stopping with a checkpoint; the same once more ends this at once")
+        # A file, since the workers that are to stop may be on other nodes: the first of them looks
+        # for it every second. Python runs this in the main thread, between two instructions, where
+        # writing is allowed.
         folder.write(RunPaths.STOP, signal.Signals(number).name.encode() + b"\n")
 
+    # On Ray alone: without it SIGTERM is a worker's own affair (see training.stop_signal).
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -140,9 +159,11 @@ def stoppable(config: RunConfig) -> Iterator[None]:
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar that shows the newest progress of the run."""
+    # disable=None: no bar in the log of a job.
     with tqdm(unit="step", dynamic_ncols=True, disable=None) as bar:
 
         def watch(progress: Progress) -> None:
+            # Set, not counted: a run that goes on after a lost worker steps back.
             bar.total, bar.n = progress.steps, progress.step
             rate = progress.samples_per_second
             bar.set_postfix_str(f"loss {progress.loss:.4f}, {rate:.0f} samples/s")
@@ -155,6 +176,7 @@ def train(config: RunConfig, group: ProcessGroup | None) -> Outcome:
     if group is not None:
         with progress_bar() as group.watch:
             return train_and_score(config, group)
+    # Imports Ray, and so only where the run is on it.
     from mambaflow.distributed.train import train_on_ray
 
     with stoppable(config), progress_bar() as watch:
@@ -164,6 +186,7 @@ def train(config: RunConfig, group: ProcessGroup | None) -> Outcome:
 def show(config: RunConfig) -> None:
     """The end of a run, for a person."""
     paths = RunPaths.of(config)
+    # A run that leaves the test split alone has no report.
     if config.train.test_images:
         print(paths.folder.read(RunPaths.TABLE).decode())
     print(f"run folder   {paths.folder.uri}")
@@ -176,13 +199,18 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, check, train, show; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
+    # However this ends, what was entered is left: a private Ray with all its processes, or the
+    # process group.
     with contextlib.ExitStack() as stack:
         try:
+            # Before the processes find one another: each sees the same flags and refuses them
+            # alike.
             config = parse(sys.argv[1:] if argv is None else argv)
             check_launch(config.scale, launched_workers())
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT
+        # With Ray this process is the driver, and trains nothing.
         group = None
         if not config.scale.ray:
             group = stack.enter_context(launched_group(config.scale.use_gpu))
@@ -195,6 +223,8 @@ def prepared(
 ) -> RunConfig | None:
     """The run as its first process has prepared it, to all of them; None where it is refused."""
     ready = None
+    # One process stages, and creates the run's folder; the others wait in the broadcast, and all of
+    # them end where it hears of nothing to do.
     if leads(group):
         try:
             ready = prepare(config, stack)

@@ -23,6 +23,7 @@ from mambaflow.checks import (
 class ModelConfig:
     """The network. Every idea beyond the plain baseline is one field, so that it can be ablated."""
 
+    # The tokens and their scan. Defaults are V2's; what V1 has otherwise stands in ARCHITECTURES.
     d_model: int = 256
     """Width of a token."""
     num_layers: int = 8
@@ -40,6 +41,7 @@ class ModelConfig:
     """Taps of the causal convolution before the scan."""
     expand: int = 2
     """Channels of the scan per channel of the token."""
+    # How queries read what was scanned.
     readout: Literal["cross_attention", "perceiver"] = "perceiver"
     """How queries read the known pixels: one cross-attention, or iterations of cross-attention,
     query self-attention and MLP."""
@@ -49,6 +51,7 @@ class ModelConfig:
     """Heads of every attention."""
     mlp_ratio: int = 4
     """Width of the MLP over d_model."""
+    # How places and times become numbers.
     frequencies: int = 64
     """Fourier features of a coordinate pair."""
     max_frequency: float = 16.0
@@ -57,6 +60,7 @@ class ModelConfig:
     """t in [0, 1] is multiplied by this before its sinusoids."""
     modulation: Literal["add", "adaln"] = "adaln"
     """How time enters: added to the query tokens, or scale, shift and gate of every sublayer."""
+    # Ideas that can be taken away one by one; V1 has none of the last three.
     residual: bool = True
     """The noisy query reaches the output past the attention, not only through it."""
     windows: bool = True
@@ -66,15 +70,18 @@ class ModelConfig:
     start: Literal["plain", "gaussian"] = "gaussian"
     """The network predicts the velocity, or a correction to the exact answer for independent
     Gaussians around a smooth fill of the known pixels."""
+    # How places and colours are written; the batches follow (see data.batches.Layout).
     coordinates: Literal["centre", "corner"] = "centre"
     """Where a pixel is: (i + 1/2) / size, or i / (size - 1)."""
     rgb_low: float = -1.0
     """Colours are in [rgb_low, 1]: -1 centres them on the noise, 0 does not."""
 
     def __post_init__(self) -> None:
+        # First: the rules below compare, and text from JSON would be a TypeError there.
         require_types(self)
         require_positive(self, "d_model", "num_layers", "d_state", "d_conv", "expand", "num_heads")
         require_positive(self, "perceiver_iterations", "mlp_ratio", "frequencies", "max_frequency")
+        # The cures are the widths on either side; one of 0 is none, hence `or heads`.
         heads, width = self.num_heads, self.d_model
         require(
             width % heads == 0,
@@ -86,10 +93,13 @@ class ModelConfig:
             f"num_layers (={self.num_layers}) must be even when bidirectional, half forward and "
             f"half backward; use {self.num_layers + 1}",
         )
+        # Colours are mapped to [0, 1] by dividing by 1 - rgb_low.
         require(
             self.rgb_low < 1, f"rgb_low (={self.rgb_low}) must be below 1, the top; use -1 or 0"
         )
         require(
+            # The fill and its features are computed once, from the known pixels; a scan that mixes
+            # queries in is computed at every call, since it hangs on their noisy colours.
             self.start == "plain" or self.scan == "known",
             f"start (={self.start!r}) needs a fill of the known pixels alone, and scan "
             f"(={self.scan!r}) mixes the queries in; use start='plain' or scan='known'",
@@ -117,6 +127,7 @@ ARCHITECTURES: dict[str, ModelConfig] = {
 class TrainConfig:
     """How the network is trained and watched."""
 
+    # The optimiser. Epochs, batch and rate are those of `mission`.
     epochs: int = 1000
     """Passes over the training images."""
     batch_size: int = 64
@@ -132,12 +143,14 @@ class TrainConfig:
     ema_decay: float = 0.999
     """Decay of the weights' exponential average (EMA): its weights are the ones
     evaluated; ramped up from 0."""
+    # The loss: at which times, and of what.
     share_at_zero: float = 0.1
     """Share of each batch at t = 0, where the posterior mean is trained."""
     time_law: Literal["uniform", "logit_normal"] = "uniform"
     """Law of the other times."""
     weighting: Literal["velocity", "data"] = "data"
     """Loss on the velocity, or on the data implied by it, weighted by 1 / max(1 - t, 0.1)."""
+    # The pixels of a batch.
     masks: Literal["strict", "fresh"] = "strict"
     """strict: the staged pixels only, 60 % of each image is never seen; fresh: new masks every
     epoch, from shards staged with --full-images."""
@@ -149,6 +162,7 @@ class TrainConfig:
     """bf16: autocast of the matrix products; weights, optimiser and scan stay in fp32."""
     seed: int = 0
     """Seed of the weights, the order of the images, the times and the noise."""
+    # What is looked at on the way, and at the end.
     log_every: int = 20
     """Steps between points of the training curves."""
     eval_every: int = 1000
@@ -169,6 +183,7 @@ class TrainConfig:
         require_not_negative(self, "test_images")
         require_seed(self, "seed")
         require(
+            # Also where max_queries is 0: how many targets that stands for is not known here.
             self.min_queries <= self.max_queries,
             f"min_queries (={self.min_queries}) must be at most max_queries "
             f"(={self.max_queries}); give both, such as 100 and 820",
@@ -203,6 +218,7 @@ class ScaleConfig:
         )
         require_not_negative(self, "max_failures")
         require(
+            # Whether a GPU is there is asked of the machine that trains (see training.preflight).
             self.compile != "graphs" or self.use_gpu,
             "compile (='graphs') needs a GPU; use --use-gpu, or --compile on",
         )
@@ -210,6 +226,7 @@ class ScaleConfig:
     @property
     def world_sizes(self) -> range:
         """Every number of workers that the run may have."""
+        # An elastic run may go on with any of these after a node is lost or found.
         return range(self.min_workers or self.num_workers, self.num_workers + 1)
 
 
@@ -242,16 +259,21 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
+        # RECIPES stands below, since recipes make this class; it is looked up when a run is made.
         lookup(ARCHITECTURES, self.arch, "arch")
         lookup(RECIPES, self.recipe, "recipe")
+        # What a path, a key in S3 or a shell would take for more than a name.
         bad = sorted(set(self.run_name) & set("/\\ \t\n:*?\"'"))
         require(
             not bad and self.run_name not in (".", ".."),
             f"run_name (={self.run_name!r}) must be a plain folder name, without {bad}; "
             "use letters, digits, '-' and '_'",
         )
+        # Every number that an elastic run may shrink to is refused before it starts, not when it
+        # does.
         for world in self.scale.world_sizes:
             _divides(self.train.batch_size, world)
+        # min_queries of 0 stands for max_queries, and is one number of queries too.
         least, most = self.train.min_queries or self.train.max_queries, self.train.max_queries
         require(
             self.scale.compile != "graphs" or least == most,
@@ -261,6 +283,7 @@ class RunConfig:
 
 
 def _divides(batch_size: int, world: int) -> None:
+    # A batch below `world` has no smaller neighbour that divides.
     down, up = batch_size - batch_size % world, batch_size + world - batch_size % world
     cure = f"use {down} or {up}" if down else f"use {up}"
     require(
@@ -282,6 +305,7 @@ def first_run(arch: str) -> RunConfig:
     """A small model on the embedded sample: minutes on two cores, better than a linear fill."""
     run = mission(arch)
     model = replace(run.model, d_model=64, num_layers=4, num_heads=4)
+    # The sample's 4,096 images are 256 steps of 16: a validation after each epoch.
     train = replace(
         run.train, epochs=3, batch_size=16, lr=2e-3, warmup_steps=30, ema_decay=0.995,
         share_at_zero=0.25, masks="fresh", min_queries=100, max_queries=300, eval_every=256,
@@ -301,6 +325,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 # What configurations that were written before call otherwise, or lack. A field that is missing and
 # not named here is refused: filled in with today's default, it would silently be another run.
 RENAMED = {"model": {"surroundings": "local_linear"}}
+# Part -> field -> what a configuration without it meant.
 ADDED = {"a run": {"init_from": ""}}
 PARTS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
 
@@ -312,12 +337,16 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         ValueError: fields that are unknown or missing, by name, or of another type.
     """
     require(isinstance(values, Mapping), f"a run (={values!r}) must hold fields by name")
+    # The parts first: a run is built of them. A part that is missing is refused as one that holds
+    # no fields, not filled in.
     parts = {name: _build(kind, values.get(name), name) for name, kind in PARTS.items()}
     return _build(RunConfig, {**values, **parts}, "a run")
 
 
 def _build(kind: type, values: Any, part: str) -> Any:
     require(isinstance(values, Mapping), f"{part} (={values!r}) must hold fields by name")
+    # Names of before become today's; then what is lacking, which a value that is there replaces.
+    # Both sides of today's fields are compared: too many and too few.
     renamed = {RENAMED.get(part, {}).get(name, name): value for name, value in values.items()}
     given = ADDED.get(part, {}) | renamed
     names = {f.name for f in dataclasses.fields(kind)}
@@ -328,11 +357,13 @@ def _build(kind: type, values: Any, part: str) -> Any:
         f"missing field(s) {missing} in {part}: what they were is not known; "
         "use the version of mambaflow that wrote it",
     )
+    # Values are checked as they are when flags bring them: by __post_init__.
     return kind(**given)
 
 
 def to_json(config: RunConfig) -> str:
     """The configuration as it is written beside a run."""
+    # Python's JSON writes a float so that it is read back with the same bits.
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
@@ -343,6 +374,7 @@ def from_json(text: str | bytes) -> RunConfig:
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
     """Each field in which two configurations differ, as 'model.d_model: 256 -> 128'."""
+    # Of the older one's fields; both are of one class.
     for f in dataclasses.fields(old):
         a, b = getattr(old, f.name), getattr(new, f.name)
         if dataclasses.is_dataclass(a):

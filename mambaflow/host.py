@@ -30,6 +30,7 @@ def _stated(name: str) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
+    # int() alone would take blanks, signs and the digits of other scripts.
     good = text.isascii() and text.isdigit() and int(text) > 0
     require(good, f"{name} (={text!r}) must be a whole number above 0; mend or unset it")
     return int(text)
@@ -46,12 +47,15 @@ def share_threads(workers: int) -> None:
     Raises:
         ValueError: MAMBAFLOW_THREADS is no whole number above 0.
     """
+    # With more OpenMP threads than cores each of them sleeps at every barrier.
     torch.set_num_threads(_stated("MAMBAFLOW_THREADS") or max(1, cores() // workers))
 
 
 # `keep_memory` for a process that trains in a thread, in the environment that it starts with:
 # threads other than the first allocate from arenas of their own, which keep no large block.
 KEEP_MEMORY = {
+    # Read by glibc as a process starts: who sets them for itself is too late. One arena is the
+    # first thread's, for all threads.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -67,5 +71,8 @@ def keep_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
+    # What came from mmap is unmapped when it is given back: no block is to. And the heap keeps what
+    # is free at its top, up to 2 GiB: mallopt takes an int.
     wanted = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+    # A list: `all` of a generator would leave out the second where the first is refused.
     return all([mallopt(name, value) == 1 for name, value in wanted.items()])

@@ -23,12 +23,16 @@ class RunPaths:
 
     folder: Storage
 
+    # Keys below the run's folder; as ClassVars they are no fields of the dataclass.
     CONFIG: ClassVar[str] = "config.json"
     METRICS: ClassVar[str] = "metrics.jsonl"
+    # A file and no signal: who asks and who trains may be on different machines.
     STOP: ClassVar[str] = "STOP"
+    # The last file of a report: where it is, the others are.
     RESULTS: ClassVar[str] = "report/results.json"
     TABLE: ClassVar[str] = "report/table.md"
     PICTURE: ClassVar[str] = "report/picture.png"
+    # The beginning of a folder's name; the step follows.
     CHECKPOINTS: ClassVar[str] = "step_"
 
     @classmethod
@@ -48,10 +52,12 @@ class RunPaths:
     @classmethod
     def checkpoint(cls, step: int) -> str:
         """Folder of the checkpoint after `step`."""
+        # Seven digits, so that a listing by name is one by step.
         return f"{cls.CHECKPOINTS}{step:07d}"
 
     @classmethod
     def step(cls, key: str) -> int | None:
         """The step of the checkpoint in whose folder a key is, if it is in one."""
+        # Of the folder itself or of a file in it, and of no other name that begins as one does.
         match = re.match(rf"{cls.CHECKPOINTS}(\d+)(/|$)", key)
         return int(match.group(1)) if match else None

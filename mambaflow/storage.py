@@ -28,10 +28,16 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
+# boto3's own default; tests cut their files at it.
 MULTIPART_BYTES = 8 * 2**20
+# Attempts at a request, the first one included. botocore's own numbers are 3 attempts and 60 s for
+# either wait.
 ATTEMPTS = 5
 CONNECT_S, READ_S = 10, 60
+# A HEAD has no body, and so no error's name: botocore gives its status as the code, here and in
+# "403" below.
 MISSING = {"404", "NoSuchKey", "NotFound"}
+# What a body raises that ends early or stands still.
 BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 CURES = {
     "NoSuchBucket": "create the bucket, or name another",
@@ -53,11 +59,13 @@ def at(uri: str | Path) -> "Storage":
     Raises:
         ValueError: another scheme, or an S3 address without a bucket.
     """
+    # A Path made of s3://bucket reads s3:/bucket, which would be a folder called s3: here.
     text = str(uri)
     if text.startswith("s3:") and not text.startswith("s3://"):
         raise ValueError(f"{text!r} is not an S3 address; use s3://bucket/prefix")
     scheme, found, rest = text.partition("://")
     if not found:
+        # Absolute, so that the address means the same to workers in folders of their own.
         return LocalStorage(Path(text).expanduser().resolve())
     if scheme == "file":
         return LocalStorage(Path(rest).resolve())
@@ -113,6 +121,8 @@ class Storage(ABC):
 
     def delete_tree(self, prefix: str) -> None:
         """Remove every file whose key begins with `prefix`."""
+        # Not at once: who looks meanwhile sees some of the files. What says that they are there
+        # must be deleted before (see training.checkpoint).
         for key in self.list(prefix):
             self.delete(key)
 
@@ -127,14 +137,18 @@ def _partial(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, gone at the end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place, since a rename is one step only within a file system; with a dot before
+        # its name, which listings leave out.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise StorageError(f"{path}: {error}; give a folder that you may write to") from error
+    # mkstemp's files are for their owner alone; a run's may be read by others.
     os.fchmod(handle, 0o644)
     os.close(handle)
     try:
         yield Path(name)
     finally:
+        # Gone already where it was renamed.
         Path(name).unlink(missing_ok=True)
 
 
@@ -143,11 +157,14 @@ def _appearing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name once it is whole, and on the disk."""
     with _partial(path) as partial:
         yield partial
+        # Before the rename: after a power cut some file systems would have the name without the
+        # bytes.
         _sync(partial)
         partial.replace(path)
 
 
 def _sync(path: Path) -> None:
+    # fsync is of the file, whichever descriptor wrote to it.
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -179,6 +196,8 @@ class LocalStorage(Storage):
             partial.write_bytes(data)
             _sync(partial)
             try:
+                # A link to a name that is taken fails, in one step, where a rename would replace
+                # what is there. The file is whole before it gets its name.
                 (self.root / key).hardlink_to(partial)
             except FileExistsError:
                 return False
@@ -193,9 +212,12 @@ class LocalStorage(Storage):
             shutil.copyfile(self.root / key, partial)
 
     def list(self, prefix: str = "") -> list[str]:
+        # A prefix is of the text of a key, as in S3: "b" finds b/1 and bc. Only the folder part of
+        # it can be walked.
         folder = self.root / prefix.rpartition("/")[0]
         if not folder.is_dir():
             return []
+        # Names with a dot are files that are being written, or that a killed writer left.
         files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
         keys = (p.relative_to(self.root).as_posix() for p in files)
         return sorted(key for key in keys if key.startswith(prefix))
@@ -208,24 +230,33 @@ class LocalStorage(Storage):
 
     def delete_tree(self, prefix: str) -> None:
         super().delete_tree(prefix)
+        # Folders, which S3 does not have, and what listings leave out.
         if prefix.endswith("/") and (self.root / prefix).is_dir():
             shutil.rmtree(self.root / prefix)
 
 
 def _client() -> Any:
     """This process's client for its present environment: boto3's may not live through a fork."""
+    # Looked at for every request: with other credentials or another endpoint in the environment the
+    # client of before must not be used again.
     settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     return _client_for(os.getpid(), settings)
 
 
+# One client for all threads of a process, which clients allow and sessions do not.
 @lru_cache(maxsize=8)
 def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    # What is stated in the client's Config hides the variable, so it is read here.
     attempts = int(dict(settings).get("AWS_MAX_ATTEMPTS", ATTEMPTS))
     config = Config(
+        # adaptive also slows down all requests of this client when the service asks for fewer.
+        # total_max_attempts counts the first request; max_attempts, its neighbour, does not.
         retries={"mode": "adaptive", "total_max_attempts": attempts},
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,
     )
+    # A session of its own: boto3.client would take the process's one, which keeps the credentials
+    # that it found first.
     return boto3.session.Session().client("s3", config=config)
 
 
@@ -243,6 +274,7 @@ class S3Storage(Storage):
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def _key(self, key: str) -> str:
+        # A bucket's root has no prefix; a key that began with "/" would be another one.
         return f"{self.prefix}/{key}" if self.prefix else key
 
     @contextlib.contextmanager
@@ -253,10 +285,13 @@ class S3Storage(Storage):
             yield
         except ClientError as error:
             code = _code(error)
+            # For a HEAD a bucket that is not there is a 404 too, and so a file that is not there.
             if code in MISSING:
                 raise FileNotFoundError(f"{where} is not there") from error
             cure = CURES.get(code, "see the cause")
             raise StorageError(f"{where}: {error}; {cure}") from error
+        # No answer at all, or the transfer's own errors: botocore's and boto3's have no common
+        # base.
         except (BotoCoreError, Boto3Error) as error:
             raise StorageError(
                 f"{where}: {error}; check AWS_ENDPOINT_URL, the network and the credentials"
@@ -269,6 +304,7 @@ class S3Storage(Storage):
         with self._named(key):
             for left in reversed(range(ATTEMPTS)):  # boto3 repeats a request, not a broken body
                 try:
+                    # By the answer's arrival boto3's own attempts are over: the body is read by us.
                     answer = _client().get_object(Bucket=self.bucket, Key=self._key(key))
                     return answer["Body"].read()
                 except BROKEN_OFF:
@@ -282,10 +318,15 @@ class S3Storage(Storage):
     def create(self, key: str, data: bytes) -> bool:
         try:
             with self._named(key):
+                # One request, which S3 does only if the key is free: of many writers one gets 200.
+                # upload_fileobj takes no such condition. boto3 repeats a request whose answer was
+                # lost, and it then meets its own file: False may also say that.
                 _client().put_object(
                     Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"
                 )
         except StorageError as error:
+            # 412 is the answer "taken". 409, while another writer is at it, is no answer, and stays
+            # an error.
             cause = error.__cause__
             if isinstance(cause, ClientError) and _code(cause) == "PreconditionFailed":
                 return False
@@ -298,21 +339,27 @@ class S3Storage(Storage):
 
     def _put(self, key: str, file: io.BufferedIOBase) -> None:
         """In parts beyond MULTIPART_BYTES, which become a file when all are there."""
+        # SHA256, which the service checks and keeps, rather than botocore's CRC. Older services
+        # know neither: their users set when_required, and nothing is added. botocore reads the
+        # variable in either case of letters.
         asked = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported").lower()
         extra = {"ChecksumAlgorithm": "SHA256"} if asked == "when_supported" else {}
         parts = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES
         )
         with self._named(key):
+            # A transfer that fails gives up its parts, which one would else pay for unseen.
             _client().upload_fileobj(
                 file, self.bucket, self._key(key), ExtraArgs=extra, Config=parts
             )
 
     def download(self, key: str, path: Path) -> None:
+        # Here boto3 also reads the body, and asks again for what broke off.
         with self._named(key), _appearing(path) as partial:
             _client().download_file(self.bucket, self._key(key), str(partial))
 
     def list(self, prefix: str = "") -> list[str]:
+        # Keys come whole, from the bucket's root on, and a thousand at a time.
         skip = len(self._key(""))
         with self._named(prefix):
             pages = (

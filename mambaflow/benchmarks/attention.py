@@ -25,10 +25,13 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     batch, many = (
         _inputs(config, b, n) for b, n in ((config.batch_size, config.queries), (1, LONG))
     )
+    # The gradient that comes from above, made once: the clock is on the rivals alone. A value is as
+    # wide as a query here, and so is the output.
     slope = torch.randn_like(batch[0])
     both: dict[str, Work] = {
         name: partial(_through, rival, batch, slope) for name, rival in RIVALS.items()
     }
+    # The same inputs, which want gradients, are raced without: sampling keeps nothing.
     with torch.no_grad():
         tables = [_raced("forward", x, config, _forward(x)) for x in (batch, many)]
     return [*tables, _raced("forward and backward", batch, config, both)]
@@ -38,6 +41,7 @@ def _inputs(config: BenchmarkConfig, b: int, n: int) -> list[Tensor]:
     torch.manual_seed(0)
     model = ARCHITECTURES[config.arch]
     shape = (b, model.num_heads, n, model.d_model // model.num_heads + WIDENED_BY)
+    # Query, key and value; the query is not scaled, which changes no rival's work.
     return [torch.randn(shape, device=config.device, requires_grad=True) for _ in range(3)]
 
 

@@ -77,6 +77,7 @@ class BenchmarkConfig:
             self.compile != "graphs" or self.device == "cuda",
             "compile (='graphs') needs a GPU; use --device cuda, or --compile on",
         )
+        # The file that will be run, not only the folder.
         training = Path(self.reference) / REFERENCE[self.arch]
         require(
             self.what != "reference" or (bool(self.reference) and training.is_file()),
@@ -90,12 +91,19 @@ def turns(times: dict[str, list[float]], repeats: int, device: str) -> Iterator[
 
     Those that take over a second run in three rounds only.
     """
+    # Round after round, and in each of them every rival once: when the machine slows down, it does
+    # so for all.
     for i in range(repeats + 1):
         for name, found in times.items():
+            # Three timed rounds are enough for a median where each takes over a second.
             if i > 3 and found[-1] > 1:
                 continue
+            # A generator stands still at its yield until the next turn is asked for: what lies
+            # between is the rival's work.
             start = time.perf_counter()
             yield name
+            # Kernels are only queued when a call returns; the clock stops when they are done. The
+            # next rival begins with an idle GPU.
             if device == "cuda":
                 torch.cuda.synchronize()
             if i:  # the first round warms up
@@ -104,6 +112,7 @@ def turns(times: dict[str, list[float]], repeats: int, device: str) -> Iterator[
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
     """Median seconds of each rival."""
+    # Medians: a round in which the machine did something else moves a mean, and not them.
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -129,10 +138,14 @@ def device_name(device: str) -> str:
 
 def random_batch(config: BenchmarkConfig, queries: int, known: int = 204) -> PixelBatch:
     """A batch of made-up pixels."""
+    # The same numbers at every call, whatever was drawn before.
     torch.manual_seed(1)
+    # Places anywhere, colours anywhere: the time of a step does not hang on them. As many known
+    # pixels as an image of 32 x 32 has, a fifth.
     b = config.batch_size
     known_xy, xy = torch.rand(b, known, 2), torch.rand(b, queries, 2)
     rgb = [torch.rand(b, m, 3) * 2 - 1 for m in (known, queries)]
+    # Samples 0 to b - 1 of the stream, so that noise and times are drawn as in training.
     return PixelBatch(known_xy, rgb[0], xy, rgb[1], torch.arange(b)).to(config.device)
 
 

@@ -34,6 +34,7 @@ def per_item(shards: ShardSet, queries: int, batch_size: int) -> Iterator[object
     from torchvision.datasets import CIFAR10
     from torchvision.transforms import ToTensor
 
+    # All images in memory beforehand, as CIFAR10 has them: what is compared is making batches.
     rows = shards.rows(np.arange(len(shards)))
     if rows.images is None:
         raise ValueError(f"data (={shards.storage.uri}) must be staged with --full-images")
@@ -53,6 +54,8 @@ def per_item(shards: ShardSet, queries: int, batch_size: int) -> Iterator[object
 
         def __getitem__(self, i: int) -> tuple[Tensor, ...]:
             image, _ = self.images[i]
+            # A mask that is the same whenever the image comes, as a Dataset makes one: by a
+            # generator that is seeded anew for each item.
             chosen = torch.from_numpy(np.random.RandomState(42 + i).permutation(size * size))
             xy, rgb = coordinates(chosen, size), image.flatten(1).t()[chosen]
             return xy[:known], rgb[:known], xy[known:][:queries], rgb[known:][:queries]
@@ -66,6 +69,7 @@ def per_item(shards: ShardSet, queries: int, batch_size: int) -> Iterator[object
 
 def reading(batches: Batches) -> Work:
     """The next few batches, again and again."""
+    # Ever later steps, over many epochs, as training asks for them.
     step = count()
     return lambda: [batches[next(step)] for _ in range(LOADED)]
 
@@ -76,15 +80,20 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     layout, b = Layout.of(shards.spec, ARCHITECTURES[config.arch]), config.batch_size
     usual = per_item(shards, config.queries, b)
     state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
+    # Of a batch that is at hand: what training could take, were there no loading.
     training = fit(state, Fixed(random_batch(config, config.queries)), step_config(config), 10**9)
     rivals: dict[str, Work] = {"training step": lambda: next(training)}
+    # Made in this thread, without a Prefetcher, as training on CPU does.
     for masks in MASKS:
         batches = Batches(shards, layout, TrainConfig(batch_size=b, masks=masks))
         rivals[f"batches, {masks} masks"] = reading(batches)
+    # Its two workers go on while others have their turn, and have made four batches, two each, when
+    # its own begins: four of LOADED, in its favour.
     rivals["CIFAR10 + Dataset + DataLoader, 2 workers"] = lambda: [
         next(usual) for _ in range(LOADED)
     ]
     times = race(rivals, config.repeats, config.device)
+    # A turn is one step of training, and LOADED batches of the others.
     rates = {k: b * (1 if k == "training step" else LOADED) / v for k, v in times.items()}
     rows = [[k, f"{v:,.0f}", f"{v / rates['training step']:,.0f}"] for k, v in rates.items()]
     heading = ["what", "samples/s", "/ training"]

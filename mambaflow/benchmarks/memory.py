@@ -18,15 +18,18 @@ from mambaflow.report.tables import Table
 def one_call(config: BenchmarkConfig, size: int, t: float) -> tuple[float, float]:
     """Seconds of one call for a size x size query, and this process's peak memory in GiB."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    # `keep_memory` is not called here: a query is measured as a user's process has it.
     model = VelocityField(ARCHITECTURES[config.arch]).to(config.device).eval()
     batch = random_batch(BenchmarkConfig(batch_size=1, device=config.device), size * size)
     noise = torch.randn_like(batch.query_rgb)
+    # The first call of its process, with all that is done once, such as loading the kernels.
     start = time.perf_counter()
     with torch.no_grad():
         model.condition(batch)(noise, torch.full((1,), t, device=config.device))
     if config.device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+    # Of all that the process ever held, Python and torch as well; Linux counts it in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return time.perf_counter() - start, peak
 
@@ -51,6 +54,8 @@ def measure(config: BenchmarkConfig) -> list[Table]:
                 seconds, peak = fresh.submit(one_call, config, size, t).result()
             row += [f"{seconds:.2f}", f"{peak:.2f}"]
         rows.append(row)
+    # After the queries: a process that is started begins with the peak of its parent (on Linux,
+    # ru_maxrss goes through exec), and these make this one large.
     scans = {n: long_scan(config, n) for n in (1024, 4096, 16384, 65536)}
     times = [[f"{n:,}", f"{1e3 * t:.2f}", f"{1e6 * t / n:.3f}"] for n, t in scans.items()]
     heading = ["query", "posterior mean, s", "peak GiB", "a call of a sampler, s", "peak GiB"]

@@ -34,6 +34,7 @@ from mambaflow.models.velocity_field import parameters
 from mambaflow.report.tables import Table
 from mambaflow.training.loop import TrainState, fit
 
+# What their modules call the model and the loop.
 MODEL = {"v1": "MAMBADiffusion", "v2": "MAMBADiffusionV2"}
 TRAIN = "train_flow_matching"
 FRESH = f"a fresh `git clone {REFERENCE_URL}`"
@@ -44,12 +45,14 @@ THEIRS = "reference"
 def guest(folder: Path) -> Iterator[None]:
     """Imports that leave no trace: the search path, to which these scripts add, the modules and the
     folder are as before, so that `core` of one checkout is not taken for that of the next."""
+    # No bytecode either: the checkout stays as it was.
     path, known, silent = sys.path[:], set(sys.modules), sys.dont_write_bytecode
     sys.dont_write_bytecode = True
     try:
         yield
     finally:
         sys.path[:], sys.dont_write_bytecode = path, silent
+        # Of the new modules only theirs: torch's and others' stay loaded.
         for name in sys.modules.keys() - known:
             file = getattr(sys.modules[name], "__file__", None)
             if file and Path(file).is_relative_to(folder):
@@ -62,6 +65,7 @@ def load(folder: Path, arch: str) -> tuple[Callable[..., nn.Module], Callable[..
     Raises:
         ValueError: they cannot be imported, or are called otherwise.
     """
+    # By its file, under a name of our own, so that it is in nobody's way.
     spec = importlib.util.spec_from_file_location(f"reference_{arch}", folder / REFERENCE[arch])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -78,6 +82,8 @@ def load(folder: Path, arch: str) -> tuple[Callable[..., nn.Module], Callable[..
 
 def version(folder: Path, arch: str) -> str:
     """The commit of a checkout, marked if files were changed; else the training module's sha256."""
+    # The checkout's own repository and not one around it, where the folder is a copy without .git.
+    # --exclude=* names the commit, never a tag.
     git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         said = subprocess.run(
@@ -99,21 +105,26 @@ class Loader:
     OpenMP's threads."""
 
     def __init__(self, batch: PixelBatch, ours: dict[str, Work], config: BenchmarkConfig) -> None:
+        # Theirs first in a round: its loop waits for a batch by then.
         self.times: dict[str, list[float]] = {name: [] for name in (THEIRS, *ours)}
         self._batch, self._ours, self._config = as_theirs(batch), ours, config
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         yield self._batch  # outside the race: the loop begins by taking one for its pictures
+        # A turn of theirs lasts from the batch that is given to the next one that is asked for,
+        # which is their step. In ours their loop stands still in its `for`.
         for name in turns(self.times, self._config.repeats, self._config.device):
             if name == THEIRS:
                 yield self._batch
             else:
                 self._ours[name]()
+        # To return would end an epoch of theirs, and the next would begin.
         raise Over
 
 
 def as_theirs(batch: PixelBatch) -> dict[str, Tensor]:
     """A batch as the reference's data set gives it: colours from 0 to 1."""
+    # What it does not train on is there in shape alone.
     (b, known), asked = batch.known_xy.shape[:2], batch.query_xy.shape[1]
     pictures = {
         "full_image": torch.zeros(b, 3, 32, 32),
@@ -122,6 +133,7 @@ def as_theirs(batch: PixelBatch) -> dict[str, Tensor]:
     }
     return pictures | {
         "input_coords": batch.known_xy,
+        # Ours are from -1 to 1.
         "input_values": (batch.known_rgb + 1) / 2,
         "output_coords": batch.query_xy,
         "output_values": (batch.query_rgb + 1) / 2,
@@ -137,6 +149,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     folder = Path(config.reference).resolve()
     batch = random_batch(config, config.queries)
     state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
+    # More steps than any race asks for.
     steps = fit(state, Fixed(batch), step_config(config), 10**9)
     ours = f"ours, {config.precision}"
     loader = Loader(batch, {ours: lambda: next(steps)}, config)
@@ -145,10 +158,13 @@ def measure(config: BenchmarkConfig) -> list[Table]:
         tempfile.TemporaryDirectory(prefix="mambaflow-") as log,
         contextlib.suppress(Over),
     ):
+        # Its defaults are its own: model, optimiser, precision.
         build, train = load(folder, config.arch)
         model = build().to(config.device)
         train(model, loader, None, device=config.device, save_dir=log)
+        # Reached only where the loop ended without Over.
         raise RuntimeError(f"{TRAIN} of {folder} ended before the race; use {FRESH}")
+    # The models differ in size, and so their parameters are in the table.
     times, sizes = medians(loader.times), {THEIRS: parameters(model), ours: parameters(state.model)}
     rows = [
         [name, f"{sizes[name]:,}", f"{1e3 * seconds:.1f}", f"{config.batch_size / seconds:.2f}",

@@ -14,6 +14,7 @@ from mambaflow.flow.samplers import SOLVERS, CountedVelocity, Solver, times_for
 from mambaflow.models.velocity_field import Velocity, VelocityField
 from mambaflow.report.tables import Table
 
+# A fifth of 32 x 32, at every size: to read the known pixels costs the same.
 KNOWN = 204
 
 
@@ -38,6 +39,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
 
 
 def _at_size(config: BenchmarkConfig, model: VelocityField, size: int) -> Table:
+    # As many points in a batch as `batch_size` images of 32 x 32 have.
     images = max(1, config.batch_size * 32 * 32 // size**2)
     queries = size**2 - KNOWN * (size == 32)  # a larger image is asked for whole
     batch = random_batch(replace(config, batch_size=images), queries, KNOWN)
@@ -55,11 +57,13 @@ def _at_size(config: BenchmarkConfig, model: VelocityField, size: int) -> Table:
 def _complete(
     model: VelocityField, batch: PixelBatch, solve: Callable[[Velocity], Tensor]
 ) -> Tensor:
+    # With the reading of the known pixels, which a user pays once an image.
     return solve(model.condition(batch))
 
 
 def calls(solve: Callable[[Velocity], Tensor]) -> int:
     """How often a sampler asks for the velocity."""
+    # Counted on a velocity that costs nothing: samplers choose their calls without looking at it.
     counted = CountedVelocity(lambda x, t: torch.zeros_like(x))
     solve(counted)
     return counted.calls

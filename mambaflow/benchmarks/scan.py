@@ -17,8 +17,11 @@ def scan_inputs(config: BenchmarkConfig, n: int, d: int, s: int) -> list[Tensor]
     """Tensors of the scan at the block's shape, requiring gradients."""
     torch.manual_seed(0)
     b = config.batch_size
+    # u, dt, A, B, C, D and z.
     shapes = [(b, n, d), (b, n, d), (d, s), (b, n, s), (b, n, s), (d,), (b, n, d)]
     tensors = [torch.randn(shape, device=config.device) for shape in shapes]
+    # dt goes through softplus: steps of about 0.05, where a block begins with 0.001 to 0.1. A is
+    # below 0, so that states decay.
     tensors[1] -= 3
     tensors[2] = -tensors[2].exp()
     return [x.requires_grad_() for x in tensors]
@@ -33,6 +36,8 @@ def block_gemms(block: Mamba, b: int, n: int) -> list[tuple[Tensor, nn.Linear]]:
 
 def backward(work: Callable[[], list[Tensor]], inputs: list[Tensor]) -> Work:
     """Forward and backward of a work, for the gradients of all inputs."""
+    # Gradients from above, made beforehand. The graph of a forward pass serves one backward pass,
+    # so that a turn has both.
     slopes = [torch.randn_like(y) for y in work()]
     return lambda: torch.autograd.grad(work(), inputs, slopes)
 
@@ -43,6 +48,7 @@ def pscan(inputs: list[Tensor]) -> Tensor:
 
     u, dt, A, B, C, D, z = inputs
     dt = nn.functional.softplus(dt)
+    # It holds all states of all tokens, b n d s numbers.
     h = parallel(torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None])
     return ((h @ C[..., None])[..., 0] + D * u) * nn.functional.silu(z)
 
@@ -50,11 +56,13 @@ def pscan(inputs: list[Tensor]) -> Tensor:
 def measure(config: BenchmarkConfig) -> list[Table]:
     """The scan at the V2 block's shape, forward and with backward."""
     model = ARCHITECTURES[config.arch]
+    # Known pixels and queries together, where they are equally many.
     width, b, n = model.d_model, config.batch_size, 2 * config.queries
     block = Mamba(width, model.d_state, model.d_conv, model.expand).to(config.device)
     tokens = torch.randn(b, n, width, device=config.device, requires_grad=True)
     inputs = scan_inputs(config, n, width * model.expand, model.d_state)
     gemms = block_gemms(block, b, n)
+    # What gradients of the products are of: inputs and weights, no biases.
     factors = [x for x, _ in gemms] + [layer.weight for _, layer in gemms]
     best = fastest_backend(inputs[0], model.d_state)
     works: dict[str, tuple[Callable[[], list[Tensor]], list[Tensor]]] = {
@@ -64,6 +72,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     }
     others = ["triton"] if best == "cuda" else []  # what serves where mamba-ssm is not installed
     for name in dict.fromkeys([best, *others, "chunked", "reference"]):
+        # name=name: a lambda looks a loop's variable up when it is called, at its last value.
         scan = lambda name=name: [selective_scan(*inputs, backend=name)]  # noqa: E731
         works[f"scan: {name}"] = (scan, inputs)
     forward: dict[str, Work] = {name: work for name, (work, _) in works.items()}

@@ -29,23 +29,28 @@ class OnDemand(ShardSet):
 
 def waits(config: BenchmarkConfig, kind: type[ShardSet]) -> tuple[list[float], float]:
     """Seconds that each step of one epoch waited for its batch, and seconds of the epoch."""
+    # The smallest model: its steps are the shortest, and leave the least time to fetch in.
     recipe = RECIPES["first-run"](config.arch)
     train = replace(
         recipe.train,
         batch_size=config.batch_size,
         masks="strict",
+        # One number of queries: all steps take equally long.
         min_queries=0,
         max_queries=config.queries,
     )
+    # A cache of this measurement's own: in the node's, shards would be there from before.
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as cache:
         whole = ShardSet(config.data, "train")
         shards = len(whole.manifest.shards)
+        # Opens nothing: what all shards would take follows from the manifest.
         third = whole.open_bytes * max(shards // 3, 1) // shards
         reader = kind(config.data, "train", cache=Path(cache), memory=third)
         batches = Batches(reader, Layout.of(reader.spec, recipe.model), train)
         state = TrainState(recipe.model, train, torch.device(config.device))
         start = time.perf_counter()
         steps = fit(state, batches, train, batches.steps_per_epoch)
+        # Seconds by the loop's own clock, the same that a run logs as train/input_stall.
         found = [progress.waited for progress in steps]
         seconds = time.perf_counter() - start
         reader.close()
@@ -57,6 +62,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     rows = []
     for name, kind in {"fetched ahead": ShardSet, "on demand": OnDemand}.items():
         found, seconds = waits(config, kind)
+        # Apart from the first batch, for which nothing can have been fetched ahead.
         later = sum(found[1:]) / (seconds - found[0])
         rows.append(
             [name, f"{found[0]:.2f}", f"{100 * later:.2f} %", f"{1e3 * max(found[1:]):.0f}",

@@ -28,11 +28,14 @@ PROFILED, SHOWN = 3, 14  # steps, and operations of them
 
 def _between(xz: Size, conv: Size, bias: Size, to_ranks: Size, to_dt: Size, *_: object) -> int:
     """FLOPs of the products inside `scan_cpu.mamba_inner`: to the ranks, from them to dt."""
+    # For torch these are operators of ours, whose products it does not see. xz is (b, n, 2 d): two
+    # FLOPs a multiplication, for every token.
     return 2 * xz[0] * xz[1] * (math.prod(to_ranks) + math.prod(to_dt))
 
 
 def _attention(query: Size, key: Size, value: Size, *_: object) -> int:
     """FLOPs of the products of `attention_cpu`, forward."""
+    # Scores, of the query's width, and their sum over values, of the value's.
     return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
@@ -43,6 +46,7 @@ INSIDE: dict[object, Callable[..., int]] = {
     torch.ops.mambaflow.mamba_inner_backward: lambda *shapes, **_: 2 * _between(*shapes[5:]),
     torch.ops.mambaflow.attend: lambda *shapes, **_: _attention(*shapes),
     torch.ops.mambaflow.attend_backward: lambda *given, **_: (
+        # Twice with gradients of key and value (the operator's last input), once without.
         _attention(*given[3:]) * (2 if given[-1] else 1)
     ),
     torch.ops.mambaflow.linear: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
@@ -54,6 +58,7 @@ def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig)
     """FLOPs of the matrix products and attentions of a step, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    # The network as it is, not compiled: an operator is counted as it is called.
     with FlopCounterMode(display=False, custom_mapping=INSIDE) as counter:
         next(iter(fit(state, Fixed(batch), step_config(config), state.step + 1)))
     return counter.get_total_flops()
@@ -77,9 +82,11 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
     flops = counted_flops(state, batch, config)
     forward = compiled(state.model, config.compile)
+    # Goes on after the counted step. The race's first round warms up: compiling is in it.
     steps = fit(state, Fixed(batch), step_config(config), 10**9, forward)
     rivals, size = products(config)
     times = race({"step": lambda: next(steps)} | rivals, config.repeats, config.device)
+    # The faster rate makes the floor: what a step would take if it were products alone.
     rate, best = max((size / times[name], name) for name in rivals)
     rows = [
         ["samples/s", f"{config.batch_size / times['step']:.1f}"],
@@ -102,14 +109,17 @@ def by_operation(steps: Iterator[StepResult], device: str) -> Table:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
+    # After the race: a profiler slows down what it looks at.
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=kinds) as profiler:
         for _ in range(PROFILED):
             next(steps)
     spent: Counter[str] = Counter()
     for event in profiler.key_averages():
+        # Time of an operation itself, without that of those it calls: no time is counted twice.
         if device != "cuda":
             spent[event.key] += event.self_cpu_time_total
+        # Annotations span kernels that are counted already.
         elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             spent[event.key] += event.self_device_time_total  # kernels, not what launched them
     total = sum(spent.values())

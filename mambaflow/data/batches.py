@@ -23,6 +23,8 @@ from mambaflow.data.pixels import choose, grid, to_rgb
 from mambaflow.data.random_bits import normal, philox, uniform
 from mambaflow.data.shards import Rows, ShardSpec
 
+# Another number of rounds is another order: a run would not go on as it began. The length of a
+# stretch is a cache's alone, and changes no row.
 FEISTEL_ROUNDS = 6
 STRETCH = 2**13
 
@@ -47,6 +49,8 @@ class PixelBatch:
     def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
         """x_0 of each sample."""
         b, n, _ = self.query_xy.shape
+        # From the sample's own counter: whichever worker draws it, and with fewer queries the first
+        # of the same noise.
         drawn = normal(seed, "noise", 0, self.number, 3 * n).view(b, n, 3)
         return to_device(drawn, self.query_xy.device)
 
@@ -70,6 +74,8 @@ class RowOrder:
         require(rows > 0, f"rows (={rows}) must be positive; stage at least one image")
         require(block > 0, f"block (={block}) must be positive; use 2**20")
         self.rows, self.seed, self.block = rows, seed, min(block, rows)
+        # A cache of this object's own: one on the method would keep every RowOrder alive. Four hold
+        # those of a batch and of the one expected a block later, across two stretches each.
         self._stretch_of = lru_cache(maxsize=4)(self._make_stretch)
 
     def row(self, number: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
@@ -77,6 +83,8 @@ class RowOrder:
         epoch, place = number // self.rows, number % self.rows
         block, inside = place // self.block, place % self.block
         whole = self.rows // self.block  # a last, shorter block keeps its place
+        # First the blocks among themselves, with salt -1; then the rows of each, with the block's
+        # own number as salt.
         shuffled = self._permute(block, whole, epoch, torch.full_like(block, -1))
         block = torch.where(block < whole, shuffled, block)
         rest = self.rows - whole * self.block
@@ -91,6 +99,7 @@ class RowOrder:
         return found[first - stretches[0] * STRETCH :][:count]
 
     def _make_stretch(self, number: int) -> Int[np.ndarray, " rows"]:
+        # A stretch may reach over the end of an epoch: `row` looks at each sample by itself.
         return self.row(torch.arange(number * STRETCH, (number + 1) * STRETCH)).numpy()
 
     def _permute(
@@ -98,9 +107,13 @@ class RowOrder:
     ) -> Int[Tensor, " m"]:
         """`place` in [0, size) through the permutation of (seed, epoch, salt)."""
         size = torch.as_tensor(size).expand_as(place)
+        # frexp's exponent is the number of bits, exact in float64 for sizes up to 2^53.
         bits = torch.frexp((size - 1).double()).exponent.long()
         half = ((bits + 1) // 2).clamp(min=1)  # of each place's own size, whoever is beside it
+        # Places beyond `size` stay where they are, as the last, shorter block does.
         walking = (place < size) & (size > 1)
+        # What lands outside goes through the network again until it is inside. That ends, since a
+        # permutation's cycle comes back to where it began, and soon, since 2^(2 half) < 4 size.
         while bool(walking.any()):
             walked = self._feistel(place[walking], half[walking], epoch[walking], salt[walking])
             place = place.masked_scatter(walking, walked)
@@ -113,8 +126,12 @@ class RowOrder:
         mask = (1 << half) - 1
         left, right = place >> half, place & mask
         for i in range(FEISTEL_ROUNDS):
+            # A word is not negative, hence salt + 1. The key's second word is the round here, and
+            # the checksum of a purpose where numbers are drawn (see random_bits).
             mixed = philox(torch.stack((right, salt + 1, epoch, half), -1), (self.seed, i))[:, 0]
             left, right = right, left ^ (mixed & mask)
+        # A round changes one half by a function of the other, and can be undone whatever the
+        # function is: so all of them together are a permutation.
         return (left << half) | right
 
 
@@ -151,6 +168,7 @@ class Layout:
 
     def xy(self, index: Int[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
         """Where pixels are."""
+        # A table of all pixels, made once, and looked up: no arithmetic in a batch.
         places = _places(self.size, self.coordinates, index.device)
         return places.index_select(0, index.reshape(-1)).view(*index.shape, 2)
 
@@ -170,13 +188,16 @@ class Layout:
         self, index: Int[Tensor, "b m"], colours: UInt8[Tensor, "b m 3"], number: Tensor
     ) -> PixelBatch:
         """The batch in which the first `known` pixels of each row are known."""
+        # One look-up for known and asked pixels together; the batch's four are views of it.
         xy, rgb, k = self.xy(index), self.rgb(colours), self.known
         return PixelBatch(xy[:, :k], rgb[:, :k], xy[:, k:], rgb[:, k:], number)
 
 
 @cache
 def _places(size: int, coordinates: str, device: torch.device) -> Float[Tensor, "pixels 2"]:
+    # Kept for the process, one for each device: every batch asks for the same.
     xy = grid(size)
+    # xy x size - 1/2 is the number of the pixel in its row or column.
     corner = (xy * size - 0.5) / (size - 1)
     return (corner if coordinates == "corner" else xy).to(device)
 
@@ -187,6 +208,7 @@ def require_queries(layout: Layout, config: TrainConfig) -> None:
     Raises:
         ValueError: max_queries is beyond the staged targets, or with fresh masks the unknown.
     """
+    # Fresh masks choose from whole images, where any pixel that is not known can be asked.
     strict = config.masks == "strict"
     most = layout.target if strict else layout.size**2 - layout.known
     require(
@@ -220,6 +242,7 @@ class Batches:
         require_queries(layout, config)
         self.reader, self.layout, self.config = reader, layout, config
         self.rank, self.world_size, self.device_rows = rank, world_size, device_rows
+        # The order hangs on the reader's block, and so on how many shards fit in its memory.
         self.order = RowOrder(len(reader), config.seed, reader.shuffle_block)
 
     @property
@@ -229,6 +252,8 @@ class Batches:
 
     def __getitem__(self, step: int) -> PixelBatch:
         share = self.config.batch_size // self.world_size
+        # A rank's share are samples in a row: joined by rank, the shares are one batch, the same
+        # for any number of workers. Rows, masks, noise and times follow from `first` alone.
         first = step * self.config.batch_size + self.rank * share
         rows = self._rows(first, share)
         index, colours = self._pixels(rows, first, self.queries(step))
@@ -238,8 +263,10 @@ class Batches:
         numbers = self.order.stretch(first, share)
         if self.device_rows is not None:
             return self.device_rows.take(numbers)
+        # Only the columns that these masks use; to gather the others as well took a tenth longer.
         fresh = self.config.masks == "fresh"
         rows = DeviceRows.of(self.reader.rows(numbers, pixels=not fresh, images=fresh))
+        # After the rows of now, whose fetches would else wait in line behind these.
         if self.order.block < self.order.rows:  # the shards of the next block, in good time
             self.reader.expect(self.order.stretch(first + self.order.block, share))
         return rows
@@ -251,6 +278,8 @@ class Batches:
         least = config.min_queries or most
         if least == most:
             return most
+        # By the step and not by the sample: all samples of a batch, on all workers, are asked as
+        # much.
         draw = uniform(config.seed, "queries", 0, torch.tensor([step]), 1).item()
         return least + int(draw * (most - least + 1))
 
@@ -258,6 +287,7 @@ class Batches:
         self, rows: DeviceRows, first: int, n: int
     ) -> tuple[Int[Tensor, "b m"], UInt8[Tensor, "b m 3"]]:
         if self.config.masks == "strict":
+            # Staged pixels are in random order: the first n targets are n of them at random.
             m = self.layout.known + n
             return rows.index[:, :m], rows.rgb[:, :m]
         if rows.images is None:
@@ -265,6 +295,7 @@ class Batches:
                 "masks (='fresh') needs whole training images, and these shards hold only the "
                 "staged pixels; stage again with --full-images, or use --masks strict"
             )
+        # Drawn on CPU even for rows on a GPU: the index travels, and the pixels are picked there.
         index = to_device(self._fresh(rows.ids, first, n), rows.images.device)
         return index, gather_pixels(rows.images, index)
 
@@ -273,7 +304,10 @@ class Batches:
         chosen, config, layout = [], self.config, self.layout
         while len(ids):  # a batch across two epochs has two
             epoch, place = divmod(first, self.order.rows)
+            # Rows that are left in this epoch; the rest of the batch has the next one's masks.
             left = self.order.rows - place
+            # epoch + 1, since draw 0 is that of staging: with the mask seed as its own a run would
+            # else have the staged masks in its first epoch.
             chosen.append(choose(config.seed, "train", ids[:left], layout.size, layout.known, n,
                                  draw=epoch + 1))  # fmt: skip
             ids, first = ids[left:], first + left
@@ -290,6 +324,7 @@ class Stream(Protocol):
 def _work_for(device: torch.device) -> None:
     """Have this thread use a worker's own GPU; pinning would open another one on the first."""
     if device.type == "cuda":
+        # CUDA's current device is a thread's own: a new thread begins with the first GPU.
         torch.cuda.set_device(device)
 
 
@@ -305,13 +340,18 @@ class Prefetcher:
 
     def __init__(self, stream: Stream, device: torch.device, steps: int, depth: int = 8) -> None:
         self.stream, self.device, self.steps, self.depth = stream, device, steps, depth
+        # One thread: batches are made in the order of their steps, and a ShardSet is for one thread
+        # at a time.
         self._pool = ThreadPoolExecutor(1, "batches", _work_for, (device,))
         self._coming: dict[int, Future[PixelBatch]] = {}
 
     def __getitem__(self, step: int) -> PixelBatch:
+        # The step that is asked for is always among them, even beyond the last.
         wanted = range(step, max(step + 1, min(step + self.depth, self.steps)))
         coming = self._coming
+        # Built anew at every step: batches that a jump left behind are let go.
         self._coming = {n: coming.get(n) or self._pool.submit(self._make, n) for n in wanted}
+        # An error of the thread is raised here, at the step whose batch it was.
         return self._coming.pop(step).result()
 
     def _make(self, step: int) -> PixelBatch:

@@ -29,6 +29,7 @@ def choose(
     Args:
         draw: 0 for the mask of the data set, epoch + 1 for the fresh mask of an epoch.
     """
+    # PLACES is what the low bits of a ranked word hold, here and in random.cpp.
     pixels = size * size
     if pixels > PLACES:
         raise ValueError(f"size (={size}) must be at most 256; crop or reduce the images")
@@ -38,8 +39,11 @@ def choose(
             f"image of size {size}; use ratios that add up to at most 1"
         )
     require_uint32(seed=seed, draw=draw)
+    # The split is in the purpose: image 7 of training and image 7 of the test split have masks of
+    # their own. Known pixels rank first: more targets leave them where they are.
     purpose, wanted = f"mask/{split}", known + target
     if random_cpu.is_supported(ids):
+        # Compiled, it ranks little more than the words that are wanted; the same pixels as below.
         return random_cpu.ranked(seed, purpose, draw, ids, pixels, wanted)
     return _ranked(bits(seed, purpose, draw, ids, pixels))[:, :wanted]
 
@@ -50,11 +54,15 @@ def _ranked(bits32: Int[Tensor, "m pixels"]) -> Int[Tensor, "m pixels"]:
     NumPy sorts whole numbers with vector instructions, several times faster than an argsort.
     """
     pixels = bits32.shape[-1]
+    # 32 bits of word over 16 of place: 48 bits, positive as int64. Equal words are told apart by
+    # their places, so that any sort of these is a stable sort of the words.
     packed = bits32 << PLACE_BITS | torch.arange(pixels, device=bits32.device)
     if packed.is_cuda:
         packed = packed.sort(-1).values
     else:
+        # In place: the array is the tensor's memory.
         packed.numpy().sort(-1)
+    # The words are dropped, and the places are left in their order.
     return packed & ((1 << PLACE_BITS) - 1)
 
 
@@ -70,6 +78,7 @@ def grid(size: int) -> Float[Tensor, "pixels 2"]:
 
 def to_rgb(colours: UInt8[Tensor, "*m"]) -> Float[Tensor, "*m"]:
     """Bytes to [-1, 1]."""
+    # In place on the copy that float() made: no more than one tensor a call.
     return colours.float().div_(127.5).sub_(1)
 
 
@@ -77,6 +86,7 @@ def copy_known(
     rgb: Float[Tensor, "b n 3"], index: Int[Tensor, "b k"], known: Float[Tensor, "b k 3"]
 ) -> Float[Tensor, "b n 3"]:
     """A full image in which the known pixels have their own colours exactly."""
+    # No place is known twice, so that the order of writing does not matter.
     return rgb.scatter(1, index[..., None].expand(-1, -1, 3), known)
 
 
@@ -84,4 +94,5 @@ def unknown(known: Int[Tensor, "m k"], size: int) -> Int[Tensor, "m n"]:
     """The pixels that are not known, in raster order."""
     mask = torch.ones((len(known), size * size), dtype=torch.bool)
     mask.scatter_(1, known, False)
+    # nonzero goes row by row, and every row has as many unknown pixels: they are a table again.
     return mask.nonzero()[:, 1].view(len(known), -1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mambaflow.kernels import random_cpu
 
 _MASK = 0xFFFFFFFF
+# Philox's constants, as the paper has them for four words of 32 bits.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
@@ -35,6 +36,7 @@ def _philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "
     a, b, c, d = counter.unbind(-1)
     k0, k1 = key
     for _ in range(10):
+        # Of a product's 64 bits the high word is mixed in and the low one goes on.
         left, right = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b, c, d = (
             ((right >> 32) & _MASK) ^ b ^ k0,
@@ -42,6 +44,7 @@ def _philox(counter: Int[Tensor, "*n 4"], key: tuple[int, int]) -> Int[Tensor, "
             ((left >> 32) & _MASK) ^ d ^ k1,
             left & _MASK,
         )
+        # Every round has a key of its own.
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return torch.stack((a, b, c, d), -1)
 
@@ -73,10 +76,14 @@ def bits(
 
 def _bits(seed: int, purpose: str, stream: int, item: Tensor, count: int) -> Tensor:
     """Words by torch, on any device; random.cpp's are the same."""
+    # The counter is (block, low word of the item, high word, stream): the block is of four words,
+    # so that a longer draw begins with the shorter one.
     blocks = -(-count // 4)
     block = torch.arange(blocks, device=item.device).expand(len(item), blocks)
+    # Views of one number for each item: nothing is copied until they are stacked.
     wide = item[:, None].expand(len(item), blocks)
     lanes = (block, wide & _MASK, wide >> 32, torch.full_like(wide, stream))
+    # A checksum, since Python's own hash of text is another in every process.
     key = (seed, zlib.crc32(purpose.encode()))
     return _philox(torch.stack(lanes, -1), key).flatten(1)[:, :count]
 
@@ -85,6 +92,8 @@ def uniform(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Float[Tensor, "m count"]:
     """Float32 in the open interval (0, 1): the middles of 2^23 equal cells."""
+    # 23 bits: with the half they have 24, all that float32 holds exactly. Neither 0, of which a
+    # logarithm is taken, nor 1 can come out.
     return ((bits(seed, purpose, stream, item, count) >> 9).float() + 0.5) * 2.0**-23
 
 
@@ -92,7 +101,9 @@ def normal(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Float[Tensor, "m count"]:
     """Standard normal float32 by Box and Muller (1958), two for each pair of words."""
+    # An odd count drops the second number of the last pair; the others do not move.
     pairs = -(-count // 2)
     u = uniform(seed, purpose, stream, item, 2 * pairs).unflatten(-1, (pairs, 2))
+    # Finite, since no u is 0; the largest radius is that of u = 2^-24, 5.8.
     radius, angle = (-2 * u[..., 0].log()).sqrt(), 2 * math.pi * u[..., 1]
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)[:, :count]

@@ -22,6 +22,8 @@ from mambaflow.data.shards import (
 )
 from mambaflow.storage import Storage, at
 
+# Of open shards. Those that are fetched ahead take as much again: a split takes about 2 GiB at
+# most.
 MEMORY_BYTES = 2**30
 THREADS = 8
 
@@ -34,13 +36,16 @@ class Fetcher:
 
     def __init__(self, storage: Storage, manifest: Manifest, cache: Path | None = None) -> None:
         self.storage, self.manifest = storage, manifest
+        # By user, so that two on one machine do not meet in a folder that only one may write to.
         self.cache = cache or Path(tempfile.gettempdir()) / f"mambaflow-shards-{os.getuid()}"
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="shards")
+        # Touched by the caller's thread alone; those of the pool only fetch and verify.
         self._coming: dict[int, Future[Rows]] = {}
 
     def begin(self, numbers: Sequence[int], most: int) -> None:
         """Fetch shards in the background, while no more than `most` wait to be taken."""
         for number in numbers:
+            # What is beyond `most` is not put off: it is begun when its rows are asked for.
             if number not in self._coming and len(self._coming) < most:
                 info = self.manifest.shards[number]
                 self._coming[number] = self._pool.submit(self._verified, info)
@@ -51,6 +56,8 @@ class Fetcher:
         Raises:
             ShardError: it is missing or damaged.
         """
+        # `exception` waits for the end of the fetch. One that failed is tried once more, here; what
+        # fails again is the caller's.
         coming = self._coming.pop(number, None)
         if coming is None or coming.exception() is not None:  # what failed then may do now
             return self._verified(self.manifest.shards[number])
@@ -66,6 +73,7 @@ class Fetcher:
             data = self._bytes(info)
         except FileNotFoundError as error:
             raise ShardError(f"shard {where} is listed and not there; stage again") from error
+        # The bytes before their meaning: Parquet does not notice every flipped bit.
         digest = hashlib.sha256(data).hexdigest()
         if len(data) != info.bytes or digest != info.sha256:
             raise ShardError(
@@ -73,6 +81,7 @@ class Fetcher:
                 f"manifest says {info.bytes} with {info.sha256[:12]}…; stage the data again"
             )
         rows, spec = from_bytes(data, where)
+        # Whole bytes may still be another staging's, under a manifest that was written for these.
         if len(rows) != info.rows or spec != self.manifest.spec:
             raise ShardError(
                 f"shard {where} has {len(rows)} rows of spec {spec.hash}, the manifest says "
@@ -84,8 +93,13 @@ class Fetcher:
         """A shard's bytes, through the node's cache where it is far away."""
         if self.storage.is_local:
             return self.storage.read(info.name)
+        # Called after its contents: a copy serves every data set that has this shard, and never
+        # another staging at the same address. The folder is its owner's alone, since a name in a
+        # shared /tmp can be foreseen.
         path = self.cache / f"{info.sha256}.parquet"
         self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # One process of the node fetches a shard, and the others read its copy. A copy is hashed
+        # every time: one that was cut off or damaged is fetched again.
         with FileLock(f"{path}.lock"):
             data = path.read_bytes() if path.exists() else b""
             if hashlib.sha256(data).hexdigest() != info.sha256:
@@ -108,6 +122,8 @@ class ShardSet:
         self.storage = at(uri).child(split)
         self.manifest = read_manifest(self.storage)
         self._fetcher = Fetcher(self.storage, self.manifest, cache)
+        # Where each shard's rows begin and end among those of the split. A slot has room for the
+        # largest shard, so that a row's place in memory is slot x stride + its place in the shard.
         rows = np.array([shard.rows for shard in self.manifest.shards], np.int64)
         self._ends, self._starts = rows.cumsum(), rows.cumsum() - rows
         self._stride = max(1, int(rows.max(initial=0)))
@@ -117,6 +133,8 @@ class ShardSet:
         self.capacity = min(max(1, memory // slot_bytes), max(1, len(rows)))
         """Shards that may be open at once."""
         self._open = Rows.blank(self.capacity * self._stride, self.spec)
+        # Of each shard: its slot, or -1 where it is not open; and when it was last used, by a clock
+        # that counts the calls.
         self._slots = np.full(len(rows), -1)
         self._used = np.zeros(len(rows), np.int64)
         self._clock = 0
@@ -133,6 +151,8 @@ class ShardSet:
         rows = [shard.rows for shard in self.manifest.shards if shard.rows]
         if self.capacity >= len(rows):
             return max(1, len(self))
+        # A block that begins inside a shard needs one shard more than its rows fill. The last shard
+        # may be short and does not count: no block goes on behind it.
         return max(self.capacity - 1, 1) * min(rows[:-1])
 
     def __len__(self) -> int:
@@ -152,6 +172,8 @@ class ShardSet:
                 f"row_numbers ({row_numbers.min()} to {row_numbers.max()}) must be in "
                 f"[0, {len(self)}), the rows of {self.storage.uri}"
             )
+        # side="right": the row at a shard's end is the next one's, and empty shards are stepped
+        # over.
         shards = np.searchsorted(self._ends, row_numbers, side="right")
         wanted = np.unique(shards)
         if len(wanted) > self.capacity:
@@ -179,23 +201,30 @@ class ShardSet:
         self, row_numbers: Int[np.ndarray, " m"], shards: np.ndarray
     ) -> tuple[np.ndarray, Rows]:
         """Rows of more shards than may be open at once, by shard, and where each one is there."""
+        # Half of the rows, then the other half, each again in halves while its shards are too many.
+        # Sorted by shard first: each is opened once, or twice where a cut runs through it.
         found = Rows.blank(len(row_numbers), self.spec)
         order, first = np.argsort(shards, kind="stable"), 0
         for some in np.array_split(order, 2):
             found.put(first, self.rows(row_numbers[some]))
             first += len(some)
+        # The way back to the caller's order; taking it is the one gather that also drops columns.
         return np.argsort(order), found
 
     def _admit(self, wanted: Int[np.ndarray, " s"]) -> None:
         """Open the shards that are not open yet."""
         self._clock += 1
+        # Before a slot is looked for: no shard of this call makes room for another of it.
         self._used[wanted] = self._clock
         missing = wanted[self._slots[wanted] < 0].tolist()
+        # All at once, in the pool's threads; then they are taken one after the other.
         self._fetcher.begin(missing, self.capacity)
         for number in missing:
             rows = self._fetcher.take(number)
+            # Only now that its rows are here: a shard that is damaged closes no other.
             slot = self._free_slot()
             self._open.put(slot * self._stride, rows)
+            # Last: it is open when its rows are in place.
             self._slots[number] = slot
 
     def _free_slot(self) -> int:

@@ -22,6 +22,8 @@ from jaxtyping import Int, UInt8, UInt16
 from mambaflow.data.pixels import choose
 from mambaflow.storage import Storage
 
+# Raised when a shard's bytes come to mean something else; another format is refused with "stage
+# again".
 FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA_KEY = b"mambaflow"
@@ -47,6 +49,7 @@ class ShardSpec:
     @property
     def hash(self) -> str:
         """Equal specs, equal hash."""
+        # By name and sorted: the order of the fields here may change, the hash may not.
         text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -55,6 +58,8 @@ class ShardSpec:
 class Rows:
     """Rows of a shard, a column each."""
 
+    # Pixels lie flat in a row, as Parquet's lists have them: of rgb and images byte 3 j + c is
+    # channel c of pixel j. Columns of a shard that was read are Arrow's memory, and read-only.
     ids: Int[np.ndarray, " m"]
     labels: Int[np.ndarray, " m"]
     index: UInt16[np.ndarray, "m p"]
@@ -84,6 +89,8 @@ class Rows:
 
     def take(self, rows: Int[np.ndarray, " m"], pixels: bool = True, images: bool = True) -> "Rows":
         """Some of the rows, copied; without their chosen pixels, or without whole images."""
+        # A column that is not wanted keeps its place with no width, and nothing of it is copied.
+        # `take` and not [rows], which takes nearly twice as long for whole rows.
         width = None if pixels else 0
         whole = self.images if images else None
         return Rows(
@@ -97,6 +104,7 @@ class Rows:
     def put(self, first: int, rows: "Rows") -> None:
         """Copy rows in, from place `first` on."""
         here = slice(first, first + len(rows))
+        # Assigning into the arrays: labels become int8 here, whatever width they came in.
         self.ids[here], self.labels[here] = rows.ids, rows.labels
         self.index[here], self.rgb[here] = rows.index, rows.rgb
         if self.images is not None:
@@ -113,28 +121,38 @@ def encode(
     size = spec.size
     if images.shape[1:] != (size, size, 3):
         raise ValueError(f"images {images.shape[1:]} must be ({size}, {size}, 3), as the spec says")
+    # Known first, then targets; what is not chosen is in no byte of a training shard.
     chosen = choose(
         spec.mask_seed, spec.split, torch.from_numpy(ids), size, spec.known, spec.target
     ).numpy()
     count, pixels = len(images), size * size
+    # Three channels with one number: the index is spread over the last dimension.
     kept = np.take_along_axis(images.reshape(count, pixels, 3), chosen[..., None], 1)
     rgb = kept.reshape(count, 3 * chosen.shape[1])
+    # A view; the copy is made as the shard is written.
     whole = images.reshape(count, 3 * pixels) if spec.full_images else None
+    # At most 256 x 256 pixels (see `choose`): the largest index is what 16 bits hold.
     return Rows(ids, labels, chosen.astype(np.uint16), rgb, whole)
 
 
 def to_bytes(rows: Rows, spec: ShardSpec) -> bytes:
     """A shard: the same rows and spec give the same bytes."""
+    # Types are stated, so that the bytes do not hang on what NumPy made of the numbers. A label
+    # beyond an int8 is refused by Arrow; staging names it before.
     columns = {"id": pa.array(rows.ids, pa.int64()), "label": pa.array(rows.labels, pa.int8())}
     lists = {"index": rows.index, "rgb": rows.rgb, "image": rows.images}
     for name, values in lists.items():
         if values is not None:
+            # Lists of one size have no offsets: a column is its numbers one after the other, which
+            # Arrow takes and gives without a copy.
             flat = pa.array(np.ascontiguousarray(values).ravel())
             columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    # In the file itself, so that a shard without its manifest still says what it is.
     about = json.dumps({"format": FORMAT, "hash": spec.hash, **asdict(spec)}, sort_keys=True)
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: about.encode()})
     sink = io.BytesIO()
     # Parquet knows no integers below 32 bits: split into byte streams, the empty ones vanish.
+    # Arrow takes an encoding of one's own only where dictionaries are off.
     pq.write_table(
         table, sink, compression="zstd", use_dictionary=False, column_encoding="BYTE_STREAM_SPLIT"
     )
@@ -148,6 +166,7 @@ def from_bytes(data: bytes, name: str) -> tuple[Rows, ShardSpec]:
         ShardError: naming the shard and the rule.
     """
     try:
+        # Arrow raises its own errors, or OSError, by where in the file it stumbles.
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise ShardError(
@@ -166,6 +185,8 @@ def from_bytes(data: bytes, name: str) -> tuple[Rows, ShardSpec]:
         _lists(table, "rgb", 3 * pixels, name),
         _lists(table, "image", 3 * size * size, name) if spec.full_images else None,
     )
+    # Beyond the image it would be another image's pixel: gathers go over a flat list of all. `max`
+    # of nothing is an error, hence the size.
     if rows.index.size and int(rows.index.max()) >= size * size:
         raise ShardError(
             f"shard {name} has a pixel index {rows.index.max()} beyond a {size} x {size} image"
@@ -181,7 +202,9 @@ def _spec(metadata: dict[bytes, bytes], name: str) -> ShardSpec:
         found = about.pop("format")
         if found != FORMAT:
             raise ShardError(f"shard {name} has format {found}, not {FORMAT}; stage the data again")
+        # For people and other programs; the fields themselves are compared with the manifest's.
         about.pop("hash")
+        # A field too many or too few is a TypeError, which is damage too.
         return ShardSpec(**about)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ShardError(f"shard {name} has damaged metadata: {error!r}") from error
@@ -191,9 +214,11 @@ def _lists(table: pa.Table, column: str, width: int, name: str) -> np.ndarray:
     kind = table.schema.field(column).type
     if not pa.types.is_fixed_size_list(kind) or kind.list_size != width:
         raise ShardError(f"shard {name}: column {column} is {kind}, not lists of {width} values")
+    # flatten leaves rows that are null out: all rows behind one would move up by one.
     whole = table[column].combine_chunks()
     if whole.null_count:
         raise ShardError(f"shard {name}: column {column} has {whole.null_count} empty rows")
+    # A view of Arrow's memory: to_numpy of an array refuses to copy unless it is told to.
     return whole.flatten().to_numpy().reshape(-1, width)
 
 
@@ -234,6 +259,7 @@ def write_manifest(split: Storage, manifest: Manifest) -> None:
         "recipe": asdict(manifest.spec),  # as format 1 calls it
         "shards": [asdict(shard) for shard in manifest.shards],
     }
+    # One write, which appears whole: from here on the split is there.
     split.write(MANIFEST, (json.dumps(about, indent=2) + "\n").encode())
 
 
@@ -246,6 +272,7 @@ def read_manifest(split: Storage) -> Manifest:
     where = f"{split.uri}/{MANIFEST}"
     try:
         about = json.loads(split.read(MANIFEST))
+        # The format before the fields, whose names another format may have changed.
         if about["format"] != FORMAT:
             raise ShardError(f"{where} has format {about['format']}, not {FORMAT}; stage again")
         spec = ShardSpec(**about["recipe"])
@@ -257,6 +284,7 @@ def read_manifest(split: Storage) -> Manifest:
         ) from error
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ShardError(f"{where} is damaged: {error!r}; stage the data again") from error
+    # A manifest has no checksum of its own: what it says twice must agree.
     if about["hash"] != spec.hash or about["rows"] != sum(s.rows for s in shards):
         raise ShardError(f"{where} contradicts itself; stage the data again")
     return Manifest(spec, shards)

@@ -27,6 +27,7 @@ from mambaflow.data.random_bits import bits, uniform
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+# Names that jobs take for data which they stage themselves.
 EMBEDDED = ("sample", "cifar10")
 CIFAR10_FOLDER = "cifar-10-batches-py"
 log = logging.getLogger(__name__)
@@ -83,9 +84,13 @@ class Source(ABC):
                 f"validation (={validation}) leaves nothing to train on: {self.name} has {train} "
                 f"training and {test} test images; use {max(1, train // 10)}, or more images"
             )
+        # A random word for each place, which hangs on nothing but the place: the same images are
+        # held out by every staging of a source, and a larger validation split holds the smaller
+        # one.
         rank = bits(SPLIT_SEED, "validation", 0, torch.arange(train), 1)[:, 0].argsort(stable=True)
         places = rank.numpy()
         return {
+            # Ascending, so that a Parquet file's row groups are each read once.
             "train": ("train", np.sort(places[held:])),
             "validation": ("train", np.sort(places[:validation])),
             "test": ("test", np.arange(test)) if test
@@ -108,10 +113,12 @@ def open_source(address: str, download_to: Path = Path("data/torchvision")) -> S
         return Sample()
     if address == "cifar10":
         return Cifar10(download_to, download=True)
+    # Absolute, since other processes open it again from folders of their own.
     path = Path(address).expanduser().resolve()
     if path.is_file() and path.suffix == ".parquet":
         return ParquetSource({"train": [path], "test": []}, path)
     if path.is_dir():
+        # torchvision's folder before a folder of images, which it would else be taken for.
         if (path / CIFAR10_FOLDER).is_dir():
             return Cifar10(path, download=False)
         files = sorted(path.glob("*.parquet"))
@@ -149,10 +156,13 @@ def decoded(id: int, label: int, data: bytes, where: str) -> Item:
 
 
 def _decode(data: bytes) -> Pixels:
+    # PIL reads only the header here, and decodes in `convert`, which raises where data are cut off.
+    # Grey, palette and transparent images become RGB.
     with Image.open(io.BytesIO(data)) as image:
         if image.format != "PNG":
             return np.asarray(image.convert("RGB"))
         image.verify()  # PNG has checksums, which decoding alone does not look at
+    # Opened anew: `verify` leaves an image that cannot be read any more.
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -174,11 +184,13 @@ class ParquetSource(Source):
         self.name, self.address = path.name, str(path)
         self.files = files
         self.groups = {split: [g for f in fs for g in _groups(f)] for split, fs in files.items()}
+        # The row group in memory, the one last asked for: places that ascend read each once.
         self._open: tuple[RowGroup, pa.ChunkedArray, np.ndarray] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Of every byte of the files."""
+        # Of all of the data, hence cached.
         files = [file for split in sorted(self.files) for file in self.files[split]]
         return _digest(part for file in files for part in _blocks(file))
 
@@ -188,18 +200,22 @@ class ParquetSource(Source):
     def items(self, split: str, places: Int[np.ndarray, " m"]) -> Iterator[Item]:
         groups = self.groups[split]
         ends = np.cumsum([group.rows for group in groups])
+        # side="right": the place at a group's end is the next one's first.
         numbers = np.searchsorted(ends, places, side="right")
         for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
             encoded, labels = self._columns(groups[number])
             row = place - int(ends[number]) + groups[number].rows
             where = f"{self.name}, {split} row {place}"
+            # A row without an image is corrupt as one with no bytes is: a fault, not an exception.
             yield decoded(place, int(labels[row]), encoded[row].as_py() or b"", where)
 
     def _columns(self, group: RowGroup) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Encoded images and labels (-1 where there is none) of the row group last asked for."""
         if self._open is None or self._open[0] is not group:
+            # The two columns alone: what else a release holds is not read.
             table = _parquet(group.file).read_row_group(group.number, [group.image, "label"])
             labels = pc.fill_null(table["label"], -1).to_numpy()
+            # The images stay encoded in Arrow's memory, and are decoded one at a time.
             self._open = group, pc.struct_field(table[group.image], "bytes"), labels
         return self._open[1:]
 
@@ -217,6 +233,7 @@ def _groups(file: Path) -> list[RowGroup]:
     Raises:
         SourceError: the file is damaged, or another kind of table.
     """
+    # The footer alone: a folder is refused before any image is read.
     opened = _parquet(file)
     schema, about = opened.schema_arrow, opened.metadata
     image = next((name for name in ("img", "image") if name in schema.names), None)
@@ -246,18 +263,23 @@ class FolderSource(Source):
 
     def __init__(self, root: Path) -> None:
         self.root, self.name, self.address = root, root.name, str(root)
+        # A folder without train/ and test/ is training alone; `splits` cuts the test split from it.
         train = root / "train" if (root / "train").is_dir() else root
         self.files = {"train": _images(train), "test": _images(root / "test")}
         if not self.files["train"]:
             raise SourceError(
                 f"{root} holds no images in class folders; put them in {train}/CLASS/NAME.png"
             )
+        # Labels are places among the training classes, in the order of their names. A class that is
+        # in the test split alone has no label, -1.
         self.classes = sorted({f.parent.name for f in self.files["train"]})
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the names and sizes of the files."""
         files = [file for split in sorted(self.files) for file in self.files[split]]
+        # Of sizes and not of bytes, which would read every file: an image that is replaced by one
+        # of the same size goes unnoticed.
         names = (f"{f.relative_to(self.root)} {f.stat().st_size}\n" for f in files)
         return _digest(name.encode() for name in names)
 
@@ -273,6 +295,7 @@ class FolderSource(Source):
 
 
 def _images(root: Path) -> list[Path]:
+    # Sorted: an image's id is its place, and a file system lists in any order.
     return sorted(f for f in root.glob("*/*") if f.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -283,12 +306,14 @@ class Cifar10(Source):
     fingerprint = "cifar-10-python"  # torchvision compares the files with their known checksums
 
     def __init__(self, folder: Path, *, download: bool) -> None:
+        # Here and not above: who stages other data does not wait for torchvision.
         from torchvision.datasets import CIFAR10
 
         self.address = str(folder.resolve())
         try:
             if download:
                 folder.mkdir(parents=True, exist_ok=True)
+                # Of several jobs that begin at once one downloads; the others wait, and find it.
                 with FileLock(folder / "download.lock"):
                     CIFAR10(self.address, download=True)
             self.sets = {s: CIFAR10(self.address, train=s == "train") for s in ("train", "test")}
@@ -309,6 +334,7 @@ class Cifar10(Source):
 
 
 # Photographs inside packages that are installed anyway; no photograph is in two splits.
+# camera.png and coins.png are grey, and become three equal channels.
 PHOTOGRAPHS = {
     "train": ("astronaut.png", "flower.jpg", "motorcycle_left.png", "rocket.jpg", "camera.png",
               "ihc.png", "retina.jpg", "coins.png"),
@@ -320,8 +346,11 @@ KEPT_IN = {
     "sklearn": "datasets/images",
     "matplotlib": "mpl-data/sample_data",
 }
+# A test pins the crops: other numbers below are another data set, and measured figures with it.
 SAMPLE_COUNTS = {"train": 4096, "validation": 256, "test": 512}
 SAMPLE_SEED, SAMPLE_SIZE = 7, 32
+# 9 takes 288 pixels a side; the smallest photograph, chelsea.png, is 300 high. CONTRAST is what the
+# standard deviation of a crop's strongest channel must exceed, in bytes.
 REDUCTIONS = range(2, 10)
 CONTRAST, TRIES = 16.0, 8
 
@@ -329,6 +358,7 @@ CONTRAST, TRIES = 16.0, 8
 @cache
 def photograph(name: str) -> Pixels:
     """A photograph from an installed package."""
+    # find_spec finds a package's folder without importing it.
     for package, folder in KEPT_IN.items():
         found = find_spec(package)
         if found is not None and found.origin is not None:
@@ -366,6 +396,7 @@ class Sample(Source):
         return {split: (split, np.arange(count)) for split, count in counts.items()}
 
     def items(self, split: str, places: Int[np.ndarray, " m"]) -> Iterator[Item]:
+        # Five numbers a try, for all tries at once: photograph, reduction, across, down, mirror.
         draws = uniform(SAMPLE_SEED, f"sample/{split}", 0, torch.from_numpy(places), 5 * TRIES)
         tries = draws.view(-1, TRIES, 5).tolist()
         for place, chances in zip(places.tolist(), tries, strict=True):
@@ -379,17 +410,21 @@ def _crop_with_contrast(split: str, place: int, chances: list[list[float]]) -> I
         crop = _crop(photograph(names[label]), *how)
         if crop.std((0, 1)).max() > CONTRAST:
             break
+    # The last try is kept, whatever its contrast.
     return Item(place, label, crop, f"sample, {split} {place}")
 
 
 def _crop(
     image: Pixels, reduction: float, across: float, down: float, mirror: float
 ) -> UInt8[np.ndarray, "32 32 3"]:
+    # Draws are below 1: no index is beyond its end.
     factor = REDUCTIONS[int(reduction * len(REDUCTIONS))]
     side = SAMPLE_SIZE * factor
     top, left = int(down * (image.shape[0] - side)), int(across * (image.shape[1] - side))
+    # The mean of each factor x factor block, rounded to the nearest byte.
     blocks = image[top : top + side, left : left + side].reshape(
         SAMPLE_SIZE, factor, SAMPLE_SIZE, factor, 3
     )
     crop = (blocks.mean((1, 3)) + 0.5).astype(np.uint8)
+    # A view that runs backwards; it is copied when the crops of a shard are stacked.
     return crop[:, ::-1] if mirror < 0.5 else crop

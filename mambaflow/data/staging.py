@@ -35,6 +35,7 @@ from mambaflow.data.shards import (
 from mambaflow.data.sources import Item, Pixels, Source, SourceError, open_source
 from mambaflow.storage import Storage, StorageError, at
 
+# Beside the shards' own names: a listing of "shard-" sees neither.
 CLAIM, NOTES = "claim.json", "staging"
 LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class StageConfig:
     """Fan out over Ray; --no-ray: one shard after the other in this process."""
 
     def __post_init__(self) -> None:
+        # NaN is in no interval, and so is refused as well.
         for name in ("known_ratio", "target_ratio"):
             value = getattr(self, name)
             require(0 < value < 1, f"{name} (={value}) must be in (0, 1); use 0.2")
@@ -81,6 +83,7 @@ class StageConfig:
             f"known_ratio + target_ratio (={total:g}) must be at most 1: the two are disjoint; "
             "use 0.2 and 0.2",
         )
+        # 256: a pixel's place must fit in 16 bits, in a shard and where masks are ranked.
         require(1 <= self.size <= 256, f"size (={self.size}) must be in [1, 256]; use 32")
         require(
             self.known > 0,
@@ -99,6 +102,7 @@ class StageConfig:
     @property
     def known(self) -> int:
         """Known pixels of an image."""
+        # Rounded down: 204 of 1,024 for a fifth.
         return int(self.known_ratio * self.size**2)
 
     @property
@@ -115,6 +119,7 @@ class SplitPlan:
     images: str
     out: str
     spec: ShardSpec
+    # The source's split that the images are in: most sources' validation images are in train.
     stored_split: str
     places: np.ndarray
     on_corrupt: str
@@ -127,7 +132,10 @@ class SplitPlan:
     @property
     def claim(self) -> dict[str, Any]:
         """All that the bytes of its shards depend on."""
+        # As int64 whatever the platform's integers are, so that every machine gets the same hash.
         places = hashlib.sha256(self.places.astype(np.int64).tobytes()).hexdigest()[:16]
+        # The images themselves stand for the source's address, which may change. How corrupt images
+        # are met is left out: no byte of a shard hangs on it.
         about = {"images": self.images, "count": len(self.places), "places": places}
         return asdict(self.spec) | about
 
@@ -136,6 +144,8 @@ class SplitPlan:
         rows = self.spec.rows_per_shard
         claim_hash = hashlib.sha256(_json(self.claim)).hexdigest()
         for number, first in enumerate(range(0, len(self.places), rows)):
+            # Corrupt images are left out of their shard, and none moves up: a shard's rows follow
+            # from its own places alone, whoever makes it.
             places = self.places[first : first + rows]
             yield ShardTask(
                 self.source, self.out, self.spec, self.stored_split, places, number,
@@ -168,6 +178,7 @@ class ShardResult:
 
 
 def _json(value: Any) -> bytes:
+    # Sorted, since claims are compared by a hash of this text.
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -177,6 +188,7 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
     Raises:
         SourceError: the source has too few images.
     """
+    # Absolute, since workers run in folders of their own.
     out, parts = at(config.out).uri, []
     for split, (stored, places) in source.splits(config.validation).items():
         spec = ShardSpec(
@@ -186,9 +198,11 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
             known=config.known,
             target=config.target,
             mask_seed=config.mask_seed,
+            # Held-out images are scored whole.
             full_images=config.full_images or split != "train",
             rows_per_shard=config.rows_per_shard,
         )
+        # The first of the training images; the held-out splits stay as they are.
         if split == "train" and config.limit:
             places = places[: config.limit]
         parts.append(
@@ -207,11 +221,14 @@ def stake_claim(out: str, parts: list[SplitPlan]) -> None:
     """
     for part in parts:
         try:
+            # A published split without its claim, which somebody deleted, is in the way too.
             theirs = asdict(read_manifest(part.storage).spec)
         except ShardError as error:
             log.debug("no manifest that could be in the way: %s", error)
         else:
             _refuse(out, part.spec.split, theirs, part.claim)
+    # Of many processes one creates the file. The others find it whole, go on where it is their own
+    # staging too, and are refused where it is another.
     ours = {part.spec.split: part.claim for part in parts}
     if not at(out).create(CLAIM, _json(ours)):
         theirs = json.loads(at(out).read(CLAIM))
@@ -220,6 +237,7 @@ def stake_claim(out: str, parts: list[SplitPlan]) -> None:
 
 
 def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    # Over their fields: a manifest has fewer than a claim.
     changes = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if v != ours.get(k)]
     require(
         not changes,
@@ -228,6 +246,7 @@ def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) 
     )
 
 
+# For the life of a worker process, which makes the shards of one staging.
 @lru_cache(maxsize=1)
 def _opened(address: str) -> Source:
     """A worker's source: opened once, for all of its shards."""
@@ -242,6 +261,7 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
             an int8.
         ValueError: a shard of another staging is in the way.
     """
+    # It is found made where a staging goes on, and where Ray repeats a task whose worker died.
     made = _made(task)
     if made is not None:
         return made
@@ -249,6 +269,8 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     images, labels, ids, corrupt = _read(source or _opened(task.source), task)
     data = to_bytes(encode(images, labels, ids, task.spec), task.spec)
     info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
+    # The shard, then its note: where a note is, the shard is whole. Two that make the same shard at
+    # once write the same bytes.
     split.write(name, data)
     note = {"claim": task.claim_hash, "info": asdict(info), "corrupt": corrupt}
     split.write(f"{NOTES}/{name}.json", _json(note))
@@ -259,19 +281,24 @@ def _made(task: ShardTask) -> ShardResult | None:
     """The finished shard, if it is there and whole."""
     split, name = at(task.out).child(task.spec.split), shard_name(task.number)
     try:
+        # The note first: without one the shard's bytes need not be fetched.
         note = json.loads(split.read(f"{NOTES}/{name}.json"))
         data = split.read(name)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     require(
+        # By the note, since a claim may have been deleted and another made in its place.
         note["claim"] == task.claim_hash,
         f"out (={task.out}) holds a shard of another staging ({task.spec.split}/{name}); "
         "give another --out, or remove that folder",
     )
+    # By its bytes, not by being there: what was damaged since is made again.
     info = ShardInfo(**note["info"])
     if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
         log.warning("%s/%s was damaged since it was made: making it again", split.uri, name)
         return None
+    # A kept shard remembers what it lacks: a staging that stops at corrupt images also stops at
+    # those that an earlier one counted.
     _stop_at(note["corrupt"], task.on_corrupt)
     return ShardResult(task.spec.split, info, True, note["corrupt"])
 
@@ -287,17 +314,20 @@ def _read(source: Source, task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.n
             kept.append(_checked(item, task.spec.size))
             labels.append(item.label)
             ids.append(item.id)
+    # A shard of corrupt images alone is a shard without rows; np.stack takes no empty list.
     images = np.stack(kept) if kept else np.empty((0, *[task.spec.size] * 2, 3), np.uint8)
     return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
 
 
 def _stop_at(corrupt: list[str], on_corrupt: str) -> None:
+    # The first is enough: the rest of the shard is not read.
     if corrupt and on_corrupt == "stop":
         raise SourceError(f"corrupt image {corrupt[0]}; mend it, or use --on-corrupt count")
 
 
 def _checked(item: Item, size: int) -> Pixels:
     """The pixels of an image that fits the shards."""
+    # Callers looked: one without pixels was counted as corrupt.
     assert item.pixels is not None
     height, width, _ = item.pixels.shape
     if (height, width) != (size, size):
@@ -320,6 +350,7 @@ def in_process(source: Source) -> Run:
     """One shard after the other, on one core: small operations only lose by being shared."""
 
     def run(tasks: list[ShardTask]) -> Iterator[ShardResult]:
+        # Put back at the end, even where the caller stops half-way: the process may go on to train.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -347,13 +378,16 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
             _checked(item, config.size)
     stake_claim(config.out, parts)
     done: dict[str, list[ShardResult]] = {part.spec.split: [] for part in parts}
+    # Shards come in any order. Their notes, not this list, are what a staging goes on from.
     for shard in run([task for part in parts for task in part.tasks()]):
         done[shard.split].append(shard)
         for fault in shard.corrupt:
             log.warning("left out corrupt image %s", fault)
     for part in parts:
         _check_whole(part, done[part.spec.split])
+    # All splits are whole before the first is published. "test" is the last of them.
     for part in parts:
+        # By name: a row's number follows from the manifest, not from who was first.
         infos = sorted((s.info for s in done[part.spec.split]), key=lambda info: info.name)
         write_manifest(part.storage, Manifest(part.spec, infos))
     every = [s for shards in done.values() for s in shards]
@@ -367,6 +401,8 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
 
 def _check_whole(part: SplitPlan, done: list[ShardResult]) -> None:
     """Whatever the workers said, is it here?"""
+    # Read from `out` as this process sees it. A worker whose folder of that name is another wrote
+    # its shards where nobody will look for them.
     rows = sum(shard.info.rows for shard in done) + sum(len(shard.corrupt) for shard in done)
     there = set(part.storage.list("shard-"))
     gone = sorted(s.info.name for s in done if s.info.name not in there)
@@ -383,6 +419,7 @@ def _check_whole(part: SplitPlan, done: list[ShardResult]) -> None:
 def stage_once(name: str, root: Path = Path("data")) -> str:
     """The folder of an embedded data set, staged in this process if it is not yet."""
     config = StageConfig(source=name, out=str(root / name), full_images=True)
+    # The manifest that is published last: where it is, the others are.
     if not at(config.out).child("test").exists(MANIFEST):
         source = open_source(name)
         log.info("staged %s: %s", config.out, stage(config, source, in_process(source)))
