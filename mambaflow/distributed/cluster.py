@@ -22,9 +22,9 @@ from mambaflow.config import ScaleConfig
 from mambaflow.distributed.environment import LOCAL, cluster_address, is_set, worker_environment
 from mambaflow.training.run import RunFailed
 
-REACH_S = 10
-PATIENCE_S, SOON_S = 300.0, 5.0
-GROWTH_S = 60.0
+REACH_S = 10  # until an address where nobody answers is given up
+PATIENCE_S, SOON_S = 300.0, 5.0  # until a run without room is given up; until it says that it waits
+GROWTH_S = 60.0  # Ray's own default
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +37,7 @@ def connect() -> Iterator[None]:
         RuntimeError: `set_ray_environment` was not called before Ray was imported.
         ValueError, OSError: RAY_ADDRESS is of another kind, does not answer, or refuses us.
     """
+    # Whoever connected first ends it too: a caller inside its `with` takes what is there.
     if ray.is_initialized():
         yield
         return
@@ -49,12 +50,13 @@ def connect() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         settings: dict[str, Any] = {"address": address}
         if address == LOCAL:
-            # A short path: a Unix socket's name holds 107 bytes.
+            # A short path: a Unix socket's name holds 107 bytes, and Ray's lie deep below.
             folder = tempfile.TemporaryDirectory("", "mf-", "/tmp", ignore_cleanup_errors=True)
             temp = stack.enter_context(folder)
+            # The cores are ours to state: Ray knows nothing of MAMBAFLOW_CORES.
             settings |= {"num_cpus": host.cores(), "include_dashboard": False, "_temp_dir": temp}
         _join(settings, {"env_vars": worker_environment(address)})
-        stack.callback(ray.shutdown)
+        stack.callback(ray.shutdown)  # undone in reverse: Ray ends before its folder is removed
         yield
 
 
@@ -63,7 +65,7 @@ def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:
     address = settings["address"]
     name, _, port = address.rpartition(":")
     try:
-        if port.isdigit():
+        if port.isdigit():  # "local" and "auto" have none, and are Ray's to find
             socket.create_connection((name, int(port)), REACH_S).close()
     except OSError as error:
         raise ConnectionError(
@@ -71,9 +73,11 @@ def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:
             "`ray start --head`, or unset it for a private Ray on this machine"
         ) from error
     try:
+        # log_to_driver=False: what workers log comes by the progress actor.
         ray.init(
             logging_level=logging.WARNING, log_to_driver=False, runtime_env=runtime_env, **settings
         )
+    # The port has answered: now it is the token that does not fit.
     except (ray.exceptions.AuthenticationError, ConnectionError) as error:
         raise ConnectionError(
             f"Ray at RAY_ADDRESS (={address}) does not let us in: {error}; start it with `ray "
@@ -88,7 +92,7 @@ def check_room(scale: ScaleConfig) -> None:
         ValueError: num_workers, or min_workers, exceeds this machine's cores or GPUs;
             MAMBAFLOW_GROWTH_S is no number of seconds.
     """
-    growth_s()
+    growth_s()  # read early, so that a bad value is refused before workers start
     if cluster_address() == LOCAL:
         require(not missing(scale), missing(scale))
 
@@ -108,6 +112,7 @@ def growth_s() -> float:
 
 def missing(scale: ScaleConfig) -> str:
     """What the connected cluster lacks for the fewest workers of the run; "" for nothing."""
+    # All that the cluster has, free or not: what others hold now may be free soon.
     workers, have = scale.world_sizes[0], ray.cluster_resources()
     name = "min_workers" if scale.min_workers else "num_workers"
     for kind in ("CPU", "GPU") if scale.use_gpu else ("CPU",):
@@ -129,6 +134,7 @@ def await_room(scale: ScaleConfig, patience_s: float = PATIENCE_S) -> None:
         RunFailed: there was no room for `patience_s` seconds.
     """
     bundle = {"CPU": 1, "GPU": 1} if scale.use_gpu else {"CPU": 1}
+    # A probe, removed below: Ray Train asks anew, and would find its workers' place taken.
     group = placement_group([bundle] * scale.world_sizes[0])
     try:
         if group.wait(SOON_S):

@@ -55,11 +55,13 @@ def set_ray_environment() -> None:
     """
     if os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL) or "RAY_AUTH_TOKEN" in os.environ:
         return
+    # Ray keeps the mode that it read as it was imported: stated now, it would reach children alone.
     if "RAY_AUTH_MODE" not in os.environ and "ray" in sys.modules:
         raise RuntimeError(
             "ray was imported before its authentication was stated; call set_ray_environment() "
             "before `import ray`, or start the process with RAY_AUTH_MODE=token or disabled"
         )
+    # Without a token in the environment Ray would make one, in ~/.ray, and leave it there.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
@@ -72,9 +74,12 @@ def is_set() -> bool:
 def worker_environment(address: str) -> dict[str, str]:
     """What workers get of the driver's environment, less what they have of their job: Ray refuses
     a variable that is given twice."""
+    # Where Ray tells a job's driver what `ray job submit` was given.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     known = job.get("runtime_env", {}).get("env_vars", {})
     given = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in SETTINGS}
+    # Neither names a cluster that another node would find.
     if address in (LOCAL, "auto"):
         given.pop("RAY_ADDRESS", None)
+    # What a user states wins over SETTINGS.
     return {k: v for k, v in (SETTINGS | given).items() if k not in known}

@@ -30,12 +30,14 @@ class ProgressActor:
 
     def news(self) -> tuple[Progress | None, list[Line]]:
         """The newest progress, and the lines since the last call."""
+        # An actor answers one call at a time: no line comes between the two and is lost.
         lines, self.lines = self.lines, []
         return self.progress, lines
 
 
 def start_progress_actor() -> Any:
     """A progress actor on the driver's own node, so that it lives as long as the driver."""
+    # soft=False: here or nowhere, since a run outlives the loss of any other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # No CPU of its own: on a node whose cores are all in training it would wait forever.
     return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here).remote()
@@ -50,7 +52,7 @@ class ActorLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = f"[worker {self.rank}] {self.format(record)}"
-        self.actor.log.remote(record.levelno, record.name, text)
+        self.actor.log.remote(record.levelno, record.name, text)  # sent, not waited for
 
 
 class FailureReporter(ray.train.UserCallback):
@@ -63,10 +65,12 @@ class FailureReporter(ray.train.UserCallback):
         """Called each time that workers fail, before they are replaced or the run ends."""
         for rank, error in sorted(worker_exceptions.items()):
             text = f"worker {rank} failed: {last_line(error)}"
+            # The controller is a process of its own: the driver does not see what it logs.
             self.actor.log.remote(logging.WARNING, __name__, text)
 
 
 def last_line(error: BaseException) -> str:
     """What a person wants to read of a traceback, or of Ray's page about a lost worker."""
+    # A traceback ends with the error itself.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else repr(error)

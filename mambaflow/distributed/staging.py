@@ -9,7 +9,7 @@ from mambaflow.data.staging import ShardResult, ShardTask, make
 from mambaflow.distributed.cluster import connect
 
 IN_FLIGHT = 64
-RETRIES = 3
+RETRIES = 3  # Ray's own default
 
 
 def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
@@ -19,15 +19,17 @@ def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
         What `data.staging.make` raises; storage that fails is tried again a few times.
     """
     with connect():
+        # Ray tries again by itself where a worker is lost; for an exception it must be told which.
+        # Storage that fails raises an OSError; damage would be there again.
         remote = ray.remote(make).options(
             num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError]
         )
         running = [remote.remote(task) for task in tasks[:IN_FLIGHT]]
         waiting = iter(tasks[IN_FLIGHT:])
         while running:
-            done, running = ray.wait(running)
+            done, running = ray.wait(running)  # returns with the first that is done
             running += [remote.remote(task) for task in itertools.islice(waiting, len(done))]
             try:
                 yield ray.get(done[0])
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
+                raise error.cause from error  # the task's own, as where no Ray is

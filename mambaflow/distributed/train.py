@@ -35,6 +35,7 @@ from mambaflow.training.preflight import check_storage
 from mambaflow.training.process_group import COLLECTIVE_TIMEOUT_S, ProcessGroup, Progress
 from mambaflow.training.run import Outcome, RunFailed, train, train_and_score
 
+# Times that workers may fail to start; Ray's own default is without limit.
 CONTROLLER_FAILURES = 5
 WATCH_S = 0.5
 log = logging.getLogger(__name__)
@@ -50,10 +51,13 @@ class RayProcessGroup(ProcessGroup):
         super().__init__(rank, size, ray.train.torch.get_device(), watch)
 
     def wrap(self, model: nn.Module) -> Forward:
+        # TrainState has put the model on its device already.
         return ray.train.torch.prepare_model(model, move_to_device=False)
 
     def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
         """Tell Ray of a checkpoint that is in place: others wait here for the first worker."""
+        # Collective: every worker reports, though the first alone has saved. Numbers and an
+        # address, and no Checkpoint, of which Ray would keep a book.
         ray.train.report({**scores, "checkpoint": uri})
 
 
@@ -65,11 +69,13 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             `score_test`, whether the test split is scored at the end.
     """
     config, actor = from_dict(settings["run"]), settings["progress"]
-    group = RayProcessGroup(actor.report_progress.remote)
+    group = RayProcessGroup(actor.report_progress.remote)  # returns at once: no step waits
     share_threads(ray.train.get_context().get_local_world_size())
     logging.getLogger("mambaflow").addHandler(ActorLogHandler(actor, group.rank))
+    # On every node: one that does not share the folder would train on nothing that others see.
     check_storage(config)
     outcome = (train_and_score if settings["score_test"] else train)(config, group)
+    # Ray hands the first worker's to the driver.
     return {"status": outcome.status, "step": outcome.step}
 
 
@@ -84,9 +90,11 @@ def train_on_ray(config: RunConfig, watch: Watch, *, score_test: bool = True) ->
         RunFailed: no room for the workers, or they failed more often than max_failures.
         ShardError, CheckpointError: workers found these damaged.
     """
+    # First, so that what is missing is said in our words, and waited for within bounds.
     await_room(config.scale)
     actor = start_progress_actor()
     settings = {"run": to_dict(config), "progress": actor, "score_test": score_test}
+    # For Ray's own files, which it would otherwise leave in ~/ray_results.
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as scratch:
         trainer = _trainer(config, settings, scratch)
         try:
@@ -105,7 +113,7 @@ def _trainer(config: RunConfig, settings: dict[str, Any], scratch: str) -> Any:
         train_loop_config=settings,
         torch_config=api.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=api.ScalingConfig(
-            num_workers=workers,
+            num_workers=workers,  # a pair, fewest and most, makes the run elastic
             use_gpu=scale.use_gpu,
             elastic_resize_monitor_interval_s=growth_s(),
         ),
@@ -125,6 +133,8 @@ def _trainer(config: RunConfig, settings: dict[str, Any], scratch: str) -> Any:
 
 def _found_damage(error: ray.train.TrainingFailedError) -> ValueError | None:
     """The damaged shard or checkpoint for which workers failed, if that is why."""
+    # A WorkerGroupError has what its workers raised, by rank; a ControllerError has none. Ray may
+    # have wrapped an exception to keep its traceback.
     for cause in getattr(error, "worker_failures", {}).values():
         found = getattr(cause, "_base_exc", cause)
         if isinstance(found, ShardError | CheckpointError):
@@ -135,31 +145,35 @@ def _found_damage(error: ray.train.TrainingFailedError) -> ValueError | None:
 def _account(error: ray.train.TrainingFailedError, scale: ScaleConfig) -> str:
     """Why a run ended without a result."""
     if isinstance(error, ray.train.WorkerGroupError):
+        # The lowest rank: none is there twice, so that no two exceptions are compared.
         rank, cause = min(error.worker_failures.items())
-        times = scale.max_failures + 1
+        times = scale.max_failures + 1  # that many were made good, and one more
         return f"workers failed {times} times (max_failures={scale.max_failures}); " + (
             f"the last time worker {rank}: {last_line(cause)}"
         )
+    # No worker failed: most likely there are too few nodes left to start them on.
     return missing(scale) or last_line(error)
 
 
 def _watched(fit: Callable[[], Any], actor: Any, watch: Watch) -> Any:
     """Run `fit` in a thread, while this one, which is where signals arrive, shows the news."""
+    # In the main thread `fit` would take Ctrl-C for itself, and abort the run without a checkpoint.
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(fit)
         while not wait([ending], timeout=WATCH_S).done:
             _show(actor, watch)
-        _show(actor, watch)
-        return ending.result()
+        _show(actor, watch)  # what came after the last look
+        return ending.result()  # or raises what `fit` raised
 
 
 def _show(actor: Any, watch: Watch) -> None:
     try:
         progress, lines = ray.get(actor.news.remote(), timeout=SOON_S)
+    # A look that fails is no reason to end a run: the next one tells the same.
     except (ray.exceptions.RayError, TimeoutError) as error:
         log.debug("no news of the run: %s", error)
         return
     for level, name, text in lines:
-        logging.getLogger(name).log(level, "%s", text)
+        logging.getLogger(name).log(level, "%s", text)  # never as the format: it may hold a %
     if progress is not None:
         watch(progress)

@@ -43,6 +43,7 @@ def _fill(fill: Fill) -> Fill:
         require(len(known_xy) > 0, "known_xy (=0 points) must hold at least one; use a known pixel")
         if len(query_xy) == 0:
             return np.empty((0, 3))
+        # A place that is given twice would make the equations of a thin plate singular.
         return fill(*_distinct(known_xy, known_rgb), query_xy)
 
     return checked
@@ -83,14 +84,16 @@ def _distinct(
     xy: Points, rgb: Colours
 ) -> tuple[Float[np.ndarray, "kept 2"], Float[np.ndarray, "kept 3"]]:
     """Each place once, in the order given."""
+    # Pairs by number, the earlier first; by a tree, without all k x k distances.
     first, second = cKDTree(xy).query_pairs(ONE_PLACE, output_type="ndarray").T
+    # One colour twice is no contradiction.
     torn = (rgb[first] != rgb[second]).any(1)
     require(
         not bool(torn.any()),
         f"known_xy (={xy[first[torn]][:1].tolist()}, {torn.sum()} pairs) must have one colour at "
         f"each place, all within {ONE_PLACE} being one; use the mean of its colours",
     )
-    kept = np.delete(np.arange(len(xy)), second)
+    kept = np.delete(np.arange(len(xy)), second)  # of each pair the later goes
     return xy[kept], rgb[kept]
 
 
@@ -105,6 +108,7 @@ def linear(known_xy: Points, known_rgb: Colours, query_xy: Asked) -> Filled:
     """Linear on each Delaunay triangle; the nearest colour outside their hull."""
     _refuse_line(known_xy)
     filled = LinearNDInterpolator(Delaunay(known_xy), known_rgb)(query_xy)
+    # So scipy marks places outside the hull.
     outside = np.isnan(filled).any(-1)
     filled[outside] = nearest(known_xy, known_rgb, query_xy[outside])
     return filled
@@ -114,6 +118,7 @@ def linear(known_xy: Points, known_rgb: Colours, query_xy: Asked) -> Filled:
 def thin_plate(known_xy: Points, known_rgb: Colours, query_xy: Asked) -> Filled:
     """The interpolant of least bending energy (Duchon 1977): r^2 log r and an affine part."""
     _refuse_line(known_xy)
+    # All known places at once, one dense system: exact, and of cost k^3.
     return RBFInterpolator(known_xy, known_rgb, kernel="thin_plate_spline")(query_xy)
 
 
@@ -129,12 +134,15 @@ def biharmonic(known_xy: Points, known_rgb: Colours, query_xy: Asked) -> Filled:
         f"query_xy (={len(query_xy)} points) must be the pixel centres of a square image, "
         "row by row; use another fill for other coordinates",
     )
+    # A place at 1 would be in a column that is not there; that it is no centre is seen below.
     column, row = np.minimum(known_xy * size, size - 1).astype(int).T
     known = row * size + column
     require(
         np.allclose(known_xy, query_xy[known], atol=1e-5),
         f"known_xy (={len(known_xy)} points) must lie on pixel centres; use another fill",
     )
+    # scikit-image takes an image with holes and the mask of its holes, and clips what it fills to
+    # the range of the known colours.
     image, missing = np.zeros((size * size, 3)), np.ones(size * size, bool)
     image[known], missing[known] = known_rgb, False
     image, missing = image.reshape(size, size, 3), missing.reshape(size, size)
@@ -149,6 +157,7 @@ def centres(size: int) -> Points:
 
 def _refuse_line(known_xy: Points) -> None:
     """Refuse points on a line, to one part in 10^8: they leave the colours beside it undecided."""
+    # Extents along and across the best line through the first place: across it, none on a line.
     spread = np.linalg.svd(known_xy - known_xy[:1], compute_uv=False)
     require(
         len(known_xy) >= 3 and bool(spread[1] > 1e-8 * spread[0]),
@@ -193,9 +202,9 @@ def fill_images(
         bool(((rgb >= 0) & (rgb <= 1)).all()),  # false for NaN
         "rgb must hold values in [0, 1]; use (rgb + 1) / 2 or bytes / 255",
     )
-    xy = centres(size)
+    xy = centres(size)  # (size^2, 2)
     images = np.empty((len(index), size * size, 3))
     for image, known, colours in zip(images, index, rgb, strict=True):
-        image[:] = fill(xy[known], colours, xy).clip(0, 1)
-        image[known] = colours
+        image[:] = fill(xy[known], colours, xy).clip(0, 1)  # smooth fills overshoot
+        image[known] = colours  # fills meet them to rounding alone
     return images.reshape(-1, size, size, 3)

@@ -23,6 +23,7 @@ from mambaflow.evaluation.metrics import Completion, Scores
 from mambaflow.flow.samplers import CountedVelocity, Solver, times_for
 from mambaflow.models.velocity_field import VelocityField
 
+# Images completed at a time, the same for any number of workers: see `score`.
 CHUNK = 32
 Images = Float[Tensor, "m h w 3"]
 
@@ -43,6 +44,7 @@ class EvalSet:
         if rows.images is None:
             raise ValueError("held-out shards must hold whole images; stage the data again")
         images = torch.from_numpy(rows.images).view(-1, layout.size, layout.size, 3)
+        # A row's known pixels come first; those after them are targets of training.
         index = torch.from_numpy(rows.index.astype(np.int64))[:, : layout.known]
         return cls(layout, images, index, torch.from_numpy(rows.ids))
 
@@ -70,17 +72,19 @@ class EvalSet:
     @property
     def mask_hash(self) -> str:
         """What two results must share to be compared."""
+        # As shards hold them, in 16 bits: the hash is of the masks, not of today's dtype.
         return hashlib.sha256(self.known.numpy().astype(np.uint16).tobytes()).hexdigest()[:12]
 
     def batch(self) -> tuple[PixelBatch, Int[Tensor, "m n"]]:
         """The known pixels, and all others as queries; and which those are."""
         others = unknown(self.known, self.layout.size)
-        index = torch.cat((self.known, others), 1)
+        index = torch.cat((self.known, others), 1)  # (m, size^2), the known first: see Layout.batch
         colours = self.images.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 3))
         return self.layout.batch(index, colours, self.ids), others
 
     def assemble(self, others: Int[Tensor, "m n"], rgb: Float[Tensor, "m n 3"]) -> Images:
         """Whole images in [0, 1] from the colours of the unknown pixels."""
+        # The answers are written into the truth: its known pixels are not touched at all.
         known = self.truth.flatten(1, 2)
         whole = copy_known(known, others, self.layout.image(rgb.cpu()))
         return whole.view(self.images.shape)
@@ -111,16 +115,20 @@ def complete(
         around: the posterior mean, where the solver draws a sample around it.
         settings: of the solver, such as its temperature.
     """
+    # The time is of all that an answer takes, reading the known pixels included.
     start = time.perf_counter()
     device = next(model.parameters()).device
     batch, others = eval_set.batch()
 
     def draw(stream: int) -> Float[Tensor, "m n 3"]:
+        # By the image's id, on CPU: the same noise in any chunk, on any worker and any device.
         noise = normal(0, "evaluation", stream, eval_set.ids, 3 * others.shape[1])
         return noise.view(*others.shape, 3).to(device)
 
     with torch.no_grad():
+        # The known pixels are read once for all calls.
         velocity = CountedVelocity(model.condition(batch.to(device)))
+        # Stream 0 is where paths start, those from 1 on are the noise of the solver's steps.
         rgb = solver(velocity, draw(0), times_for(grid, steps), lambda i: draw(i + 1), **settings)
     images = eval_set.assemble(others, rgb)  # on CPU: what a GPU still had to do is done
     return eval_set.completion(images, velocity.calls, time.perf_counter() - start, around)
@@ -129,11 +137,12 @@ def complete(
 def fill(name: str, eval_set: EvalSet) -> Completion:
     """A classical fill of the same masks."""
     truth = eval_set.truth.flatten(1, 2)
-    rgb = truth.gather(1, eval_set.known[..., None].expand(-1, -1, 3))
+    rgb = truth.gather(1, eval_set.known[..., None].expand(-1, -1, 3))  # (m, k, 3)
     filled = fill_images(name, eval_set.known.numpy(), rgb.double().numpy(), eval_set.layout.size)
     return eval_set.completion(torch.from_numpy(filled).float().clamp(0, 1))
 
 
+# A protocol: `training`, whose ProcessGroup this is, imports this wing and not the reverse.
 @runtime_checkable
 class Workers(Protocol):
     """Who shares the scoring: as much as it needs to know of a process group."""
@@ -176,13 +185,17 @@ def score(
     """
     workers = workers or Alone()
     chunks = -(-len(eval_set) // CHUNK)
+    # A row for each chunk, not one for each worker: rows are summed up below in their own order,
+    # whoever filled them.
     sums = torch.zeros(chunks, len(names) * len(Scores().flat()), dtype=torch.float64)
     for number in range(workers.rank, chunks, workers.size):
         answers = methods(eval_set.chunk(number))
+        # In the order of `names`, which all workers share.
         flat = [x for name in names for x in Scores().add(answers[name]).flat()]
         sums[number] = torch.tensor(flat, dtype=torch.float64)
     total = {name: Scores() for name in names}
     for row in workers.all_reduce(sums).tolist():  # others' rows are zeros: each sum is exact
+        # Each `unflat` takes from it as many numbers as its sums have.
         numbers = iter(row)
         total = {name: scores + scores.unflat(numbers) for name, scores in total.items()}
     return total

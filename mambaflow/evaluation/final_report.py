@@ -41,9 +41,11 @@ def validate(
 ) -> tuple[dict[str, float], Picture | None]:
     """Scores of the posterior mean, the same on every worker; and on the first of them a picture
     with one sample of a few images."""
+    # All workers take part in this, and all get the scores; the picture is the first one's.
     scores = score(
         [MEAN], lambda chunk: {MEAN: complete(model, chunk, MEAN_SOLVER)}, eval_set, workers
     )[MEAN].report()
+    # A metric may have no number, such as speckle where nothing is flat.
     named = {f"val/{key}": scores[key] for key in VALIDATED if key in scores}
     if workers is not None and workers.rank:
         return named, None
@@ -52,7 +54,7 @@ def validate(
 
 def completion_grid(eval_set: EvalSet, model: VelocityField, config: TrainConfig) -> Picture:
     """Truth, known pixels, linear fill, posterior mean and one sample, side by side."""
-    truth = eval_set.images.numpy()
+    truth = eval_set.images.numpy()  # bytes, as they were staged
     columns = {
         "truth": truth,
         "known pixels": only_known(truth, eval_set.is_known.numpy()),
@@ -64,7 +66,7 @@ def completion_grid(eval_set: EvalSet, model: VelocityField, config: TrainConfig
 
 
 def _bytes(images: Images) -> UInt8[np.ndarray, "m h w 3"]:
-    return (images * 255).round().to(torch.uint8).numpy()
+    return (images * 255).round().to(torch.uint8).numpy()  # a cast alone would cut
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class FinalReport:
     @property
     def table(self) -> str:
         """The table, with where its numbers come from."""
-        facts = dict(self.facts)
+        facts = dict(self.facts)  # a copy, to take from
         command, data, seed = (facts.pop(key) for key in ("command", "data", "seed"))
+        # For programs: `reported_steps` tells by it whether the run has gone on since this report.
         facts.pop("trained_steps")
         brief = {key: column for key, column in COLUMNS.items() if column.brief}
         caption = provenance(str(command), str(data), int(seed), **facts)
@@ -95,6 +98,7 @@ def _answers(
     model: VelocityField, eval_set: EvalSet, config: TrainConfig
 ) -> Mapping[str, Completion]:
     """Every row of the final table, for a few images."""
+    # The mean first, in one call: it is a row of its own, and what the sample is measured against.
     best = complete(model, eval_set, MEAN_SOLVER)
     one = complete(model, eval_set, SAMPLE_SOLVER, config.sample_steps, around=best.prediction)
     return {name: fill(name, eval_set) for name in QUICK_FILLS} | {MEAN: best, SAMPLE: one}
@@ -115,11 +119,13 @@ def final_report(
         trained_steps: of the whole run.
         workers: who shares the scoring; every one of them calls this, and the first gets a report.
     """
+    # On every worker alike, before they wait for one another.
     require(len(eval_set) > 0, "the test split is empty; stage the data with a test split")
     names = [*QUICK_FILLS, MEAN, SAMPLE]
     scores = score(names, lambda chunk: _answers(model, chunk, config.train), eval_set, workers)
-    if workers is not None and workers.rank:
+    if workers is not None and workers.rank:  # from here on the first worker alone
         return None
+    # All that the numbers depend on, so that two reports can be told to be comparable.
     facts: dict[str, str | int] = {
         "command": config.command,
         "data": config.data,

@@ -40,19 +40,21 @@ class Sums:
     """Fields that add up, one by one: numbers, or sums themselves."""
 
     def __add__(self: S, other: S) -> S:
-        mine: Any = self
+        mine: Any = self  # `fields` wants a dataclass, which subclasses are
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(mine)))
 
     def flat(self) -> list[float]:
         """Every number, in a fixed order: what a collective adds up over the workers."""
         mine: Any = self
         values = (getattr(self, f.name) for f in fields(mine))
+        # By depth, in the order of the fields; `unflat` walks the same way.
         return [x for v in values for x in (v.flat() if isinstance(v, Sums) else [float(v)])]
 
     def unflat(self: S, numbers: Iterator[float]) -> S:
         """Sums of this kind, of the next numbers that `flat` gave."""
         mine: Any = self
         values = (getattr(self, f.name) for f in fields(mine))
+        # Counts travel as floats, exact up to 2^53, and become int again.
         return type(self)(
             *(v.unflat(numbers) if isinstance(v, Sums) else type(v)(next(numbers)) for v in values)
         )
@@ -68,6 +70,7 @@ class Moments(Sums):
 
     def add(self, values: Float[Tensor, " b"]) -> "Moments":
         """With these numbers counted in."""
+        # A variance is the difference of two large sums: float32 would leave little of it.
         wide = values.double()
         return self + Moments(len(values), wide.sum().item(), wide.square().sum().item())
 
@@ -92,6 +95,7 @@ class Moments(Sums):
 
 def _require_same_shape(**images: Tensor) -> None:
     """Refuse images that would be broadcast against one another."""
+    # Without channels, which a mask does not have.
     shapes = {name: tuple(image.shape[:3]) for name, image in images.items()}
     if len(set(shapes.values())) > 1:
         told = ", ".join(f"{name} (={shape})" for name, shape in shapes.items())
@@ -100,6 +104,7 @@ def _require_same_shape(**images: Tensor) -> None:
 
 def _require_in_range(**images: Tensor) -> None:
     for name, image in images.items():
+        # No images are in range: min() would raise.
         low, high = (image.min().item(), image.max().item()) if image.numel() else (0.0, 1.0)
         if not (low >= 0 and high <= 1):  # nor is nan
             raise ValueError(
@@ -124,10 +129,10 @@ def psnr(prediction: Images, truth: Images, where: Mask | None = None) -> Float[
     count = where.sum((1, 2))
     if not count.all():
         raise ValueError("where (=no pixel in some image) must leave a pixel to score in each")
-    error = (prediction.double() - truth.double()).square().mean(-1)
+    error = (prediction.double() - truth.double()).square().mean(-1)  # (b, h, w)
     # Chosen, not multiplied by 0: 0 x nan is nan.
     mean_square = torch.where(where, error, 0.0).sum((1, 2)) / count
-    return -10 * mean_square.clamp(min=10 ** (-PERFECT_DB / 10)).log10()
+    return -10 * mean_square.clamp(min=10 ** (-PERFECT_DB / 10)).log10()  # not log 0
 
 
 def ssim(prediction: Images, truth: Images) -> Float[Tensor, " b"]:
@@ -144,13 +149,15 @@ def ssim(prediction: Images, truth: Images) -> Float[Tensor, " b"]:
             f"image size (={tuple(truth.shape[1:3])}) must be at least {SSIM_WINDOW} a side "
             "for SSIM; score larger images"
         )
-    # Variances are differences of means: float32 would lose what is left of them in flat parts.
+    # Channels first, for the pooling below. Variances are differences of means: float32 would lose
+    # what is left of them in flat parts.
     x, y = (image.double().permute(0, 3, 1, 2) for image in (prediction, truth))
+    # (b, 15, h, w): the five means of all windows in one pass, each (b, 3, h - 6, w - 6).
     products = torch.cat((x, y, x * x, y * y, x * y), 1)
     mx, my, xx, yy, xy = F.avg_pool2d(products, SSIM_WINDOW, stride=1).chunk(5, 1)
-    sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
+    sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)  # from the mean over 49 to a division by 48
     vx, vy, cxy = sample * (xx - mx * mx), sample * (yy - my * my), sample * (xy - mx * my)
-    c1, c2 = 0.01**2, 0.03**2
+    c1, c2 = 0.01**2, 0.03**2  # the paper's, for a range of 1; in flat windows not 0 / 0
     similarity = (2 * mx * my + c1) * (2 * cxy + c2)
     return (similarity / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
@@ -165,6 +172,7 @@ class Quality(Sums):
 
     def add(self, prediction: Images, truth: Images, known: Mask) -> "Quality":
         """With these images counted in; `known` is True where the colour was given."""
+        # The model's own colours are in [-1, 1], and would be scored without a word.
         _require_in_range(prediction=prediction, truth=truth)
         if not len(truth):
             return self
@@ -185,6 +193,7 @@ class Quality(Sums):
 
 def _neighbourhoods(images: Images) -> Float[Tensor, "b i j 3 9"]:
     """The 3 x 3 values around each value that has them, its own fifth; channels apart."""
+    # Each unfold takes 2 from a side and adds a last dimension of 3.
     return images.double().unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)
 
 
@@ -209,11 +218,13 @@ class Speckle(Sums):
         if not len(truth) or min(truth.shape[1:3]) < 3:
             return self
         around, around_truth = _neighbourhoods(prediction), _neighbourhoods(truth)
-        flat = around_truth.std(-1, correction=0) < FLAT
+        # correction=0: a window is a whole, not a sample of one.
+        flat = around_truth.std(-1, correction=0) < FLAT  # (b, h - 2, w - 2, 3)
+        # Distances from the median, of the values in flat regions alone: two rows of numbers.
         lone, lone_truth = (
             (near[..., 4] - near.median(-1).values).abs()[flat] for near in (around, around_truth)
         )
-        outliers = (lone > OUTLIER) & (lone_truth < CALM)
+        outliers = (lone > OUTLIER) & (lone_truth < CALM)  # not where the truth stands out itself
         return self + Speckle(
             len(lone), lone.sum().item(), lone_truth.sum().item(), int(outliers.sum())
         )
@@ -239,10 +250,13 @@ class _Neighbours(Sums):
 
     def add(self, values: Images, where: Mask) -> "_Neighbours":
         sums = self
+        # Pairs one above the other, then side by side.
         for axis in (1, 2):
             last = values.shape[axis] - 1
+            # `where` holds for both of a pair.
             both = where.narrow(axis, 0, last) & where.narrow(axis, 1, last)
             a, b = values.narrow(axis, 0, last)[both], values.narrow(axis, 1, last)[both]
+            # Both ways round a and b have one mean and one variance: halves of the sums over both.
             sums = sums + _Neighbours(
                 a.numel(),
                 (a + b).sum().item() / 2,
@@ -257,6 +271,7 @@ class _Neighbours(Sums):
             return math.nan
         centre = self.total**2 / self.pairs
         variance = self.squares - centre
+        # Rounding may leave a variance of equal values at zero or just below.
         return (self.products - centre) / variance if variance > 0 else math.nan
 
 
@@ -282,6 +297,8 @@ class Calibration(Sums):
         _require_same_shape(sample=sample, mean=mean, truth=truth, known=known)
         centre = mean.double()
         drawn, real = sample.double() - centre, truth.double() - centre
+        # One that is no number would spoil the sums over all images. Known pixels are copies, and
+        # count for nothing.
         if not (drawn[~known].isfinite().all() and real[~known].isfinite().all()):
             raise ValueError("sample, mean and truth must be finite where known is False")
         return Calibration(
@@ -313,7 +330,7 @@ class Cost(Sums):
 
     def add(self, images: int, calls: int, seconds: float) -> "Cost":
         """With a batch of images counted in, made together in so many calls and seconds."""
-        return self + Cost(images, calls * images, seconds)
+        return self + Cost(images, calls * images, seconds)  # every image was in every call
 
     def report(self) -> dict[str, float]:
         """`nfe`, calls an image, and `seconds` an image."""
@@ -378,6 +395,7 @@ METRICS: dict[str, Metric] = {
     ),
     "calibration": Metric(
         Calibration(),
+        # A mean has no spread around itself: it is not counted in.
         lambda sums, c: (
             sums if c.mean is None else sums.add(c.prediction, c.mean, c.truth, c.known)
         ),
@@ -385,12 +403,14 @@ METRICS: dict[str, Metric] = {
     ),
     "cost": Metric(
         Cost(),
+        # A classical fill calls no velocity.
         lambda sums, c: (
             sums if c.calls is None else sums.add(len(c.prediction), c.calls, c.seconds)
         ),
         {"nfe": Column("NFE", 0), "seconds": Column("s / image", 4, brief=False)},
     ),
 }
+# In the order of the registry, which is that of the tables.
 COLUMNS: dict[str, Column] = {k: v for m in METRICS.values() for k, v in m.columns.items()}
 VALIDATED: list[str] = [key for metric in METRICS.values() for key in metric.validated]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambaflow.checks import lookup, require
 
-LAST_STRETCH = 0.1
+LAST_STRETCH = 0.1  # from 1 - t = 0.1 on to the data 1 / (1 - t) counts as 10
 
 
 def interpolate(
@@ -30,7 +30,7 @@ def interpolate(
     """
     _require_alike(x_0=x_0, x_1=x_1)
     _require_time_each(t, x_0)
-    return torch.lerp(x_0, x_1, t[:, None, None])
+    return torch.lerp(x_0, x_1, t[:, None, None])  # exact at both ends
 
 
 def target_velocity(
@@ -90,14 +90,17 @@ def sample_times(
         u.dtype in (torch.float32, torch.float64),
         f"u (of {u.dtype}) must be float32 or float64; use u.float()",
     )
-    if share_at_zero == 1:
+    if share_at_zero == 1:  # nothing is left for the law, nor to divide by
         return torch.zeros_like(u)
+    # One draw serves twice: below the share it says "zero"; above, stretched, it is uniform.
     rest = (u - share_at_zero) / (1 - share_at_zero)
+    # The law computes the draws that are not taken as well: none may lie outside [0, 1].
     return torch.where(rest < 0, 0.0, transform(rest.clamp(min=0)))
 
 
 LAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: u,
+    # The quantile is infinite at 0 and 1; a millionth from them times are 0.009 and 0.991.
     "logit_normal": lambda u: torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid(),
 }
 
@@ -130,5 +133,5 @@ def loss(
     _require_alike(x_0=x_0, x_1=x_1, velocity=velocity)
     _require_time_each(t, x_0)
     require(x_0.numel() > 0, f"x_0 (of shape {tuple(x_0.shape)}) must hold a colour at least")
-    error = (velocity - target_velocity(x_0, x_1)).square().mean((1, 2))
+    error = (velocity - target_velocity(x_0, x_1)).square().mean((1, 2))  # (b,), one time each
     return (weight(t) * error).mean()

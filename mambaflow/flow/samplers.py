@@ -27,6 +27,7 @@ Draw = Callable[[int], Float[Tensor, "b n 3"]]
 def uniform_times(steps: int) -> Float[Tensor, " times"]:
     """`steps` equal intervals from noise (0) to data (1)."""
     _require_count("steps", steps)
+    # In float64 whatever the noise is in: a step is the difference of two times.
     return torch.linspace(0, 1, int(steps) + 1, dtype=torch.float64)
 
 
@@ -52,13 +53,14 @@ def times_for(grid: str, steps: int) -> Float[Tensor, " times"]:
 
 def _require_count(name: str, value: object) -> None:
     require(
-        isinstance(value, Integral) and int(value) >= 1,
+        isinstance(value, Integral) and int(value) >= 1,  # numpy's integers too
         f"{name} (={value}) must be a whole number, at least 1; use 1 or more",
     )
 
 
 def _intervals(times: Tensor) -> list[tuple[float, float]]:
     require(times.ndim == 1, f"times (of shape {tuple(times.shape)}) must be a row; use flatten()")
+    # Numbers, once: a loop over times on a GPU would wait for each of them.
     grid = times.tolist()
     rising = all(a < b for a, b in zip(grid, grid[1:], strict=False))  # false for NaN
     require(
@@ -73,15 +75,17 @@ def _start(noise: Tensor) -> Tensor:
         noise.is_floating_point(),
         f"noise (of {noise.dtype}) must hold floating-point numbers; use noise.float()",
     )
+    # bfloat16 has no number between 255/256 and 1.
     return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
 
 def _at(velocity: Velocity, x: Tensor, t: float) -> Tensor:
     """The velocity with every image at time t, which is kept below 1 where x's dtype rounds it."""
-    last = 1 - torch.finfo(x.dtype).eps / 2
+    # A time is a float64 number: it may be below 1 and still round to 1 in the dtype of x.
+    last = 1 - torch.finfo(x.dtype).eps / 2  # the largest number below 1
     v = velocity(x, x.new_full((len(x),), min(t, last)))
     _require_shape("velocity's answer", v, x)
-    return v.to(x.dtype)
+    return v.to(x.dtype)  # a network under autocast may answer in half precision
 
 
 def _normal(draw: Draw | None, step: int, x: Tensor) -> Tensor:
@@ -104,6 +108,7 @@ def _require_shape(name: str, given: Tensor, x: Tensor) -> None:
     )
 
 
+# Without a graph: that of every call on the path would be kept.
 @torch.no_grad()
 def heun(
     velocity: Velocity,
@@ -134,17 +139,18 @@ def heun(
     """
     x = _start(noise)
     for t, end in _intervals(times):
-        if end == 1:
+        if end == 1:  # where Heun's second call would be
             x = _midpoint_step(velocity, x, t, end)
             continue
         h = end - t
         first = _at(velocity, x, t)
-        second = _at(velocity, x + h * first, end)
+        second = _at(velocity, x + h * first, end)  # at the end that one Euler step foresees
         x = x + h / 2 * (first + second)
-    return x.to(noise.dtype)
+    return x.to(noise.dtype)  # half precision rounds the answer, and nothing before it
 
 
 def _midpoint_step(velocity: Velocity, x: Tensor, t: float, end: float) -> Tensor:
+    # Asked at t and in the middle, never at the end.
     h = end - t
     middle = x + h / 2 * _at(velocity, x, t)
     return x + h * _at(velocity, middle, t + h / 2)
@@ -198,21 +204,24 @@ def sde(
     intervals = _intervals(times)
     require(0 <= temperature <= 10, f"temperature (={temperature}) must be in [0, 10]; use 0 to 1")
     _require_count("noiseless_steps", noiseless_steps)
+    # Without temperature there is nothing but Heun's steps.
+    # A noisy step asks for the velocity at its end, and hence cannot be the last, which ends at 1.
     noisy_steps = max(len(intervals) - noiseless_steps, 0) if temperature > 0 else 0
 
     def drift(x: Tensor, t: float) -> Tensor:
         v = _at(velocity, x, t)
-        return v + temperature**2 * (t * v - x)
+        return v + temperature**2 * (t * v - x)  # (s^2 / 2) score, its 1 - t cancelled
 
     x = _start(noise)
     for step, (t, end) in enumerate(intervals[:noisy_steps]):
         h = end - t
         variance = temperature**2 * ((1 - t) ** 2 - (1 - end) ** 2)  # s^2 integrated over the step
         dw = variance**0.5 * _normal(draw, step, x)
+        # The same noise in the foreseen end and in the step: that is what makes it of weak order 2.
         first = drift(x, t)
         second = drift(x + h * first + dw, end)
         x = x + h / 2 * (first + second) + dw
-    return heun(velocity, x, times[noisy_steps:]).to(noise.dtype)
+    return heun(velocity, x, times[noisy_steps:]).to(noise.dtype)  # times: one more than intervals
 
 
 @torch.no_grad()
@@ -243,10 +252,13 @@ def ddim(
     x = _start(noise)
     for step, (t, end) in enumerate(_intervals(times)):
         v = _at(velocity, x, t)
+        # Signal to noise at t over that at `end`: below 1, and 0 at the start.
         kept = t * (1 - end) / (end * (1 - t))
-        variance = (eta * (1 - end)) ** 2 * (1 - kept**2)
+        variance = (eta * (1 - end)) ** 2 * (1 - kept**2)  # 0 where a step ends at 1
+        # The means of x_1 and of x_0 given x_t. What is drawn anew is taken off the old noise; with
+        # eta up to 1 the root stays real.
         x = end * (x + (1 - t) * v) + ((1 - end) ** 2 - variance) ** 0.5 * (x - t * v)
-        if variance > 0:
+        if variance > 0:  # else `draw` may be None
             x = x + variance**0.5 * _normal(draw, step, x)
     return x.to(noise.dtype)
 
@@ -291,6 +303,7 @@ class Solver:
     def settings(self) -> dict[str, float | int]:
         """The keyword settings that it takes, and their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
+        # What stands before the star all samplers take; what follows it is one's own.
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def calls(self, steps: int) -> int:
@@ -322,6 +335,7 @@ class Solver:
             ValueError: a setting that it does not take, or what the function refuses.
         """
         valid = self.settings
+        # By our words with the valid names, not by the function's TypeError.
         for name in settings:
             require(
                 name in valid,

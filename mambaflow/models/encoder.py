@@ -34,15 +34,19 @@ class Encoder(nn.Module):
         super().__init__()
         width, layers = config.d_model, config.num_layers
         self.bidirectional = config.bidirectional
+        # Half of the layers each way: as many in all as one way has.
         self.forward_stack = ScanStack(config, layers // 2 if self.bidirectional else layers)
         if self.bidirectional:
             self.backward_stack = ScanStack(config, layers // 2)
             self.join = Linear(2 * width, width)
+        # The layers norm what they read, and leave the sum of what they say as it is.
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         ahead = self.forward_stack(tokens)
         if self.bidirectional:
+            # Turned back, so that a place in both is the same token: one knows all before it on the
+            # curve, the other all after it.
             back = self.backward_stack(tokens.flip(1)).flip(1)
-            ahead = tokens + self.join(torch.cat((ahead, back), -1))
+            ahead = tokens + self.join(torch.cat((ahead, back), -1))  # residual around `join` too
         return self.norm(ahead)

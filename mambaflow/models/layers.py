@@ -29,6 +29,7 @@ class FourierFeatures(nn.Module):
         direction = torch.stack((torch.cos(i * GOLDEN_ANGLE), torch.sin(i * GOLDEN_ANGLE)))
         waves = (2 * math.pi * magnitude * direction).float()
         self.waves: Tensor
+        # In no checkpoint: the configuration gives them.
         self.register_buffer("waves", waves, persistent=False)
         self.width = 2 * frequencies + 2
 
@@ -69,6 +70,7 @@ class LocalLinearFeatures(nn.Module):
         super().__init__()
         self.log_width = nn.Parameter(torch.linspace(math.log(0.02), math.log(0.3), windows))
         self.log_ridge = nn.Parameter(torch.full((windows,), math.log(0.3)))
+        # From each window a plane's colour (3), its slopes (2 x 3) and the offset (2).
         self.features = Linear(11 * windows, width)
 
     def forward(
@@ -79,26 +81,30 @@ class LocalLinearFeatures(nn.Module):
     ) -> tuple[Float[Tensor, "b n h 3"], Float[Tensor, "b n d"]]:
         """The planes' colours at `xy`, and all that was seen there as a token."""
         with torch.autocast(xy.device.type, enabled=False):  # moments cancel: bf16 would drown them
+            # Around the image's centre, where products of coordinates are smallest.
             planes, slopes, offset = self._fit(xy - 0.5, known_xy - 0.5, known_rgb)
-        seen = torch.cat((planes, slopes.flatten(-2), offset), -1)
+        seen = torch.cat((planes, slopes.flatten(-2), offset), -1)  # (b, n, h, 11)
         return planes, self.features(seen.flatten(2))
 
     def _fit(
         self, x: Float[Tensor, "b n 2"], y: Float[Tensor, "b k 2"], c: Float[Tensor, "b k 3"]
     ) -> tuple[Float[Tensor, "b n h 3"], Float[Tensor, "b n h 2 3"], Float[Tensor, "b n h 2"]]:
         """Planes, slopes per window width, and the offset E[y] - x in window widths."""
-        variance = torch.exp(2 * self.log_width)
+        variance = torch.exp(2 * self.log_width)  # (h,), positive whatever is learned
         mean_y, mean_c, yy, yc = self._moments(x, y, c, variance)
-        cov_yc = yc - mean_y[..., :, None] * mean_c[..., None, :]
-        cov_yy = yy - mean_y[..., :, None] * mean_y[..., None, :]
+        cov_yc = yc - mean_y[..., :, None] * mean_c[..., None, :]  # (b, n, h, 2, 3)
+        cov_yy = yy - mean_y[..., :, None] * mean_y[..., None, :]  # (b, n, h, 2, 2)
+        # One known pixel, or pixels on a line, leave a covariance that cannot be divided by.
         ridge = (self.log_ridge.exp() * variance)[:, None]
         a, d = (cov_yy.diagonal(dim1=-2, dim2=-1) + ridge).unbind(-1)
         b = cov_yy[..., 0, 1]
+        # [[a, b], [b, d]] inverted by hand; its determinant is above 0 by the ridge.
         adjugate = torch.stack((d, -b, -b, a), -1).unflatten(-1, (2, 2))
         slopes = adjugate @ cov_yc / (a * d - b * b)[..., None, None]
-        offset = mean_y - x[:, :, None]
-        planes = mean_c - (offset[..., None, :] @ slopes)[..., 0, :]
+        offset = mean_y - x[:, :, None]  # (b, n, h, 2)
+        planes = mean_c - (offset[..., None, :] @ slopes)[..., 0, :]  # (b, n, h, 3)
         width = variance.sqrt()[:, None]
+        # As features, slopes and offsets are of one size in all windows.
         return planes, slopes * width[..., None], offset / width
 
     def _moments(
@@ -106,11 +112,13 @@ class LocalLinearFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """E of y, c, y y' and y c' under each window, (b, n, h, ...)."""
         yy, yc = y[..., :, None] * y[..., None, :], y[..., :, None] * c[..., None, :]
-        value = torch.cat((y, c, yy.flatten(-2), yc.flatten(-2)), -1)
+        value = torch.cat((y, c, yy.flatten(-2), yc.flatten(-2)), -1)  # (b, k, 15)
+        # softmax of (x.y - |y|^2 / 2) / s^2 is that of -|x - y|^2 / 2 s^2: |x|^2 cancels.
         key = torch.cat((y, -0.5 * y.square().sum(-1, keepdim=True)), -1)
-        query = F.pad(x, (0, 1), value=1.0)[:, None] / variance[:, None, None]
+        query = F.pad(x, (0, 1), value=1.0)[:, None] / variance[:, None, None]  # (b, h, n, 3)
+        # The windows differ in the query alone: keys and values are views, not copies.
         key, value = (m[:, None].expand(-1, len(variance), -1, -1) for m in (key, value))
-        found = attend(query, key, value).transpose(1, 2)
+        found = attend(query, key, value).transpose(1, 2)  # (b, n, h, 15)
         mean_y, mean_c, yy, yc = found.split((2, 3, 4, 6), -1)
         return mean_y, mean_c, yy.unflatten(-1, (2, 2)), yc.unflatten(-1, (2, 3))
 
@@ -124,6 +132,7 @@ class Smoother(nn.Module):
         self.local_linear = LocalLinearFeatures(width, windows)
         self.gate = Linear(width, windows)
         self.correction = Linear(width, 3)
+        # The fill starts as the planes alone, which beat a linear fill before any step.
         nn.init.zeros_(self.correction.weight)
         nn.init.zeros_(self.correction.bias)
 
@@ -137,7 +146,7 @@ class Smoother(nn.Module):
         """The fill and the features."""
         planes, seen = self.local_linear(xy, known_xy, known_rgb)
         features = tokens + seen
-        share = self.gate(features).float().softmax(-1)
+        share = self.gate(features).float().softmax(-1)  # (b, n, h), float32 under autocast too
         fill = torch.einsum("bnh,bnhc->bnc", share, planes)
         return fill + self.correction(F.silu(features)).float(), features
 
@@ -149,6 +158,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, sublayers: int, blocks: int) -> None:
         super().__init__()
         self.map = Linear(width, 3 * sublayers * width)
+        # With the map at zero all times start alike; scale and shift of 0 change nothing.
         self.table = nn.Parameter(torch.zeros(blocks, sublayers, 3, width))
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)
@@ -157,6 +167,8 @@ class Modulation(nn.Module):
 
     def forward(self, time: Float[Tensor, "b d"]) -> Float[Tensor, "blocks sublayers 3 b 1 d"]:
         shared = self.map(F.silu(time)).unflatten(-1, self.table.shape[1:])
+        # From (blocks, b, sublayers, 3, 1, d): a block and a sublayer are picked by their numbers,
+        # and the 1 is for the tokens.
         return (shared.float() + self.table[:, None])[..., None, :].permute(0, 2, 3, 1, 4, 5)
 
 

@@ -36,10 +36,13 @@ class PerceiverBlock(nn.Module):
         attention among queries is spared."""
         asked, gate = self._enter(tokens, 0, modulation)
         read = gate * self.cross_attn(asked, xy, kv)
+        # Without the residual all that a query has, its noisy colour too, must pass the attention.
         tokens = tokens + read if self.residual else read
         if noise_gate is not None:
             asked, gate = self._enter(tokens, 1, modulation)
+            # Its keys are the queries themselves, which change with x and t: none come ready.
             mixed = self.self_attn(asked, xy, self.self_attn.kv(asked, xy, rgb))
+            # `gate` is learned; `noise_gate` is not, and is 0 at t = 0 whatever was learned.
             tokens = tokens + noise_gate * gate * mixed
         asked, gate = self._enter(tokens, 2, modulation)
         return tokens + gate * self.mlp(asked)
@@ -50,8 +53,8 @@ class PerceiverBlock(nn.Module):
         normed = self.norms[i](tokens)
         if modulation is None:
             return normed, 1.0
-        scale, shift, gate = modulation[i]
-        return torch.addcmul(shift, normed, 1 + scale), gate
+        scale, shift, gate = modulation[i]  # each (b, 1, d)
+        return torch.addcmul(shift, normed, 1 + scale), gate  # a scale of 0 changes nothing
 
 
 class CrossReadout(nn.Module):
@@ -76,6 +79,8 @@ class CrossReadout(nn.Module):
         time: Tensor,
         noise_gate: Float[Tensor, "b 1 1"] | None,
     ) -> Float[Tensor, "b n d"]:
+        # `time` and `noise_gate` go unused: modulation "add" has put the time into the tokens, and
+        # queries do not hear one another here.
         read = self.cross_attn(tokens, xy, kvs[0])
         tokens = tokens + read if self.residual else read
         return tokens + self.mlp(self.norm(tokens))
@@ -93,13 +98,14 @@ class Perceiver(nn.Module):
                 config.num_heads,
                 config.mlp_ratio,
                 config.windows,
-                config.residual or i > 0,
+                config.residual or i > 0,  # later blocks pass on what was read before
             )
             for i in range(iterations)
         )
         self.modulation = Modulation(width, 3, iterations) if config.modulation == "adaln" else None
 
     def kvs(self, memory: Tensor, xy: Tensor, rgb: Tensor) -> list[KeyValue]:
+        # Every block reads the same memory, by weights of its own.
         crosses: list[Attention] = [block.cross_attn for block in self.blocks]  # type: ignore[misc]
         return [cross.kv(memory, xy, rgb) for cross in crosses]
 
@@ -113,6 +119,7 @@ class Perceiver(nn.Module):
         noise_gate: Float[Tensor, "b 1 1"] | None,
     ) -> Float[Tensor, "b n d"]:
         adaln = self.modulation
+        # For all blocks at once: they share the map.
         modulations = [None] * len(self.blocks) if adaln is None else adaln(time)
         for block, read, modulation in zip(self.blocks, kvs, modulations, strict=True):
             tokens = block(tokens, xy, rgb, read, modulation, noise_gate)

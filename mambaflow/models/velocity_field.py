@@ -56,8 +56,12 @@ def gaussian_start(
     Returns:
         the velocity; x_t standardised to unit variance; the factor of the network's output.
     """
+    # Never 0: 1 at t = 0, the variance at t = 1, and at least variance / (1 + variance) between.
     spread = variance * t.square() + (1 - t).square()
+    # At t = 0 this is fill - x: the posterior mean x + v is the fill, whatever the noise.
     velocity = ((1 - t) * fill + (variance * t - (1 - t)) * x) / spread
+    # The factor times 1 - t is the deviation of x_1 given x_t: an output of unit size moves E[x_1]
+    # by as much as is still unknown.
     return velocity, (x - t * fill) * spread.rsqrt(), (variance / spread).sqrt()
 
 
@@ -76,7 +80,7 @@ class VelocityField(nn.Module):
         self.features = FourierFeatures(config.frequencies, config.max_frequency)
         self.embed_known = Linear(self.features.width + 3, width)
         self.embed_query = Linear(self.features.width, width)
-        self.embed_colour = Linear(3, width, bias=False)
+        self.embed_colour = Linear(3, width, bias=False)  # colours of 0 add nothing
         self.time = TimeEmbedding(width, config.time_scale)
         if config.local_linear:
             self.local_linear = LocalLinearFeatures(width, config.num_heads)
@@ -86,7 +90,10 @@ class VelocityField(nn.Module):
         self.head = Linear(width, 3)
         if config.start == "gaussian":
             self.smoother = Smoother(width, config.num_heads)
+            # Learned as a logarithm, so that the variance stays above 0.
             self.log_variance = nn.Parameter(torch.tensor(math.log(INITIAL_ERROR_VARIANCE)))
+            # The first answer is exact for independent Gaussians around the planes. Behind a head
+            # at zero the encoder and the readout get no gradients before the second step.
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
@@ -99,11 +106,13 @@ class VelocityField(nn.Module):
     def condition(self, conditioning: Conditioning) -> Velocity:
         """The velocity field of these known pixels at these coordinates."""
         known_xy, known_rgb = self._in_order(conditioning.known_xy, conditioning.known_rgb)
+        # None of this needs x or t: Heun's 16 steps ask 32 times, and pay for it once.
         known = self.embed_known(torch.cat((self.features(known_xy), known_rgb), -1))
         if self.config.local_linear:
-            known = known + self.local_linear(known_xy, known_xy, known_rgb)[1]
+            known = known + self.local_linear(known_xy, known_xy, known_rgb)[1]  # (b, k, d)
         query_xy = conditioning.query_xy
         query = self.embed_query(self.features(query_xy))
+        # With the queries outside the scan, it too is run once.
         if self.config.scan == "known":
             return self._reading(known_xy, known_rgb, self.encoder(known), query_xy, query)
         return self._scanning(known_xy, known_rgb, known, query_xy, query)
@@ -123,9 +132,10 @@ class VelocityField(nn.Module):
         query: Float[Tensor, "b n d"],
     ) -> Velocity:
         """Queries read the scan of the known pixels, and do not pass through it."""
-        kvs = self.readout.kvs(memory, known_xy, known_rgb)
+        kvs = self.readout.kvs(memory, known_xy, known_rgb)  # one for each block
         if self.config.start == "plain":
             return lambda x, t: self._read(query, query_xy, kvs, x, t, _open(t))
+        # The smoother's features, not the bare queries, are what the readout goes on with.
         fill, features = self.smoother(query, query_xy, known_xy, known_rgb)
         variance = self.log_variance.exp()
 
@@ -136,6 +146,7 @@ class VelocityField(nn.Module):
             # A posterior mean hears no neighbours: their attention is spared, quadratic as it is.
             # Not in training, where DDP would wait for the gradients of layers that were left out.
             heard = torch.is_grad_enabled() or bool(noise_gate.any())
+            # At t = 0 nothing is shown: a posterior mean depends on the known pixels alone.
             shown = noise_gate * shown
             read = self._read(features, query_xy, kvs, shown, t, noise_gate if heard else None)
             return start + factor * read
@@ -155,9 +166,11 @@ class VelocityField(nn.Module):
         k = known.shape[1]
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
+            # Queries carry their colours and their time through the scan, which hence runs at
+            # every call.
             asked = query + self.embed_colour(x) + self.time(t)[:, None]
             tokens = self.encoder(take(torch.cat((known, asked), 1), order))
-            memory, asked = take(tokens, back).split((k, x.shape[1]), 1)
+            memory, asked = take(tokens, back).split((k, x.shape[1]), 1)  # back in their own order
             kvs = self.readout.kvs(memory, known_xy, known_rgb)
             return self._out(asked, query_xy, kvs, x, t, _open(t))
 
@@ -169,9 +182,10 @@ class VelocityField(nn.Module):
         """The order of known pixels and queries in the scan, and the way back."""
         keys = [curve_key(xy, self.config.curve) for xy in (known_xy, query_xy)]
         if self.config.scan == "append":
-            keys[1] = keys[1] + keys[0].max() + 1
+            keys[1] = keys[1] + keys[0].max() + 1  # after the last known pixel of any image
+        # Stable: points in one cell of the curve keep their order, whatever sorts them.
         order = torch.cat(keys, 1).argsort(dim=-1, stable=True)
-        return order, order.argsort(-1)
+        return order, order.argsort(-1)  # a permutation's argsort is its inverse
 
     def _read(
         self,
@@ -198,7 +212,7 @@ class VelocityField(nn.Module):
     ) -> Float[Tensor, "b n 3"]:
         time = self.time(t) if self.config.modulation == "adaln" else tokens.new_zeros(())
         tokens = self.readout(tokens, xy, x, kvs, time, noise_gate)
-        return self.head(self.norm(tokens)).float()
+        return self.head(self.norm(tokens)).float()  # under autocast the path goes on in float32
 
 
 def _open(t: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1"]:

@@ -29,6 +29,7 @@ from mambaflow.models.velocity_field import VelocityField
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage, at
 
+# Raised where names of files or tensors change; below stands what the format before called them.
 FORMAT = 2
 INDEX = "checkpoint.json"
 # What format 1 called otherwise: a part's file, and parts of the names of tensors.
@@ -81,8 +82,9 @@ def where(run: Storage, step: int) -> str:
 
 def saved_steps(run: Storage) -> list[int]:
     """Steps of the run's complete checkpoints, oldest first."""
+    # By their indexes: a folder that is half written, or half removed, has none.
     indexes = [key for key in run.list(RunPaths.CHECKPOINTS) if key.endswith(f"/{INDEX}")]
-    steps = (RunPaths.step(key) for key in indexes if key.count("/") == 1)
+    steps = (RunPaths.step(key) for key in indexes if key.count("/") == 1)  # none from deeper down
     return sorted(step for step in steps if step is not None)
 
 
@@ -95,6 +97,7 @@ def read_info(run: Storage, step: int) -> CheckpointInfo:
     values = _read_values(run, step)
     try:
         config = from_dict(values["config"])
+    # Not damaged: the seal has been verified, so that these are the words of another version.
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{where(run, step)} has a configuration that this mambaflow does not know: {error}; "
@@ -115,19 +118,22 @@ def _read_values(run: Storage, step: int) -> dict[str, Any]:
     told = where(run, step)
     try:
         values = json.loads(run.read(f"{RunPaths.checkpoint(step)}/{INDEX}"))
+        # The seal is of all else, and is taken out before it is compared.
         version, seal = values["format"], values.pop("sha256", None)
     except FileNotFoundError as error:
         raise CheckpointError(f"{told} is not there; there are steps {saved_steps(run)}") from error
+    # No JSON, or no object with these fields.
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedCheckpointError(
             f"{told} has an unreadable {INDEX}: {error!r}; remove the folder to go back"
         ) from error
+    # Before the seal: another version may seal otherwise, and should be named, not called damage.
     if version not in range(1, FORMAT + 1):
         raise CheckpointError(
             f"{told} has format {version}, this mambaflow reads 1 to {FORMAT}; "
             "use the version that wrote it"
         )
-    if seal != digest(values) or values["step"] != step:
+    if seal != digest(values) or values["step"] != step:  # a folder that was renamed, too
         raise DamagedCheckpointError(
             f"{told} has an {INDEX} that was not written so; remove the folder to go back"
         )
@@ -157,12 +163,15 @@ def read_parts(
     """
     folder = RunPaths.checkpoint(info.step)
     there = {key.removeprefix(f"{folder}/") for key in run.list(f"{folder}/")}
+    # Refused, not passed over: nobody knows whether such a file belongs to what is restored. Hidden
+    # ones do not count, as in local storage.
     strange = sorted(file for file in there - {INDEX, *info.files} if not file.startswith("."))
     if strange:
         raise CheckpointError(
             f"{where(run, info.step)} holds {strange}, which its {INDEX} does not describe; "
             "move them elsewhere"
         )
+    # All are verified before the first is parsed.
     data = {part: _verified(run, info, info.file(part)) for part in parts}
     return {part: _renamed(parse(found), info.format) for part, found in data.items()}
 
@@ -187,6 +196,7 @@ def _verified(run: Storage, info: CheckpointInfo, file: str) -> bytes:
         raise DamagedCheckpointError(
             f"{told} lacks {file}; remove the folder to go back"
         ) from error
+    # Read once: what is verified is what is parsed.
     found = hashlib.sha256(data).hexdigest()
     if found != info.files[file]:
         raise DamagedCheckpointError(
@@ -207,7 +217,9 @@ def best_step(run: Storage, score: str, until: int | None = None) -> int | None:
     best, highest = (steps[-1] if steps else None), -math.inf
     for step in steps:
         try:
+            # A checkpoint of a stop between two validations has no scores.
             value = read_info(run, step).scores.get(score, math.nan)
+        # A damaged index costs one candidate, not the choice.
         except DamagedCheckpointError as error:
             log.warning("%s; passed over", error)
             continue
@@ -227,6 +239,7 @@ def read_best(run: str | Path, score: str = "val/psnr") -> CheckpointInfo:
         CheckpointError: there is none, or it is of another version.
     """
     storage, step = _found(run)
+    # An address may name the checkpoint itself.
     step = best_step(storage, score) if step is None else step
     if step is None:
         raise CheckpointError(f"{storage.uri} holds no complete checkpoint; train a run first")
@@ -235,6 +248,7 @@ def read_best(run: str | Path, score: str = "val/psnr") -> CheckpointInfo:
 
 def _found(address: str | Path) -> tuple[Storage, int | None]:
     """The run at an address, and the step of the checkpoint that it leads to, if it does."""
+    # By the name alone, without a look: step_0000400 is a checkpoint's folder and nothing else.
     parent, _, name = at(address).uri.rpartition("/")
     step = RunPaths.step(name)
     return (at(address), None) if step is None else (at(parent), step)
@@ -245,9 +259,10 @@ def load_model(
 ) -> tuple[VelocityField, CheckpointInfo]:
     """The averaged weights (EMA) of a run's best checkpoint, ready to sample; see `read_best`."""
     storage, info = _found(run)[0], read_best(run, score)
+    # The caller's generator stays where it was.
     with torch.random.fork_rng(devices=[]):  # its first weights, replaced at once
         model = VelocityField(info.config.model)
     ema = read_parts(storage, info, ("ema",))["ema"]
     require_fit(ema, model, f"{where(storage, info.step)}: ema")
     model.load_state_dict(ema)
-    return model.to(device).eval().requires_grad_(False), info
+    return model.to(device).eval().requires_grad_(False), info  # on CPU until it is whole

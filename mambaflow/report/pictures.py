@@ -35,17 +35,20 @@ def picture(
     height = max(12, tile // 7)
     font = ImageFont.load_default(size=height)
     titles = [_wrap(title, font, tile) for title in columns]
+    # Room for the title with the most lines, a quarter of a line between them.
     top = 2 * GAP + height * 5 // 4 * max(title.count("\n") + 1 for title in titles)
     step, rows = tile + GAP, next(iter(counts.values()))
     sheet = Image.new("RGB", (GAP + step * len(columns), top + step * rows), PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, images in enumerate(columns.values()):
         left = GAP + column * step
+        # "md": centred, on the foot of the last line: titles of one line and of two end level.
         place = (left + tile / 2, top - GAP)
         pen.multiline_text(place, titles[column], INK, font, anchor="md", align="center")
         for row, image in enumerate(images):
             square = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
             under = top + row * step
+            # Both corners are drawn: the frame lies around the image, on none of its pixels.
             pen.rectangle((left - 1, under - 1, left + tile, under + tile), outline=FRAME)
             sheet.paste(square, (left, under))
     return np.asarray(sheet)
@@ -54,7 +57,7 @@ def picture(
 def _whole_multiple(images: Iterable[np.ndarray], tile: int) -> int:
     """The least width from `tile` up in which every pixel of every column is a whole square."""
     every = math.lcm(*(column.shape[1] for column in images))
-    return -(-tile // every) * every
+    return -(-tile // every) * every  # rounded up
 
 
 def _wrap(title: str, font: Any, width: int) -> str:
@@ -63,7 +66,7 @@ def _wrap(title: str, font: Any, width: int) -> str:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
-            lines.append(word)
+            lines.append(word)  # a word wider than its column stands alone
     return "\n".join(lines)
 
 

@@ -34,6 +34,8 @@ class RunLog:
         if path.exists():
             _keep_until(path, step)
         self._lines = path.open("a", encoding="utf-8")
+        # TensorBoard drops what earlier files have at purge_step and beyond. After 0 that is step 0
+        # too: a run that was lost before its first checkpoint logs all anew.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         self._step = step
 
@@ -41,7 +43,7 @@ class RunLog:
         """One line of metrics.jsonl with the step, the wall time and the values as they are."""
         line = {"step": step, "time": time.time(), **values}
         self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        self._lines.flush()  # a kill of the process costs no line
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._step = step
@@ -52,6 +54,7 @@ class RunLog:
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, Number]) -> None:
         """The settings, dotted names for nested ones, beside the run's final numbers."""
+        # One level below the SummaryWriter, which cannot add a summary as it is.
         events: Any = self._writer.file_writer
         for summary in hparams(_flat(settings), dict(metrics)):
             events.add_summary(summary)  # SummaryWriter.add_hparams would open a sub-run
@@ -74,6 +77,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
+            # TensorBoard raises for all others, None among them.
             plain = isinstance(value, bool | int | float | str)
             flat[f"{prefix}{key}"] = value if plain else repr(value)
     return flat
@@ -86,7 +90,9 @@ def _keep_until(path: Path, step: int) -> None:
     for number, line in enumerate(lines, 1):
         try:
             logged = json.loads(line)["step"]
+        # A TypeError: the line is JSON, and no object.
         except (json.JSONDecodeError, KeyError, TypeError) as error:
+            # No kill does that: somebody edited the file, and can mend it.
             if number < len(lines):
                 raise ValueError(
                     f"{path}:{number} (={line[:60]!r}) must be a JSON object with a step; "
@@ -96,6 +102,7 @@ def _keep_until(path: Path, step: int) -> None:
             continue
         if step and logged <= step:
             kept.append(line + "\n")
+    # Whole under another name first: a kill in between leaves the file as it was.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
@@ -115,6 +122,7 @@ class StoredRunLog(RunLog):
         if self._scratch is None:
             return
         folder = Path(self._scratch.name)
+        # Each as a whole, every time: S3 cannot append.
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 self._run.upload(file, file.relative_to(folder).as_posix())
@@ -130,6 +138,8 @@ class StoredRunLog(RunLog):
 def _scratch_copy(run: Storage) -> tempfile.TemporaryDirectory:
     """A folder with the curves that the run has so far, to go on with."""
     scratch = tempfile.TemporaryDirectory(prefix="mambaflow-")
+    # The lines alone, which are rewritten. Event files of earlier tries stay where they are: the
+    # new one has a name of its own, and says what TensorBoard is to drop of theirs.
     if run.exists(RunPaths.METRICS):
         run.download(RunPaths.METRICS, Path(scratch.name) / RunPaths.METRICS)
     return scratch

@@ -27,7 +27,9 @@ class Table:
     def __str__(self) -> str:
         """Markdown that also reads well in a terminal: the first column left, others right."""
         lines = [self.heading, *self.rows]
+        # Some readers of Markdown want three characters in a rule.
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+        # A colon at the end aligns a column to the right, as _row does for a terminal.
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         text = "\n".join(_row(line, widths) for line in (self.heading, rule, *self.rows))
         return f"{text}\n\n{self.caption}\n" if self.caption else f"{text}\n"
@@ -39,10 +41,12 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return f"| {' | '.join(padded)} |"
 
 
+# A protocol: this wing knows no metrics, whose columns these are.
 @runtime_checkable
 class Column(Protocol):
     """How a table shows a number: its title, decimals, and the key of its standard error."""
 
+    # Properties: what is only read may be a NamedTuple's field.
     @property
     def title(self) -> str: ...
 
@@ -68,9 +72,10 @@ def results_table(
 
 
 def _cell(row: Mapping[str, Number], key: str, column: Column) -> str:
-    if key not in row:
+    if key not in row:  # an empty cell, not a zero: a fill has no calls to count
         return ""
     text = f"{row[key]:.{column.decimals}f}"
+    # `error` may be empty, which no row has as a key.
     return f"{text} ± {row[column.error]:.{column.decimals}f}" if column.error in row else text
 
 

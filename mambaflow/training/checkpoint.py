@@ -40,6 +40,8 @@ def save(state: TrainState, info: CheckpointInfo, run: Storage) -> str:
     _remove(run, folder)  # what an interrupted save, or another past of this run, left there
     digests = {}
     for part, tensors in _parts(state).items():
+        # safetensors takes dense tensors alone. The digest is of the bytes as they are meant to be,
+        # not of what a disk gives back.
         data = serialise({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
         run.write(f"{folder}/{info.file(part)}", data)
         digests[info.file(part)] = hashlib.sha256(data).hexdigest()
@@ -52,7 +54,9 @@ def save(state: TrainState, info: CheckpointInfo, run: Storage) -> str:
         "config": to_dict(info.config),
         "files": digests,
     }
+    # The index seals itself too: scores and digests are believed by whoever reads it.
     text = json.dumps(values | {"sha256": digest(values)}, indent=2)
+    # Last: a save that was interrupted before this line has no index, and is no checkpoint.
     run.write(f"{folder}/{INDEX}", text.encode())
     return folder
 
@@ -69,7 +73,7 @@ def _parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
         "ema": state.ema.state_dict(),
         "optimizer": {
             # The optimiser knows parameters by their number alone, in the order of its groups.
-            f"{i}.{key}": torch.as_tensor(value)
+            f"{i}.{key}": torch.as_tensor(value)  # safetensors knows no plain numbers
             for i, moments in state.optimizer.state_dict()["state"].items()
             for key, value in moments.items()
         },
@@ -80,12 +84,15 @@ def restore(state: TrainState, run: Storage, step: int) -> CheckpointInfo:
     """Put the checkpoint after `step` into `state`, every file verified before any is used."""
     info = read_info(run, step)
     told = where(run, step)
+    # Before any tensor is read: fields by name tell more than shapes that do not fit.
     other = list(differences(info.config.model, state.model.config, "model."))
     if other:
         raise CheckpointError(
             f"{told} is of another model ({'; '.join(other)}); build the model that it is of"
         )
     parts = read_parts(run, info, PARTS)
+    # All that can refuse comes before the first change: a state is never restored by half, and can
+    # be tried with the checkpoint before.
     for part, module in (("model", state.model), ("ema", state.ema)):
         require_fit(parts[part], module, f"{told}: {part}")
     moments: dict[int, dict[str, Tensor]] = {}
@@ -94,6 +101,8 @@ def restore(state: TrainState, run: Storage, step: int) -> CheckpointInfo:
         moments.setdefault(int(number), {})[moment] = value
     state.model.load_state_dict(parts["model"])
     state.ema.load_state_dict(parts["ema"])
+    # Moments come from the checkpoint, settings such as the weight decay from the configuration.
+    # torch moves the moments to the parameters' device.
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.step = info.step
@@ -110,8 +119,10 @@ def restore_newest(state: TrainState, run: Storage) -> CheckpointInfo | None:
     for step in reversed(steps):
         try:
             return restore(state, run, step)
+        # Nothing else is passed over: of another model or version are the older ones too.
         except DamagedCheckpointError as error:
             log.warning("%s; trying the one before", error)
+    # Not a fresh start: it would train over a run whose files may still be mended.
     if steps:
         raise CheckpointError(
             f"all {len(steps)} checkpoints in {run.uri} are damaged (steps {steps}); "
@@ -125,6 +136,7 @@ def prune(run: Storage, newest: int, best: int | None) -> None:
     ones, those past `newest`, which the run went back from, and what interrupted saves left."""
     kept = {RunPaths.checkpoint(step) for step in (newest, best) if step is not None}
     keys = run.list(RunPaths.CHECKPOINTS)
+    # Folders by name, since an interrupted save left one without an index.
     found = {key.split("/")[0] for key in keys if re.match(rf"{RunPaths.CHECKPOINTS}\d+/", key)}
     for folder in sorted(found - kept):
         _remove(run, folder)

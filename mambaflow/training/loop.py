@@ -16,6 +16,7 @@ from mambaflow.data.batches import PixelBatch, Stream
 from mambaflow.flow import path
 from mambaflow.models.velocity_field import VelocityField
 
+# The decay after n steps is at most (1 + n) / (10 + n): 0.18 at first, 0.999 from step 8990 on.
 EMA_RAMP = 10.0
 
 
@@ -30,6 +31,8 @@ class Schedule:
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
+        # A run of one step is all warm-up, and leaves nothing to divide by. Past the end the rate
+        # stays at zero, where the cosine would rise again.
         share = (step - self.warmup) / max(self.steps - self.warmup, 1)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
@@ -46,12 +49,17 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):  # weights are a function of the seed alone
             torch.manual_seed(train.seed)
             self.model = VelocityField(model)
+        # Drawn on CPU and then moved: the same weights on every device.
         self.model.to(device)
+        # A whole module, not a list of tensors: it is saved and evaluated as the model is.
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        # The rate given here is never used: `fit` sets that of each step.
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, train.weight_decay), lr=train.lr, fused=True
         )
         self.step = 0
+        # These lists share the parameters' memory, which steps and load_state_dict change in place:
+        # they stay right after a restore.
         self._weights: list[Tensor] = [p.detach() for p in self.model.parameters()]
         self._ema: list[Tensor] = list(self.ema.parameters())
 
@@ -59,6 +67,8 @@ class TrainState:
         """Move the average of the weights; the decay is ramped up so that early ones are forgotten
         (Karras et al. 2024, without the power-law profile)."""
         ramped = min(decay, (1 + self.step) / (EMA_RAMP + self.step))
+        # ema += (1 - ramped) (weights - ema), all tensors in one call. Buffers need no average:
+        # they are functions of the configuration alone.
         torch._foreach_lerp_(self._ema, self._weights, 1 - ramped)
 
 
@@ -66,7 +76,9 @@ def _decay_groups(model: nn.Module, decay: float) -> list[dict]:
     """Matrices decay; biases, norms and what the scan marks (A_log, D) do not."""
     named = list(model.parameters())
     plain = [p for p in named if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
+    # By identity: `in` on a list of tensors would compare their numbers.
     kept = {id(p) for p in plain}
+    # The order in a group is the model's own: checkpoints know moments by their place in it.
     return [
         {"params": [p for p in named if id(p) not in kept], "weight_decay": decay},
         {"params": plain, "weight_decay": 0.0},
@@ -94,6 +106,7 @@ def compiled(forward: Forward, how: str) -> Forward:
         return forward
     if how == "on":
         return torch.compile(forward)
+    # torch's name for CUDA graphs.
     recorded = torch.compile(forward, mode="reduce-overhead")
 
     def replayed(batch: PixelBatch, x: Tensor, t: Tensor) -> Tensor:
@@ -122,17 +135,22 @@ def fit(
     while state.step < steps:
         start = time.perf_counter()
         batch = batches[state.step].to(device)
+        # A batch goes on to the GPU without waiting: what is counted is the wait for its making.
         waited = time.perf_counter() - start
+        # A function of the step: a scheduler would have a state that a checkpoint must hold.
         lr = schedule(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         value = loss(forward, batch, config)
+        # With DDP a collective: every worker leaves it with the mean gradient, and the same norm.
         value.backward()
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
         state.optimizer.step()
+        # At once, so that no gradients take memory while the caller validates or saves.
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        state.update_ema(config.ema_decay)
+        state.update_ema(config.ema_decay)  # after the count: the ramp is of steps done
+        # Detached, so that whoever keeps a result does not keep the graph.
         yield StepResult(state.step, value.detach(), norm.detach(), lr, waited)
 
 
@@ -141,6 +159,7 @@ def loss(forward: Forward, batch: PixelBatch, config: TrainConfig) -> Float[Tens
     x_1, x_0 = batch.query_rgb, batch.noise(config.seed)
     t = path.sample_times(batch.times(config.seed), config.share_at_zero, config.time_law)
     x_t = path.interpolate(x_0, x_1, t)
+    # The network alone runs in half precision: the path and the loss are float32.
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         velocity = forward(batch, x_t, t)
     return path.loss(velocity, x_0, x_1, t, config.weighting)

@@ -36,8 +36,11 @@ def settle(config: RunConfig, command: str) -> RunConfig:
     Raises:
         ValueError: an address that is none, or weights that do not fit.
     """
+    # The clock is read once, here: workers that read it themselves would train under several names.
     name = config.run_name or f"{config.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # An embedded data set keeps its name until it is staged, and gets its address then.
     data = config.data if config.data in EMBEDDED else at(config.data).uri
+    # A relative path is another place for a worker of Ray, which runs in a folder of its own.
     settled = replace(
         config, run_name=name, storage=at(config.storage).uri, data=data, command=command
     )
@@ -53,11 +56,13 @@ def check_launch(scale: ScaleConfig, launched: int) -> None:
     Raises:
         ValueError: naming the flag, the rule and the cure.
     """
+    # torchrun has started the processes already: the flag can only agree with it.
     require(
         scale.ray or scale.num_workers == launched,
         f"num_workers (={scale.num_workers}) without Ray must be the number of processes "
         f"(={launched}); start them with torchrun --nproc-per-node {scale.num_workers}",
     )
+    # On Ray the GPUs are those of the workers' nodes: the driver's may have none.
     require(
         scale.ray or not scale.use_gpu or torch.cuda.is_available(),
         "use_gpu (=True) needs a CUDA device, and torch sees none here; use --no-use-gpu",
@@ -72,6 +77,7 @@ def check_flags(config: RunConfig) -> None:
     """
     _check_name(config)
     if config.data in EMBEDDED:
+        # It is not staged yet, and its sizes are known: they are the defaults.
         planned = StageConfig(source=config.data)
         require_queries(Layout(planned.size, planned.known, planned.target), config.train)
 
@@ -83,6 +89,7 @@ def check_storage(config: RunConfig) -> None:
         ValueError: the run's configuration is not there.
     """
     require(
+        # `open_run` put it there before any worker started.
         RunPaths.of(config).folder.exists(RunPaths.CONFIG),
         f"storage (={config.storage}) must be seen by every node; use a shared folder or s3://…",
     )
@@ -98,14 +105,15 @@ def check_data(config: RunConfig) -> None:
         ValueError: a split is missing, damaged, or does not fit the others or the configuration.
     """
     train = ShardSet(config.data, "train")
-    Batches(train, Layout.of(train.spec, config.model), config.train)
+    Batches(train, Layout.of(train.spec, config.model), config.train)  # made for what it refuses
     require(
         config.train.masks == "strict" or train.spec.full_images,
         f"masks (={config.train.masks!r}) needs whole training images, and {config.data} holds "
         "only the staged pixels; stage again with --full-images, or use --masks strict",
     )
-    train.rows(np.arange(1))
+    train.rows(np.arange(1))  # reading a row verifies its shard
     _check_held_out(config, train, "validation", config.train.eval_images)
+    # Looked into for damage, not scored: a run should not find out at its end.
     if config.train.test_images:
         _check_held_out(config, train, "test", config.train.test_images)
 
@@ -119,6 +127,7 @@ def _check_held_out(config: RunConfig, train: ShardSet, split: str, count: int) 
         f"({spec.known} known pixels of {spec.size} x {spec.size}), and holds "
         f"{len(held_out)} ({other.known} of {other.size} x {other.size}); stage it again",
     )
+    # All that will be scored is read and verified once now.
     held_out.rows(np.arange(min(count, len(held_out))))
 
 
@@ -132,12 +141,14 @@ def _resolve_init_from(config: RunConfig) -> RunConfig:
     if not config.init_from:
         return config
     source, run = RunPaths.at(config.init_from), RunPaths.of(config)
+    # A run that goes on keeps the checkpoint that it once began from, while the flag names its run.
     if config.resume and run.folder.exists(RunPaths.CONFIG):
         before = _config_of(run.folder).init_from
         if before.startswith(f"{source.folder.uri}/"):
             return replace(config, init_from=before)
     info = read_best(config.init_from)
     other = list(differences(info.config.model, config.model, "model."))
+    # Compared by configuration, no tensor read: fields by name tell more than shapes do.
     require(
         not other,
         f"init_from (={config.init_from}) is of another model ({'; '.join(other)}); give the "
@@ -161,12 +172,16 @@ def open_run(config: RunConfig) -> Storage:
         return run
     _require_not_longer(config, run)
     _warn_of_another_cosine(config, _config_of(run))
+    # What stopped the run before must not stop it again. It is removed once nothing refuses the
+    # resume any more: bad input changes nothing.
     run.delete(RunPaths.STOP)
     run.write(RunPaths.CONFIG, text)
     return run
 
 
 def _check_name(config: RunConfig) -> None:
+    # Asked twice: before data are staged, so that a taken name leaves nothing behind, and again as
+    # the run is opened, since another may have taken it meanwhile.
     run = RunPaths.of(config).folder
     taken = run.exists(RunPaths.CONFIG)
     require(config.resume or not taken, _taken(config, run))
@@ -198,11 +213,12 @@ def _config_of(run: Storage) -> RunConfig:
 
 
 def _require_same_run(config: RunConfig, before: RunConfig) -> None:
+    # All differences in one message, so that flags are mended at one go.
     changed = [*differences(before.model, config.model, "model.")]
     changed += [
         line
         for line in differences(before.train, config.train, "train.")
-        if line.split(":")[0].removeprefix("train.") not in MAY_CHANGE
+        if line.split(":")[0].removeprefix("train.") not in MAY_CHANGE  # "train.lr: 0.1 -> 1"
     ]
     # An embedded data set has its address once it is staged.
     for name in ("init_from",) if config.data in EMBEDDED else ("init_from", "data"):
@@ -218,6 +234,7 @@ def _require_same_run(config: RunConfig, before: RunConfig) -> None:
 def _require_not_longer(config: RunConfig, run: Storage) -> None:
     rows, batch_size = len(ShardSet(config.data, "train")), config.train.batch_size
     steps, newest = total_steps(config, rows), max(saved_steps(run), default=0)
+    # The cure is rounded up: the fewest epochs that hold the newest checkpoint's step.
     require(
         newest <= steps,
         f"epochs (={config.train.epochs}) end at step {steps}, and run_name "

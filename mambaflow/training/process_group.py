@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mambaflow.host import keep_memory, share_threads
 from mambaflow.training.loop import Forward
 
+# Seconds until a collective on Ray fails for want of a worker; Ray's own default is 1800.
 COLLECTIVE_TIMEOUT_S = 600
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class ProcessGroup:
 
     def wrap(self, model: nn.Module) -> Forward:
         """The model with its gradients averaged over the workers."""
+        # DDP copies the first worker's weights to all as it is made: restore before.
         return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
 
     def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
@@ -62,7 +64,7 @@ class ProcessGroup:
         """The sum over the workers, on the device where the values are."""
         if self.size == 1:
             return values
-        # NCCL takes tensors of its GPU alone.
+        # NCCL takes tensors of its GPU alone. A copy, since all_reduce works in place.
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.to(values.device)
@@ -71,6 +73,7 @@ class ProcessGroup:
         """The first worker's value, to all of them; anything that can be pickled."""
         values = [value]
         if self.size > 1:
+            # Under NCCL the pickle travels by the current GPU, which `launched_group` has set.
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -88,11 +91,15 @@ def launched_group(use_gpu: bool) -> Iterator[ProcessGroup]:
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
     if device is not None:
+        # Before the group: NCCL and pinned memory take the current GPU, which is otherwise the
+        # first one in every process.
         torch.cuda.set_device(device)
     share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # By a call, since training is in the main thread; a thread of Ray's needs KEEP_MEMORY.
     keep_memory()
     size = launched_workers()
     if size > 1:
+        # Rank, size and address are in the environment, put there by torchrun.
         dist.init_process_group("nccl" if use_gpu else "gloo")
     rank = int(os.environ.get("RANK", "0")) if size > 1 else 0
     yield ProcessGroup(rank, size, device or torch.device("cpu"))

@@ -30,7 +30,7 @@ from mambaflow.training.preflight import total_steps
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
 
-BEST = "val/psnr"
+BEST = "val/psnr"  # of the posterior mean, which is all that a validation scores
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +48,7 @@ class RunFailed(RuntimeError):
 
 def train_and_score(config: RunConfig, group: ProcessGroup) -> Outcome:
     """Train to the end and score the test split: all of a run, as one worker of `group`."""
+    # All workers have the same outcome, and go on together: the test is shared out among them.
     outcome = train(config, group)
     if outcome.status == "finished":
         score_test(config, group)
@@ -61,18 +62,23 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     """
     folder, shards = RunPaths.of(config).folder, ShardSet(config.data, "train")
     layout = Layout.of(shards.spec, config.model)
+    # Strict masks take the staged pixels alone: whole images stay out of the GPU's memory.
     rows = device_resident(shards, group.device, images=config.train.masks == "fresh")
     batches = Batches(shards, layout, config.train, group.rank, group.size, rows)
     state = TrainState(config.model, config.train, group.device)
+    # Each worker reads the checkpoint for itself: storage is what they share.
     info = checkpoint.restore_newest(state, folder)
     if info is not None:
         log.info("resumed %s after step %d", config.run_name, info.step)
+    # A checkpoint of the run's own goes first: other weights are where it began, not where it is.
     elif config.init_from:
         _init_from(state, config.init_from)
+    # Before DDP is made, which would hide it: it evens out the weights, not moments and steps.
     _require_together(state.step, group)
     trainer = Trainer(config, group, state, layout, total_steps(config, len(shards)))
     try:
         return trainer.train(batches)
+    # However it ended, curves are pushed, and no thread goes on fetching shards.
     finally:
         trainer.close()
         shards.close()
@@ -81,6 +87,7 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
 def _init_from(state: TrainState, run: str) -> None:
     """Start from another run's weights: its best ones, averaged, and no optimiser's moments."""
     model, info = weights.load_model(run)
+    # The average too: it would otherwise begin at the weights that the seed drew.
     for module in (state.model, state.ema):
         module.load_state_dict(model.state_dict())
     log.info("started from the weights of %s", info.uri)
@@ -88,6 +95,8 @@ def _init_from(state: TrainState, run: str) -> None:
 
 def _require_together(step: int, group: ProcessGroup) -> None:
     """Every worker must have restored the same checkpoint, or their gradients would mix."""
+    # A collective that all can enter, whatever they have read. A worker whose step is the mean by
+    # chance passes; the others' failure ends the run.
     total = int(group.all_reduce(torch.tensor(step, device=group.device)))
     if total != step * group.size:
         raise RuntimeError(
@@ -112,9 +121,10 @@ class Trainer:
         self.paths = RunPaths.of(config)
         self.folder: Storage = self.paths.folder
         self.stop_signal = StopSignal(group, self.folder)
-        # The first worker alone has one.
+        # The first worker alone has one. It drops what an interrupted try logged past this step.
         self.run_log = None if group.rank else StoredRunLog(self.folder, state.step)
         validation = ShardSet(config.data, "validation")
+        # Read once and held: every validation is of the same images.
         self.eval_set = EvalSet.read(validation, layout, config.train.eval_images)
         self._start_clock()
 
@@ -123,12 +133,14 @@ class Trainer:
 
     def train(self, batches: Batches) -> Outcome:
         """Train to the end, or until somebody asks to stop."""
+        # A thread that makes batches ahead would take the cores that train.
         if self.group.device.type == "cpu":
             return self._train(batches)
         with contextlib.closing(Prefetcher(batches, self.group.device, self.steps)) as ahead:
             return self._train(ahead)
 
     def _train(self, batches: Stream) -> Outcome:
+        # DDP inside, torch.compile around it: graphs are then cut where DDP sends gradients.
         forward = compiled(self.group.wrap(self.state.model), self.config.scale.compile)
         if self.group.rank == 0:
             name, size = self.config.run_name, self.group.size
@@ -138,6 +150,8 @@ class Trainer:
         stopped = False
         with self.stop_signal.catching():
             for result in fit(self.state, batches, self.config.train, self.steps, forward):
+                # agreed() stands first, being collective: behind `and` it would be left out at the
+                # last step, after which there is nothing to stop.
                 stopped = self.stop_signal.agreed() and result.step < self.steps
                 self._after(result, stopped)
                 if stopped:
@@ -151,15 +165,18 @@ class Trainer:
         if result.step % config.log_every == 0 or last:
             self._log(result)
         due = result.step % config.eval_every == 0 or last
+        # A stop where a validation is due does not lose it: the resumed run would not make it up.
         if due or stopped:
             self._save(result.step, validating=due)
-            self._start_clock()
+            self._start_clock()  # the rate is of training: without validation, without saving
 
     def _log(self, result: StepResult) -> None:
+        # The mean over equal shares. Collective: before the first worker goes on alone.
         loss = self.group.all_reduce(result.loss).item() / self.group.size
         if self.run_log is None:
             return
         seconds = time.perf_counter() - self._clock
+        # batch_size counts the images of all workers.
         rate = (result.step - self._clock_step) * self.config.train.batch_size / seconds
         stall = self._waited / seconds
         self._start_clock()
@@ -168,7 +185,7 @@ class Trainer:
             {
                 "train/loss": loss,
                 "train/lr": result.lr,
-                "train/grad_norm": result.grad_norm.item(),
+                "train/grad_norm": result.grad_norm.item(),  # of the mean, the same on all workers
                 "train/samples_per_second": rate,
                 "train/input_stall": stall,
             },
@@ -179,19 +196,24 @@ class Trainer:
         """Validate, then save; a run that stops between two validations is saved as it is."""
         scores: dict[str, float] = {}
         if validating:
+            # Collective; the picture comes to the first worker alone.
             scores, picture = validate(self.state.ema, self.eval_set, self.config.train, self.group)
             if self.run_log is not None and picture is not None:
                 self.run_log.scalars(step, scores)
                 self.run_log.image(step, "validation", picture)
         if self.run_log is not None:
+            # Curves before the checkpoint: whoever goes on from it finds all points up to it.
             self.run_log.push()
             info = CheckpointInfo(
                 step=step, config=self.config, scores=scores, finished=step == self.steps
             )
             checkpoint.save(self.state, info, self.folder)
+            # Later steps are of a past that the run went back from: never the best, and removed.
+            # Older checkpoints go only now that the new one is whole.
             best = weights.best_step(self.folder, BEST, until=step)
             checkpoint.prune(self.folder, newest=step, best=best)
-        # The others wait here for the first, so that none goes on from what is not in place.
+        # On Ray the others wait here for the first, so that none goes on from what is not in place;
+        # those of torchrun wait in the gradients of the next step.
         self.group.report_checkpoint(
             {**scores, "step": float(step)}, self.paths.uri(RunPaths.checkpoint(step))
         )
@@ -212,8 +234,11 @@ def score_test(config: RunConfig, group: ProcessGroup) -> None:
     """Score the best checkpoint on the test split, shared out over the workers, and write the
     run's report; nothing where it is written already, or where no test image is asked for."""
     folder, steps = RunPaths.of(config).folder, max(weights.saved_steps(RunPaths.of(config).folder))
+    # The first worker writes the report after all scores are summed up, and so after every worker
+    # has looked here.
     if not config.train.test_images or reported_steps(folder) == steps:
         return
+    # By each worker from storage: the best checkpoint need not be the one that training ended with.
     model, info = weights.load_model(folder.uri, score=BEST, device=str(group.device))
     test = ShardSet(config.data, "test")
     eval_set = EvalSet.read(test, Layout.of(test.spec, config.model), config.train.test_images)
@@ -223,6 +248,7 @@ def score_test(config: RunConfig, group: ProcessGroup) -> None:
 
 
 def _write_report(report: FinalReport, config: RunConfig, folder: Storage, steps: int) -> None:
+    # Its own: the trainer's is closed, and a resumed run may have nothing left but its test.
     run_log = StoredRunLog(folder, steps)
     try:
         final = {f"test/{key}": value for key, value in report.rows[MEAN].items()}
