@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -96,6 +97,13 @@ class ModelConfig:
         # Colours are mapped to [0, 1] by dividing by 1 - rgb_low.
         require(
             self.rgb_low < 1, f"rgb_low (={self.rgb_low}) must be below 1, the top; use -1 or 0"
+        )
+        # In the other scans the queries carry the time through the scan themselves.
+        require(
+            self.modulation == "add" or self.readout == "perceiver" or self.scan != "known",
+            f"modulation (={self.modulation!r}) needs a read-out that it modulates, and "
+            f"{self.readout!r} would never hear the time; use modulation='add', or "
+            "readout='perceiver'",
         )
         require(
             # The fill and its features are computed once, from the known pixels; a scan that mixes
@@ -268,6 +276,11 @@ class RunConfig:
             not bad and self.run_name not in (".", ".."),
             f"run_name (={self.run_name!r}) must be a plain folder name, without {bad}; "
             "use letters, digits, '-' and '_'",
+        )
+        require(
+            not re.fullmatch(r"step_\d+", self.run_name),
+            f"run_name (={self.run_name!r}) is what a run's checkpoints are called, and its "
+            "address would be taken for one; use another name",
         )
         # Every number that an elastic run may shrink to is refused before it starts, not when it
         # does.

@@ -52,3 +52,8 @@ def same(one, other):
         a, b = getattr(one, name), getattr(other, name)
         assert (a is None) == (b is None)
         assert a is None or np.array_equal(a, b), name
+
+
+def opened(shards) -> list[int]:
+    """The shards that are open."""
+    return np.flatnonzero(shards._slots >= 0).tolist()

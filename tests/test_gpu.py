@@ -15,8 +15,9 @@ from mambaflow.data.shard_reader import ShardSet
 from mambaflow.models import selective_scan
 from mambaflow.storage import at
 from mambaflow.training.loop import TrainState, loss
+from mambaflow.training.preflight import open_run
 from mambaflow.training.process_group import ProcessGroup
-from mambaflow.training.run import open_run, train
+from mambaflow.training.run import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -110,12 +110,18 @@ def growth_s() -> float:
     return float(text)
 
 
+def worker_resources(scale: ScaleConfig) -> dict[str, float]:
+    """What one worker asks of Ray: a GPU, or a core. A GPU's worker asks for no core: Ray counts
+    cores whole, and a node whose cores others hold would leave its GPUs idle."""
+    return {"GPU": 1.0} if scale.use_gpu else {"CPU": 1.0}
+
+
 def missing(scale: ScaleConfig) -> str:
     """What the connected cluster lacks for the fewest workers of the run; "" for nothing."""
     # All that the cluster has, free or not: what others hold now may be free soon.
     workers, have = scale.world_sizes[0], ray.cluster_resources()
     name = "min_workers" if scale.min_workers else "num_workers"
-    for kind in ("CPU", "GPU") if scale.use_gpu else ("CPU",):
+    for kind in worker_resources(scale):
         count = int(have.get(kind, 0))
         if count < workers:
             return (
@@ -133,7 +139,7 @@ def await_room(scale: ScaleConfig, patience_s: float = PATIENCE_S) -> None:
     Raises:
         RunFailed: there was no room for `patience_s` seconds.
     """
-    bundle = {"CPU": 1, "GPU": 1} if scale.use_gpu else {"CPU": 1}
+    bundle = worker_resources(scale)
     # A probe, removed below: Ray Train asks anew, and would find its workers' place taken.
     group = placement_group([bundle] * scale.world_sizes[0])
     try:

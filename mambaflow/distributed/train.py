@@ -21,7 +21,7 @@ from torch import nn
 
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, to_dict
 from mambaflow.data.shards import ShardError
-from mambaflow.distributed.cluster import SOON_S, await_room, growth_s, missing
+from mambaflow.distributed.cluster import SOON_S, await_room, growth_s, missing, worker_resources
 from mambaflow.distributed.progress import (
     ActorLogHandler,
     FailureReporter,
@@ -115,6 +115,7 @@ def _trainer(config: RunConfig, settings: dict[str, Any], scratch: str) -> Any:
         scaling_config=api.ScalingConfig(
             num_workers=workers,  # a pair, fewest and most, makes the run elastic
             use_gpu=scale.use_gpu,
+            resources_per_worker=worker_resources(scale),
             elastic_resize_monitor_interval_s=growth_s(),
         ),
         run_config=api.RunConfig(

@@ -128,7 +128,9 @@ class StoredRunLog(RunLog):
                 self._run.upload(file, file.relative_to(folder).as_posix())
 
     def close(self) -> None:
-        """Push, and give the scratch folder back."""
+        """Push, and give the scratch folder back; a second close does nothing."""
+        if self._lines.closed:
+            return
         self.push()
         super().close()
         if self._scratch is not None:

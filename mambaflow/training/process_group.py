@@ -54,7 +54,9 @@ class ProcessGroup:
         return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
 
     def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
-        """Called by every worker after a checkpoint is in place."""
+        """Called by every worker once it has done its part in a checkpoint; it returns when the
+        first, which writes it, has: what comes next may read it."""
+        self.all_reduce(torch.zeros(()))
 
     def report_progress(self, progress: Progress) -> None:
         """Called by the first worker with news."""

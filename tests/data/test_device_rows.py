@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 import torch
-from small_shards import SPEC, published, rows_of
+from small_shards import SPEC, opened, published, rows_of
 
 from mambaflow.config import TrainConfig
 from mambaflow.data.batches import Batches, Layout
@@ -14,8 +14,9 @@ from mambaflow.data.device_rows import SHARE, DeviceRows, device_resident, gathe
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.storage import at
 from mambaflow.training import run as run_module
+from mambaflow.training.preflight import open_run
 from mambaflow.training.process_group import ProcessGroup
-from mambaflow.training.run import open_run, train
+from mambaflow.training.run import train
 
 LAYOUT = Layout(SPEC.size, SPEC.known, SPEC.target)
 GPU = torch.device("cuda")
@@ -77,7 +78,7 @@ def test_rows_go_to_a_gpu_that_has_room_for_them(shards, device, free, held, ima
     found = device_resident(shards, torch.device(device), images)
     assert (found is not None) == held and sent == [GPU] * held
     if held:
-        assert not shards.opened, "not twice in memory"
+        assert not opened(shards), "not twice in memory"
         assert np.array_equal(found.rgb.flatten(1).numpy(), rows.rgb)
         assert (found.images is not None) == images
     assert np.array_equal(shards.rows(np.arange(24)).rgb, rows.rgb)
@@ -87,7 +88,7 @@ def test_rows_that_do_not_fit_in_memory_at_once_stay_in_their_shards(tmp_path, m
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**40, 2**40))
     row = rows_of(SPEC, 0, 1).nbytes
     shards = ShardSet(str(published(tmp_path)), "train", memory=20 * row)
-    assert device_resident(shards, GPU, True) is None and not shards.opened
+    assert device_resident(shards, GPU, True) is None and not opened(shards)
 
 
 @pytest.mark.parametrize("masks", ["strict", "fresh"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_shards import SPEC, digest, published, rows_of, same
+from small_shards import SPEC, digest, opened, published, rows_of, same
 
 from mambaflow.config import TrainConfig
 from mambaflow.data.batches import Batches, Layout
@@ -25,11 +25,6 @@ from mambaflow.data.shards import (
     write_manifest,
 )
 from mambaflow.storage import at
-
-
-def opened(shards: ShardSet) -> list[int]:
-    """The shards that are open."""
-    return np.flatnonzero(shards._slots >= 0).tolist()
 
 
 def test_every_flipped_byte_is_refused_by_name(tmp_path):

@@ -40,7 +40,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "init_from": ("elsewhere/run", ""),
     "d_model": (96, ""), "num_layers": (6, ""), "bidirectional": (False, ""),
     "scan": ("append", "--start plain"), "curve": ("raster", ""), "d_state": (8, ""),
-    "d_conv": (3, ""), "expand": (3, ""), "readout": ("cross_attention", ""),
+    "d_conv": (3, ""), "expand": (3, ""), "readout": ("cross_attention", "--modulation add"),
     "perceiver_iterations": (3, ""), "num_heads": (4, ""), "mlp_ratio": (3, ""),
     "frequencies": (32, ""), "max_frequency": (8.0, ""), "time_scale": (500.0, ""),
     "modulation": ("add", ""), "residual": (False, ""), "windows": (False, ""),
@@ -220,6 +220,9 @@ BAD_FLAGS = {
     "negative warm-up": ("--warmup-steps=-1", "warmup_steps (=-1) must not be negative"),
     "a path for a name": (
         "--run-name=a/b", "run_name (='a/b') must be a plain folder name, without ['/']; use let"),
+    "a name of a checkpoint": ("--run-name=step_12", "is what a run's checkpoints are called"),
+    "a read-out that never hears the time": (
+        "--readout=cross_attention", "modulation (='adaln') needs a read-out that it modulates"),
     "a name of dots": ("--run-name=..", "run_name (='..') must be a plain folder name"),
     "a name with a space": ("--run-name=a b", "run_name (='a b') must be a plain folder name"),
     "no workers": ("--num-workers=0", "num_workers (=0) must be positive"),

@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mambaflow.evaluation.metrics import COLUMNS
 from mambaflow.report.pictures import GAP, only_known, picture, to_png
-from mambaflow.report.run_log import RunLog
+from mambaflow.report.run_log import RunLog, StoredRunLog
 from mambaflow.report.tables import Table, provenance, results_table
+from mambaflow.storage import at
 
 
 def lines(folder):
@@ -157,3 +158,11 @@ def test_a_table_is_markdown_with_aligned_columns_and_a_caption():
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="must have 2 cells"):
         Table(["a", "b"], [["1"]])
+
+
+def test_a_stored_log_closed_twice_is_closed_once(tmp_path):
+    run = StoredRunLog(at(tmp_path / "run"), 0)
+    run.scalars(1, {"a": 1.0})
+    run.close()
+    run.close()
+    assert lines(tmp_path / "run")[-1]["a"] == 1.0

@@ -515,3 +515,43 @@ def test_two_workers_of_torchrun_train_as_one_and_resume_bitwise(straight, data,
         torch.testing.assert_close(twos[key], value, rtol=1e-3, atol=5e-4, msg=key)
     for one, two in zip(lines(straight), lines(whole), strict=True):
         assert one == pytest.approx(two, rel=1e-2, abs=1e-4)
+
+
+SLOW_FIRST = """
+import sys, time
+from dataclasses import replace
+from mambaflow.config import from_json
+from mambaflow.evaluation import complete
+from mambaflow.training import checkpoint, run
+from mambaflow.training.preflight import open_run
+from mambaflow.training.process_group import launched_group
+config, save = from_json(sys.argv[1]), checkpoint.save
+complete.CHUNK = 1  # every worker has test images of its own
+
+def slow(*given):
+    time.sleep(0.5)
+    return save(*given)
+
+checkpoint.save = slow
+with launched_group(False) as group:
+    config = group.broadcast(replace(config, run_name=f"told-by-{group.rank}"))
+    if group.rank == 0:
+        open_run(config)
+    group.all_reduce(run.torch.zeros(1))
+    run.train_and_score(config, group)
+"""
+
+
+def test_workers_go_on_to_the_test_only_when_the_last_checkpoint_is_in_place(data, tmp_path):
+    """The others do not save: ahead of a slow first worker they would find none."""
+    config = replace(small.run_config(data, tmp_path, "x", epochs=1, eval_every=100), scale=TWO)
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_FIRST)
+    done = subprocess.run(
+        torchrun(str(script), to_json(config)), env=ENVIRONMENT, cwd=tmp_path,
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "told-by-0" / "report/results.json").read_text())
+    assert about["trained_steps"] == 5 and about["rows"]["posterior mean"]["images"] == 4
+    assert [p.name for p in tmp_path.glob("told-by-*")] == ["told-by-0"]
