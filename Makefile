@@ -14,7 +14,7 @@ env: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lpips,slurm,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slurm,test,dev]'
 	touch $@
 
 train: env

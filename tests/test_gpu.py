@@ -17,7 +17,7 @@ from mambaflow.storage import at
 from mambaflow.training.loop import TrainState, loss
 from mambaflow.training.preflight import open_run
 from mambaflow.training.process_group import ProcessGroup
-from mambaflow.training.run import train
+from mambaflow.training.run import train_and_score
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -137,6 +137,6 @@ def test_a_run_on_the_gpu_ends_and_a_longer_one_resumes_from_it(tmp_path):
     for epochs, resume in ((small.FIT.epochs, False), (small.FIT.epochs + 1, True)):
         longer = replace(config, resume=resume, train=replace(config.train, epochs=epochs))
         open_run(longer)
-        outcome = train(longer, ProcessGroup(0, 1, GPU))
+        outcome = train_and_score(longer, ProcessGroup(0, 1, GPU))
         assert (outcome.status, outcome.step) == ("finished", epochs * small.STEPS // 4)
     assert at(tmp_path / "runs").child("gpu").exists("report/results.json")

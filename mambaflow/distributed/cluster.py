@@ -111,8 +111,8 @@ def growth_s() -> float:
 
 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:
-    """What one worker asks of Ray: a GPU, or a core. A GPU's worker asks for no core: Ray counts
-    cores whole, and a node whose cores others hold would leave its GPUs idle."""
+    """What one worker asks of Ray: a GPU, or a core. A GPU's worker asks for no core, as Ray Train
+    has it by default: a node whose cores others hold would leave its GPUs idle."""
     return {"GPU": 1.0} if scale.use_gpu else {"CPU": 1.0}
 
 
