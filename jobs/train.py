@@ -121,14 +121,18 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> RunConfig:
     # Before `settle`, which makes the address absolute.
     warn_of_a_copy(config.storage)
     config = settle(config, " ".join(["python", *sys.argv]))
-    # What flags alone can be refused for, then the cluster, then data, which may have to be staged
-    # first, and last the run's folder: what is refused has made none.
+    # What flags alone can be refused for, then data that are there, then the cluster, which takes
+    # seconds; data that must be staged come after it, and last the run's folder: what is refused
+    # has made none.
     check_flags(config)
+    embedded = config.data in EMBEDDED
+    if not embedded:
+        check_data(config)
     # In main's stack: the cluster must outlive this function.
     stack.enter_context(cluster(config))
-    if config.data in EMBEDDED:
+    if embedded:
         config = replace(config, data=at(stage_once(config.data)).uri)
-    check_data(config)
+        check_data(config)
     open_run(config)
     return config
 
