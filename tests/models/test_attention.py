@@ -17,8 +17,8 @@ from mambaflow.models import attention as attention_module
 from mambaflow.models.attention import Attention, attend
 
 FLOAT32 = torch.finfo(torch.float32)
-# Errors of random signs grow with the root of their number, and the largest seen of 10,000 shapes
-# was 3: far from the worst case, the number of terms.
+# The worst case is the number of terms; but errors have random signs, and 6 was the most that was
+# seen in 5,000 shapes.
 ROUNDINGS = 16
 native = pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
 
@@ -61,8 +61,9 @@ def without_cancellation(query, key, value, dy):
     share = (query @ key.mT).softmax(-1) + FLOAT32.tiny
     loud = share * (1 + (query.abs() @ key.abs().mT).amax(-1, keepdim=True))
     mean = (dy.abs() * (share @ value.abs())).sum(-1, keepdim=True)
-    dscore = loud * (dy.abs() @ value.abs().mT + mean)
-    return [loud @ value.abs(), dscore @ key.abs(), dscore.mT @ query.abs(), loud.mT @ dy.abs()]
+    dscore = loud * (dy.abs() @ value.abs().mT + mean) + FLOAT32.tiny
+    found = loud @ value.abs(), dscore @ key.abs(), dscore.mT @ query.abs(), loud.mT @ dy.abs()
+    return [x + FLOAT32.tiny for x in found]
 
 
 def sizes_of_terms(inputs, wanting=(0, 1, 2), views=lambda *v: v):
@@ -151,6 +152,7 @@ def test_what_is_not_a_number_is_not_hidden():
 @native
 @pytest.mark.parametrize("m", [5, 16, 256, 300, 512])
 def test_scores_beyond_all_bounds_are_torchs_answer(m):
+    torch.manual_seed(0)
     value = torch.randn(1, 1, m, 3)
     for first, rest in ((-1e38, -1e38), (-2e38, 0.0), (-math.inf, 1.0), (-math.inf, -math.inf)):
         key = torch.full((1, 1, m, 1), rest)
