@@ -1,4 +1,4 @@
-"""Inputs of the selective scan, and how its results are compared, for the tests of kernels and models.
+"""Inputs of the selective scan, and how its results are compared, for kernels and models.
 
 Gradients of the float32 kernel are compared with those of the float64 reference, which gradcheck
 proves. gradcheck itself is of no use in float32: a difference quotient over eps has an error of

@@ -9,23 +9,29 @@ from torch import Tensor
 
 from mambaflow.kernels.build import dense, int64_array, is_built, kernels, needs_grad, pointer
 from mambaflow.kernels.scan_op import empty_gradients
+from mambaflow.kernels.transforms import is_transformed, refuse_transformed
+
+CURE = "use models.attention.attend inside the transform, or set MAMBAFLOW_NATIVE=0"
 
 
 def is_supported(query: Tensor) -> bool:
-    """Whether there is a compiled kernel for this: in float32 on CPU."""
-    return query.device.type == "cpu" and query.dtype == torch.float32 and is_built()
+    """Whether there is a compiled kernel for this: in float32 on CPU, not in a transform."""
+    here = query.device.type == "cpu" and query.dtype == torch.float32
+    return here and is_built() and not is_transformed()
 
 
 def attend(
     query: Float[Tensor, "b h n e"], key: Float[Tensor, "b h k e"], value: Float[Tensor, "b h k f"]
 ) -> Float[Tensor, "b h n f"]:
-    """softmax(query key') value in float32, of memory O(n + k); not for forward-mode gradients.
+    """softmax(query key') value in float32, of memory O(n + k).
 
     Raises:
         ValueError: another device or precision, shapes that do not fit one another, or no keys:
             the kernel sees addresses.
+        NotImplementedError: derivatives by forward_ad or torch.func.
     """
     _refuse_misread(query, key, value)
+    refuse_transformed("the native attention", CURE, query, key, value)
     given = query, key, value
     return _attend(*given, needs_grad(*given))[0]
 
@@ -115,6 +121,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _back(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return None, None, None, None
+    refuse_transformed("the native attention's gradient", CURE, dout, *ctx.saved_tensors)
     keys = any(ctx.needs_input_grad[1:3])
     found = _through(dout, *ctx.saved_tensors, keys)
     return *found, *[None] * (4 - len(found))

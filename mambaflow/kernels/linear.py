@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambaflow.kernels.transforms import is_transformed
+
 # Multiplications from which oneDNN's longer way to the kernel is paid for.
 MIN_MULTIPLICATIONS = 2**23
 
@@ -46,7 +48,8 @@ def large(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     given = [x, weight] if bias is None else [x, weight, bias]
     plain = all(v.device.type == "cpu" and v.dtype == torch.float32 for v in given)
     shaped = x.dim() >= 1 and weight.dim() == 2 and (bias is None or len(bias) == len(weight))
-    return plain and shaped and x.numel() * len(weight) >= MIN_MULTIPLICATIONS and _onednn()
+    enough = plain and shaped and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
+    return enough and _onednn() and not is_transformed()
 
 
 def linear_forward(
@@ -96,16 +99,20 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
-    dx = None if weight is None else _linear(dy, weight.t(), None)
-    dweight = None if x is None else _weight_grad(dy, x)
+    if is_transformed():  # our operators would lose what dy carries
+        dx, dweight = None if weight is None else dy @ weight, None if x is None else dy.t() @ x
+    else:
+        dx = None if weight is None else _linear(dy, weight.t(), None)
+        dweight = None if x is None else _weight_grad(dy, x)
     return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _weight_grad_backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
     dy, x = ctx.saved_tensors
+    product = F.linear if is_transformed() else _linear
     return (
-        None if x is None else _linear(x, slope, None),
-        None if dy is None else _linear(dy, slope.t(), None),
+        None if x is None else product(x, slope, None),
+        None if dy is None else product(dy, slope.t(), None),
     )
 
 
@@ -118,7 +125,7 @@ def linear(
     weight: Float[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*rows n"]:
-    """x weight' + bias, and gradients of any order; not for forward-mode ones, nor for vmap."""
+    """x weight' + bias, and derivatives of any order and mode."""
     if large(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
         return _linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight, bias)

@@ -21,16 +21,22 @@ from mambaflow.kernels.build import (
     pointer,
 )
 from mambaflow.kernels.linear import linear_forward, weight_grad
-from mambaflow.kernels.scan_op import empty_gradients, keep_first, scan_operator
+from mambaflow.kernels.scan_op import CURE, empty_gradients, keep_first, scan_operator
+from mambaflow.kernels.transforms import is_transformed, refuse_transformed
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
+INSIDE = "inside the transform, or set MAMBAFLOW_NATIVE=0"
+CURE_CONV = f"use models.mamba.causal_conv {INSIDE}"
+CURE_BLOCK = f"use models.mamba.Mamba {INSIDE}"
 GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
 
 
 def is_supported(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
-    """Whether there are compiled kernels for this: on CPU, not double, within their sizes."""
+    """Whether there are compiled kernels for this: on CPU, not double, within their sizes, not in
+    a transform."""
     fits = states <= MAX_STATES and taps <= MAX_TAPS
-    return x.device.type == "cpu" and x.dtype in KINDS and fits and is_built()
+    here = x.device.type == "cpu" and x.dtype in KINDS
+    return here and fits and is_built() and not is_transformed()
 
 
 def scan(
@@ -46,9 +52,11 @@ def scan(
 
     Raises:
         ValueError: over 64 states, double precision, another device: the kernel sees addresses.
+        NotImplementedError: derivatives by forward_ad or torch.func.
     """
     within("states of A", A.shape[-1], MAX_STATES)
     check(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
+    refuse_transformed("the native scan", CURE, u, dt, A, B, C, D, z)
     given = [None if x is None else dense(x) for x in (u, dt, A, B, C, D, z)]
     return _scan(*given, needs_grad(*given))[0].to(u.dtype)
 
@@ -60,9 +68,11 @@ def conv(
 
     Raises:
         ValueError: as `scan`; more than 8 taps.
+        NotImplementedError: as `scan`.
     """
     within("taps of weight", weight.shape[-1], MAX_TAPS)
     check(x=x, weight=weight, bias=bias)
+    refuse_transformed("the native convolution", CURE_CONV, x, weight, bias)
     turned = weight.squeeze(1).t().float().contiguous()
     return _conv(dense(x), turned, bias.float().contiguous()).to(x.dtype)
 
@@ -79,11 +89,16 @@ def mamba_inner(
 
     What `models.mamba.Mamba` computes with `causal_conv` and `selective_scan`; xz is u before the
     convolution, then the gate, side by side. In float32, from half precisions too.
+
+    Raises:
+        ValueError: as `scan`.
+        NotImplementedError: as `scan`.
     """
     weight = conv.weight.squeeze(1).t()
     rest: tuple[Any, ...] = weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
     names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
     check(**dict(zip(names, (xz, *rest), strict=True)))
+    refuse_transformed("the native Mamba block", CURE_BLOCK, xz, *rest)
     given = dense(xz), *(x.float().contiguous() for x in rest)
     return _inner(*given, needs_grad(*given))[0].to(xz.dtype)
 
@@ -191,9 +206,15 @@ _through_conv = torch.library.custom_op(
 )  # fmt: skip
 _conv.register_fake(lambda x, weight, bias: x.new_empty(x.shape))
 _through_conv.register_fake(lambda dy, *inputs: tuple(empty_gradients(*inputs)))
+
+
+def _conv_back(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_transformed("the gradient of conv", CURE_CONV, dy, *ctx.saved_tensors)
+    return _through_conv(dy, *ctx.saved_tensors)
+
+
 _conv.register_autograd(
-    lambda ctx, dy: _through_conv(dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    _conv_back, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
 
 
@@ -260,10 +281,13 @@ def _(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D, keep):
 
 
 _through_inner.register_fake(lambda dy, kept, u, ranks, dt, *inputs: empty_gradients(*inputs))
-_inner.register_autograd(
-    lambda ctx, dy, *_: (
-        *([None] * 8 if dy is None else _through_inner(dy, *ctx.saved_tensors)),
-        None,
-    ),
-    setup_context=keep_first,
-)
+
+
+def _inner_back(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    refuse_transformed("the gradient of mamba_inner", CURE_BLOCK, dy, *ctx.saved_tensors)
+    return *_through_inner(dy, *ctx.saved_tensors), None  # None for `keep`
+
+
+_inner.register_autograd(_inner_back, setup_context=keep_first)

@@ -7,6 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambaflow.kernels.transforms import refuse_transformed
+
+CURE = (
+    "use selective_scan of backend 'auto' or 'chunked' inside the transform, or set "
+    "MAMBAFLOW_NATIVE=0 on CPU"
+)
 INPUTS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z"
 
 
@@ -36,6 +42,8 @@ def scan_operator(
     gradients.register_fake(lambda dy, kept, *inputs: empty_gradients(*inputs))
 
     def through(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is not None:
+            refuse_transformed(f"the gradient of {name}", CURE, dy, *ctx.saved_tensors)
         found = [] if dy is None else gradients(dy, *ctx.saved_tensors)
         return *found, *[None] * (8 - len(found))  # for z, where there is none, and for `keep`
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mambaflow.kernels.scan_op import scan_operator
+from mambaflow.kernels.scan_op import CURE, scan_operator
+from mambaflow.kernels.transforms import refuse_transformed
 
 CHUNK = 32
 NUMBERS = 512  # of state in a program, 16 a thread: twice as many would not stay in registers
@@ -141,7 +142,9 @@ def scan(
 
     Raises:
         ValueError: an image whose tokens x channels the kernel cannot count in 32 bits.
+        NotImplementedError: derivatives by forward_ad or torch.func.
     """
+    refuse_transformed("the Triton scan", CURE, u, dt, A, B, C, D, z)
     gate = None if z is None else _dense(z)
     inputs = (_dense(u), _dense(dt), A.float(), _dense(B), _dense(C), D.float(), gate)
     widest = max(x.stride(1) for x in inputs if x is not None and x.dim() == 3)

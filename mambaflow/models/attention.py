@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mambaflow.kernels import attention_cpu
 from mambaflow.kernels.linear import Linear
+from mambaflow.kernels.transforms import is_transformed
 
 
 class KeyValue(NamedTuple):
@@ -28,10 +29,13 @@ def attend(
     """softmax(query key') value, by a kernel that keeps no scores: ours, or else torch's.
 
     Where ours is not built, and gradients of few tokens are wanted on CPU, all b h n k scores are
-    kept: plain products take 0.8 times as long as torch's kernel.
+    kept: plain products take 0.8 times as long as torch's kernel. So they are in transforms of
+    torch.func and forward_ad, for which neither kernel has rules.
     """
     if attention_cpu.is_supported(query):
         return attention_cpu.attend(query, key, value)
+    if is_transformed():
+        return plain(query, key, value)
     few = query.shape[:3].numel() * key.shape[2] <= PLAIN
     if few and query.dtype == torch.float32 and not query.is_cuda and torch.is_grad_enabled():
         return plain(query, key, value)

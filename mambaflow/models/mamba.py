@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mambaflow.kernels import scan_cpu
 from mambaflow.kernels.linear import Linear
-from mambaflow.models.selective_scan import require_shapes, selective_scan
+from mambaflow.models.selective_scan import require_shapes, selective_scan, silu
 
 
 def causal_conv(
@@ -21,7 +21,7 @@ def causal_conv(
     if scan_cpu.is_supported(x, taps=taps):
         return scan_cpu.conv(x, weight, bias)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps - 1, groups=d)
-    return F.silu(y[..., :n]).transpose(1, 2)
+    return silu(y[..., :n]).transpose(1, 2)
 
 
 class Mamba(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mambaflow.kernels import scan_cpu
+from mambaflow.kernels.transforms import is_transformed
 
 CHUNK = 64
 log = logging.getLogger(__name__)
@@ -57,7 +58,13 @@ def _recur(
 
 def _finish(y: Tensor, u: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     y = y + D * u
-    return y if z is None else y * F.silu(z)
+    return y if z is None else y * silu(z)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x); in a transform by operations whose gradients have tangents, as torch's silu's
+    has none."""
+    return x * torch.sigmoid(x) if is_transformed() else F.silu(x)
 
 
 def scan_chunked(
@@ -73,15 +80,17 @@ def scan_chunked(
 
     What is kept is the state between chunks, n s / 64 numbers per channel: memory is O(n), and
     (b, n, d, s) never exists. Half precisions, as autocast gives them, are float32 inside.
+    In transforms of torch.func, which allow no checkpoints, and of forward_ad all states are kept.
     """
     kind, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
     u, dt, A, B, C, D = (x.to(wide) for x in (u, dt, A, B, C, D))
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    saves_memory = torch.is_grad_enabled() and not is_transformed()
     outputs = []
     for u_i, dt_i, B_i, C_i in zip(
         *(x.split(CHUNK, 1) for x in (u, F.softplus(dt), B, C)), strict=True
     ):
-        if torch.is_grad_enabled():
+        if saves_memory:
             y, h = checkpoint(
                 _recur, h, u_i, dt_i, A, B_i, C_i, use_reentrant=False, preserve_rng_state=False
             )
@@ -186,6 +195,8 @@ def require_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
 
 def fastest_backend(u: Tensor, states: int) -> str:
     """The backend that "auto" takes for a tensor like this one, with this many states."""
+    if is_transformed():
+        return "chunked"
     if u.is_cuda and u.dtype != torch.float64:
         return _on_gpu()
     return "native" if scan_cpu.is_supported(u, states=states) else "chunked"
