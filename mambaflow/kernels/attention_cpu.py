@@ -16,7 +16,7 @@ CURE = "use models.attention.attend inside the transform, or set MAMBAFLOW_NATIV
 
 def is_supported(query: Tensor) -> bool:
     """Whether there is a compiled kernel for this: in float32 on CPU, not in a transform."""
-    here = query.device.type == "cpu" and query.dtype == torch.float32
+    here = query.is_cpu and query.dtype == torch.float32
     return here and is_built() and not is_transformed()
 
 
@@ -30,28 +30,37 @@ def attend(
             the kernel sees addresses.
         NotImplementedError: derivatives by forward_ad or torch.func.
     """
-    _refuse_misread(query, key, value)
+    _refuse_kinds(query, key, value)
+    refuse_shapes(query, key, value)
     refuse_transformed("the native attention", CURE, query, key, value)
     given = query, key, value
     return _attend(*given, needs_grad(*given))[0]
 
 
-def _refuse_misread(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _refuse_kinds(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.device.type != "cpu" or x.dtype != torch.float32:
+        if not (x.is_cpu and x.dtype == torch.float32):
             raise ValueError(
                 f"{name} (={x.dtype} on {x.device}) must be float32 on cpu for the native kernel; "
-                "use attention.attend, which chooses"
+                "use models.attention.attend, which chooses"
             )
-    fits = query.dim() == key.dim() == value.dim() == 4
-    fits = fits and query.shape[:2] == key.shape[:2] == value.shape[:2]
-    if not (fits and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2]):
+
+
+def refuse_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse what no attention is defined for.
+
+    Raises:
+        ValueError: shapes that do not fit one another, or no keys.
+    """
+    q, k, v = query.shape, key.shape, value.shape
+    fits = len(q) == len(k) == len(v) == 4 and q[:2] == k[:2] == v[:2]
+    if not (fits and q[3] == k[3] and k[2] == v[2]):
         shapes = ", ".join(f"{tuple(x.shape)}" for x in (query, key, value))
         raise ValueError(
             f"query, key, value (={shapes}) must be (b, h, n, e), (b, h, k, e), (b, h, k, f); "
             "expand what is shared"
         )
-    if key.shape[2] == 0:
+    if k[2] == 0:
         raise ValueError("key (=0 tokens) must hold at least one; a mean of none is undefined")
 
 

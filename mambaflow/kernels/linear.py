@@ -46,8 +46,9 @@ def _onednn() -> bool:
 def large(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a product of these is one for oneDNN."""
     given = [x, weight] if bias is None else [x, weight, bias]
-    plain = all(v.device.type == "cpu" and v.dtype == torch.float32 for v in given)
-    shaped = x.dim() >= 1 and weight.dim() == 2 and (bias is None or len(bias) == len(weight))
+    plain = all(v.is_cpu and v.dtype == torch.float32 for v in given)
+    shaped = x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    shaped = shaped and (bias is None or bias.shape == weight.shape[:1])
     enough = plain and shaped and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
     return enough and _onednn() and not is_transformed()
 

@@ -21,22 +21,36 @@ from mambaflow.kernels.build import (
     pointer,
 )
 from mambaflow.kernels.linear import linear_forward, weight_grad
-from mambaflow.kernels.scan_op import CURE, empty_gradients, keep_first, scan_operator
+from mambaflow.kernels.scan_op import (
+    CURE,
+    KINDS,
+    empty_gradients,
+    keep_first,
+    refuse_kinds,
+    refuse_scan_shapes,
+    refuse_shapes,
+    scan_operator,
+)
 from mambaflow.kernels.transforms import is_transformed, refuse_transformed
 
-KINDS = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+CHOOSE_CONV = "use models.mamba.causal_conv, which chooses"
+CHOOSE_BLOCK = "use models.mamba.Mamba, in one precision"
 INSIDE = "inside the transform, or set MAMBAFLOW_NATIVE=0"
 CURE_CONV = f"use models.mamba.causal_conv {INSIDE}"
 CURE_BLOCK = f"use models.mamba.Mamba {INSIDE}"
 GROUPS = 16  # images x groups of channels in the backward pass: enough to share among threads
 
 
-def is_supported(x: Tensor, *, states: int = 1, taps: int = 1) -> bool:
-    """Whether there are compiled kernels for this: on CPU, not double, within their sizes, not in
-    a transform."""
-    fits = states <= MAX_STATES and taps <= MAX_TAPS
-    here = x.device.type == "cpu" and x.dtype in KINDS
-    return here and fits and is_built() and not is_transformed()
+def is_supported(x: Tensor, *others: Tensor | None, states: int = 1, taps: int = 1) -> bool:
+    """Whether there are compiled kernels for all these: on CPU, not double, within their sizes, not
+    in a transform."""
+    fits = 1 <= states <= MAX_STATES and 1 <= taps <= MAX_TAPS
+    return fits and _are_read(x, *others) and is_built() and not is_transformed()
+
+
+def _are_read(*tensors: Tensor | None) -> bool:
+    return all(x is None or (x.is_cpu and x.dtype in KINDS) for x in tensors)
 
 
 def scan(
@@ -51,11 +65,14 @@ def scan(
     """The gated selective scan in float32, from half precisions too; see `models.selective_scan`.
 
     Raises:
-        ValueError: over 64 states, double precision, another device: the kernel sees addresses.
+        ValueError: over 64 states or none, double precision, another device, shapes that disagree:
+            the kernel sees addresses.
         NotImplementedError: derivatives by forward_ad or torch.func.
     """
-    within("states of A", A.shape[-1], MAX_STATES)
-    check(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
+    refuse_scan_shapes(u, dt, A, B, C, D, z)
+    within("states of A", A.shape[1], MAX_STATES, "use backend='chunked'")
+    if not _are_read(u, dt, A, B, C, D, z):
+        refuse_kinds(CPU, "use backend='auto'", u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
     refuse_transformed("the native scan", CURE, u, dt, A, B, C, D, z)
     given = [None if x is None else dense(x) for x in (u, dt, A, B, C, D, z)]
     return _scan(*given, needs_grad(*given))[0].to(u.dtype)
@@ -67,11 +84,13 @@ def conv(
     """silu of the causal convolution in float32; see `models.mamba.causal_conv`.
 
     Raises:
-        ValueError: as `scan`; more than 8 taps.
+        ValueError: as `scan`; more than 8 taps or none.
         NotImplementedError: as `scan`.
     """
-    within("taps of weight", weight.shape[-1], MAX_TAPS)
-    check(x=x, weight=weight, bias=bias)
+    refuse_conv_shapes(x, weight, bias)
+    within("taps of weight", weight.shape[2], MAX_TAPS, CHOOSE_CONV)
+    if not _are_read(x, weight, bias):
+        refuse_kinds(CPU, CHOOSE_CONV, x=x, weight=weight, bias=bias)
     refuse_transformed("the native convolution", CURE_CONV, x, weight, bias)
     turned = weight.squeeze(1).t().float().contiguous()
     return _conv(dense(x), turned, bias.float().contiguous()).to(x.dtype)
@@ -94,29 +113,52 @@ def mamba_inner(
         ValueError: as `scan`.
         NotImplementedError: as `scan`.
     """
-    weight = conv.weight.squeeze(1).t()
-    rest: tuple[Any, ...] = weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
-    names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "A", "D")
-    check(**dict(zip(names, (xz, *rest), strict=True)))
+    rest: tuple[Any, ...] = conv.weight, conv.bias, to_ranks.weight, to_dt.weight, to_dt.bias, A, D
+    _refuse_block(xz, *rest)
     refuse_transformed("the native Mamba block", CURE_BLOCK, xz, *rest)
+    rest = conv.weight.squeeze(1).t(), *rest[1:]
     given = dense(xz), *(x.float().contiguous() for x in rest)
     return _inner(*given, needs_grad(*given))[0].to(xz.dtype)
 
 
-def within(what: str, number: int, most: int) -> None:
+def _refuse_block(xz, weight, bias, to_ranks, to_dt, dt_bias, A, D) -> None:
+    (d, s), rank, taps = A.shape, to_dt.shape[1], weight.shape[2]
+    within("states of A", s, MAX_STATES, CHOOSE_BLOCK)
+    within("taps of weight", taps, MAX_TAPS, CHOOSE_BLOCK)
+    names = ("xz", "weight", "bias", "to_ranks", "to_dt", "dt_bias", "D")
+    tensors = (xz, weight, bias, to_ranks, to_dt, dt_bias, D)
+    shapes = (
+        (*xz.shape[:2], 2 * d), (d, 1, taps), (d,), (rank + 2 * s, d), (d, rank), (d,), (d,)
+    )  # fmt: skip
+    if not _are_read(*tensors, A):
+        refuse_kinds(CPU, CHOOSE_BLOCK, A=A, **dict(zip(names, tensors, strict=True)))
+    for name, x, shape in zip(names, tensors, shapes, strict=True):
+        if x.shape != shape:
+            refuse_shapes(**{name: (x, shape)})
+
+
+def within(what: str, number: int, most: int, cure: str) -> None:
     """Refuse what the kernels' registers have no room for."""
     if not 1 <= number <= most:
-        raise ValueError(f"{what} (={number}) must be 1 to {most} here; use backend='chunked'")
+        raise ValueError(f"{what} (={number}) must be 1 to {most} here; {cure}")
 
 
-def check(**tensors: Tensor | None) -> None:
-    """Refuse tensors that the kernels would misread."""
-    for name, x in tensors.items():
-        if x is not None and (x.device.type != "cpu" or x.dtype not in KINDS):
-            raise ValueError(
-                f"{name} (={x.dtype} on {x.device}) must be float32, bfloat16 or float16 on cpu "
-                "for the native kernel; use backend='auto'"
-            )
+def refuse_conv_shapes(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Refuse inputs of a convolution whose shapes disagree.
+
+    Raises:
+        ValueError: x is not (b, n, d), weight not (d, 1, taps), or bias not (d,).
+    """
+    there = x.dim() == 3 and weight.dim() == 3
+    if there and weight.shape[:2] == (x.shape[2], 1) and bias.shape == x.shape[2:]:
+        return
+    if not there:
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(
+            f"x and weight (of shapes {shapes}) must have shapes (b, n, d) and (d, 1, taps)"
+        )
+    d = x.shape[2]
+    refuse_shapes(weight=(weight, (d, 1, weight.shape[2])), bias=(bias, (d,)))
 
 
 def _strides(*rows: Tensor | None) -> list[int]:

@@ -13,6 +13,7 @@ CURE = (
     "use selective_scan of backend 'auto' or 'chunked' inside the transform, or set "
     "MAMBAFLOW_NATIVE=0 on CPU"
 )
+KINDS = (torch.float32, torch.bfloat16, torch.float16)  # read by the kernels, float32 inside
 INPUTS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z"
 
 
@@ -49,6 +50,59 @@ def scan_operator(
 
     scan.register_autograd(through, setup_context=keep_first)
     return scan
+
+
+def refuse_kinds(device: torch.device, cure: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors whose numbers a kernel would misread; `cure` is for double precision, which
+    other backends take.
+
+    Raises:
+        ValueError: one elsewhere than on `device`, in double precision, or of whole numbers.
+    """
+    for name, x in tensors.items():
+        if x is not None and (x.dtype not in KINDS or x.device != device):
+            double = x.dtype == torch.float64 and x.device == device
+            raise ValueError(
+                f"{name} (={x.dtype} on {x.device}) must be float32, bfloat16 or float16 on "
+                f"{device} for this kernel; {cure if double else 'convert it'}"
+            )
+
+
+def refuse_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse shapes that disagree, before a kernel reads beyond them.
+
+    Raises:
+        ValueError: one has another shape than is asked of it.
+    """
+    for name, (x, shape) in tensors.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} (of shape {tuple(x.shape)}) must have shape {shape}")
+
+
+def refuse_scan_shapes(u, dt, A, B, C, D, z) -> None:
+    """Refuse inputs of a scan whose shapes disagree.
+
+    Raises:
+        ValueError: u is not (b, n, d), A not (d, s), or another does not fit these.
+    """
+    there = u.dim() == 3 and A.dim() == 2
+    if there and _agree(u.shape, A.shape, u, dt, B, C, D, z):
+        return
+    if not there:
+        shapes = f"{tuple(u.shape)} and {tuple(A.shape)}"
+        raise ValueError(f"u and A (of shapes {shapes}) must have shapes (b, n, d) and (d, s)")
+    (b, n, d), s = u.shape, A.shape[1]
+    tokens, states = (b, n, d), (b, n, s)
+    refuse_shapes(
+        dt=(dt, tokens), A=(A, (d, s)), B=(B, states), C=(C, states), D=(D, (d,)), z=(z, tokens)
+    )
+
+
+def _agree(tokens: torch.Size, rates: torch.Size, u, dt, B, C, D, z) -> bool:
+    """Whether the other shapes are those that u and A ask for: asked at every call, so in short."""
+    (b, n, d), s = tokens, rates[1]
+    fits = rates[0] == d and dt.shape == tokens and B.shape == (b, n, s) and C.shape == (b, n, s)
+    return fits and D.shape == (d,) and (z is None or z.shape == tokens)
 
 
 def empty_gradients(*inputs: Tensor | None) -> list[Tensor]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mambaflow.kernels.scan_op import CURE, scan_operator
+from mambaflow.kernels.scan_op import CURE, refuse_kinds, refuse_scan_shapes, scan_operator
 from mambaflow.kernels.transforms import refuse_transformed
 
 CHUNK = 32
@@ -141,9 +141,14 @@ def scan(
     """The gated selective scan, float32 inside; see `models.selective_scan`.
 
     Raises:
-        ValueError: an image whose tokens x channels the kernel cannot count in 32 bits.
+        ValueError: no states, double precision, several devices, shapes that disagree, or an image
+            whose tokens x channels the kernel cannot count in 32 bits.
         NotImplementedError: derivatives by forward_ad or torch.func.
     """
+    refuse_scan_shapes(u, dt, A, B, C, D, z)
+    refuse_kinds(u.device, "use backend='chunked'", u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
+    if A.shape[1] == 0:
+        raise ValueError("states of A (=0) must be at least 1 here; use backend='chunked'")
     refuse_transformed("the Triton scan", CURE, u, dt, A, B, C, D, z)
     gate = None if z is None else _dense(z)
     inputs = (_dense(u), _dense(dt), A.float(), _dense(B), _dense(C), D.float(), gate)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambaflow.checks import require
 from mambaflow.kernels import attention_cpu
 from mambaflow.kernels.linear import Linear
 from mambaflow.kernels.transforms import is_transformed
@@ -31,15 +32,33 @@ def attend(
     Where ours is not built, and gradients of few tokens are wanted on CPU, all b h n k scores are
     kept: plain products take 0.8 times as long as torch's kernel. So they are in transforms of
     torch.func and forward_ad, for which neither kernel has rules.
+
+    Raises:
+        ValueError: shapes that do not fit one another, no keys, whole numbers, or several devices
+            or, but under autocast, precisions.
     """
-    if attention_cpu.is_supported(query):
+    alike = key.dtype == value.dtype == query.dtype and key.is_cpu and value.is_cpu
+    if alike and attention_cpu.is_supported(query):
         return attention_cpu.attend(query, key, value)
+    attention_cpu.refuse_shapes(query, key, value)
+    _refuse_kinds(query, key, value)
     if is_transformed():
         return plain(query, key, value)
     few = query.shape[:3].numel() * key.shape[2] <= PLAIN
     if few and query.dtype == torch.float32 and not query.is_cuda and torch.is_grad_enabled():
         return plain(query, key, value)
     return fused(query, key, value)
+
+
+def _refuse_kinds(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        fits = x.is_floating_point() and x.device == query.device
+        cast = x.dtype == query.dtype or torch.is_autocast_enabled(query.device.type)
+        if not (fits and cast):
+            raise ValueError(
+                f"{name} (={x.dtype} on {x.device}) must be of real numbers, as query is "
+                f"(={query.dtype} on {query.device}); convert it"
+            )
 
 
 def plain(
@@ -76,6 +95,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, windows: bool) -> None:
         super().__init__()
+        fits = heads >= 1 and width >= 1 and width % heads == 0
+        require(fits, f"width (={width}) must be a multiple of heads (={heads}), and both positive")
         self.heads, self.windows = heads, windows
         self.query = Linear(width, width)
         self.key_value = Linear(width, 2 * width)

@@ -11,20 +11,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from scans import NAMES, inputs, unchecked, with_gradients, without_cancellation
 
 ROOT = Path(__file__).parents[2]
 has_triton = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not has_triton, reason="this torch brings no Triton")
 
-# b, n, d, s, gate, strided, dtype: chunks and blocks are of 32; one token more, one fewer, partial
+# b, n, d, s, gate, strided, dtype, size of A: chunks and blocks are of 32; one token more, one
+# fewer, partial
 CASES = [
-    (1, 1, 1, 1, True, False, "float32"),
-    (2, 31, 5, 3, True, True, "float32"),
-    (1, 32, 32, 16, True, False, "float32"),
-    (2, 33, 33, 4, False, True, "float32"),
-    (1, 65, 40, 16, True, True, "float32"),
-    (1, 34, 11, 64, False, False, "float32"),
-    (2, 33, 20, 8, True, True, "bfloat16"),
+    (1, 1, 1, 1, True, False, "float32", 1.0),
+    (2, 31, 5, 3, True, True, "float32", 1.0),
+    (1, 32, 32, 16, True, False, "float32", 1.0),
+    (2, 33, 33, 4, False, True, "float32", 1.0),
+    (1, 65, 40, 16, True, True, "float32", 1.0),
+    (1, 34, 11, 64, False, False, "float32", 1.0),
+    (2, 33, 20, 8, True, True, "bfloat16", 1.0),
+    (1, 33, 5, 3, True, False, "float32", 1e38),  # its exponentials are 0
 ]
 
 
@@ -79,10 +82,29 @@ for kernel in (scan_triton._forward, scan_triton._backward):
         assert "REG:" in usage and "STACK:0" in usage and "LOCAL:0" in usage, usage
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": lambda x: x.double()}, r"u \(=torch.float64 on cpu\) must be float32, bfloat16 or"),
+        ({"A": lambda x: x.double()}, r"A \(=torch.float64 on cpu\) must be float32, .*'chunked'"),
+        ({"z": lambda x: x.to("meta")}, r"z \(=torch.float32 on meta\) must be .* on cpu"),
+        ({"B": lambda x: x[:, :2]}, r"B \(of shape \(2, 2, 5\)\) must have shape \(2, 4, 5\)"),
+        (dict.fromkeys("ABC", lambda x: x[..., :0]), r"states of A \(=0\) must be at least 1 here"),
+    ],
+)
+def test_the_kernel_refuses_what_it_would_misread(change, message):
+    from mambaflow.kernels import scan_triton
+
+    tensors = dict(zip(NAMES, (x.float() for x in inputs(2, 4, 3, 5)), strict=True))
+    tensors |= {name: work(tensors[name]) for name, work in change.items()}
+    with pytest.raises(ValueError, match=message):
+        unchecked(scan_triton.scan, **tensors)
+
+
 def compare() -> None:
     """Print each result's largest error over what its terms add up to."""
     import torch
-    from scans import with_gradients, without_cancellation
 
     from mambaflow.kernels import scan_triton
     from mambaflow.models.selective_scan import selective_scan
@@ -91,12 +113,12 @@ def compare() -> None:
         return with_gradients(lambda *x: selective_scan(*x, backend=backend), tensors)
 
     for case in CASES:
-        b, n, d, s, gate, strided, kind = case
+        b, n, d, s, gate, strided, kind, rate = case
         torch.manual_seed(0)
         shapes = [(b, n, d), (b, n, d), (d, s), (b, n, s), (b, n, s), (d,), (b, n, d)]
         tensors = [torch.randn(size, dtype=torch.float64) for size in shapes[: 6 + gate]]
         tensors[1] = 3 * tensors[1] - 1
-        tensors[2] = -tensors[2].exp()
+        tensors[2] = -rate * tensors[2].exp().clamp(max=3.4)  # as large as float32 can hold
         tensors = [x.to(getattr(torch, kind) if x.dim() == 3 else torch.float32) for x in tensors]
         if strided:  # rows of wider ones
             tensors = [x.repeat_interleave(2, -1)[..., : x.shape[-1]] if x.dim() == 3 else x
@@ -112,6 +134,7 @@ def compare() -> None:
         sizes = without_cancellation([x.detach().double() for x in tensors])
         for name, x, y, size in zip(("y", "u", "dt", "A", "B", "C", "D", "z"), found, right, sizes,
                                     strict=False):  # fmt: skip
+            assert x.isfinite().all(), (case, name)
             error = ((x.double() - y).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)).max()
             # dy and the result are rounded, the one to the nearest, the other down.
             most = 1e-5 if kind == "float32" else 1.5 * torch.finfo(torch.bfloat16).eps

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scans import unchecked
 
 from mambaflow.kernels import attention_cpu
 from mambaflow.kernels.build import library
@@ -238,9 +239,66 @@ def test_what_the_kernel_would_misread_is_refused():
         (query, key[..., :3], value), (query, key, value[:, :, :4]), (query[0], key[0], value[0]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"query, key, value .* must be \(b, h, n, e\)"):
-            attention_cpu._refuse_misread(*(x.float() for x in wrong))  # jaxtyping is before
+            attention_cpu.refuse_shapes(*(x.float() for x in wrong))  # jaxtyping is before
     with pytest.raises(ValueError, match="key .*0 tokens.* at least one"):
         attention_cpu.attend(query.float(), key[:, :, :0].float(), value[:, :, :0].float())
+
+
+@native
+@pytest.mark.parametrize(("e", "f"), [(0, 3), (3, 0), (0, 0)])
+def test_without_features_scores_are_even_or_nothing_is_read(e, f):
+    query, key, value = made(2, 2, 5, 9, max(e, 1), max(f, 1))
+    inputs = [query[..., :e], key[..., :e], value[..., :f]]
+    found = results(attention_cpu.attend, inputs, torch.float32)
+    assert_near(found, results(by_definition, inputs, torch.float64), sizes_of_terms(inputs))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "key .*0 tokens.* at least one"),
+        (lambda q, k, v: (q, k[:, :1], v), r"query, key, value .* must be \(b, h, n, e\)"),
+        (
+            lambda q, k, v: (q.long(), k, v),
+            r"query \(=torch.int64 on cpu\) must be of real numbers",
+        ),
+        (
+            lambda q, k, v: (q, k, v.long()),
+            r"value \(=torch.int64 on cpu\) must be of real numbers",
+        ),
+        (
+            lambda q, k, v: (q, k.double(), v),
+            r"key \(=torch.float64 .* as query is \(=torch.float32",
+        ),
+        (lambda q, k, v: (q, k, v.to("meta")), r"value \(=torch.float32 on meta\) .* convert it"),
+    ],
+)
+def test_attention_refuses_the_same_by_name_with_and_without_its_kernel(
+    change, message, kernel, training, monkeypatch
+):
+    if not kernel:
+        monkeypatch.setattr(attention_cpu, "is_supported", lambda query: False)
+    tensors = change(*(x.float() for x in made(1, 2, 3, 5, 4, 4)))
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match=message):
+        unchecked(attend, *tensors)
+
+
+def test_under_autocast_several_precisions_are_one():
+    query, key, value = (x.float() for x in made(1, 2, 3, 5, 4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attend(query, key.bfloat16(), value)
+    assert y.dtype == torch.bfloat16
+    assert (y - by_definition(query, key, value)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(("width", "heads"), [(10, 4), (4, 0), (0, 1)])
+def test_heads_share_a_width_evenly(width, heads):
+    with pytest.raises(
+        ValueError, match=rf"width \(={width}\) must be a multiple of heads \(={heads}"
+    ):
+        Attention(width, heads, windows=False)
 
 
 @native

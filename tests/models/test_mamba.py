@@ -14,6 +14,16 @@ from mambaflow.kernels.build import library
 from mambaflow.models.mamba import Mamba, causal_conv
 from mambaflow.models.selective_scan import selective_scan
 
+KINDS = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.fixture(params=[True, False], ids=["native", "torch"])
+def native(request, monkeypatch) -> bool:
+    """With the compiled kernels, where there are any, and without them."""
+    if not request.param:
+        monkeypatch.setattr(scan_cpu, "is_supported", lambda *_, **__: False)
+    return request.param
+
 
 def conv_by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     padded = F.pad(x.transpose(1, 2), (weight.shape[-1] - 1, 0))
@@ -44,10 +54,7 @@ def test_the_convolution_is_torchs(taps, n, d, layout):
     assert_near(found, right, 1e-5, ("x", "weight", "bias"), sizes)
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_a_block_trains_under_autocast_with_and_without_the_kernels(native, monkeypatch):
-    if not native:
-        monkeypatch.setattr(scan_cpu, "is_supported", lambda *_, **__: False)
+def test_a_block_trains_under_autocast_with_and_without_the_kernels(native):
     torch.manual_seed(0)
     block, tokens = Mamba(16), torch.randn(2, 70, 16)
     plain = block(tokens)
@@ -89,11 +96,70 @@ def test_a_block_that_keeps_nothing_answers_the_same_bits_and_leaves_its_input(n
     assert torch.equal(tokens, before)
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3)])
-def test_nothing_convolves_to_nothing(shape):
-    tensors = [torch.randn(size) for size in (shape, (3, 1, 4), (3,))]
-    results = with_gradients(causal_conv, leaves(tensors, torch.float32))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_nothing_convolves_to_nothing(shape, kind, native):
+    d = shape[2]
+    tensors = [torch.randn(size) for size in (shape, (d, 1, 4), (d,))]
+    results = with_gradients(causal_conv, leaves(tensors, kind))
     assert results[0].shape == shape and not any(x.any() for x in results)
+    assert all(x.dtype == kind for x in results)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_a_block_gives_nothing_for_nothing_and_gradients_of_zero(shape, kind, autocast, native):
+    block = Mamba(8).to(kind)
+    tokens = torch.randn(*shape, 8, dtype=kind, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = block(tokens)
+    y.sum().backward()
+    assert y.shape == tokens.shape and tokens.grad.shape == tokens.shape
+    assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "taps"), [(1, 2), (1, 8), (2, 4), (3, 8), (3, 9), (1, 20)])
+def test_taps_beyond_the_first_token_see_zeros(n, taps, kind, native):
+    torch.manual_seed(n)
+    tensors = [torch.randn(size) for size in ((2, n, 5), (5, 1, taps), (5,))]
+    right = with_gradients(conv_by_torch, leaves(tensors, torch.float64))
+    found = with_gradients(causal_conv, leaves(tensors, kind))
+    assert_near(found, right, 1e-5, ("x", "weight", "bias"), sizes_of_terms(tensors))
+
+
+@pytest.mark.parametrize("other", KINDS)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_convolution_of_several_precisions_is_that_of_the_widest(which, other, native):
+    torch.manual_seed(0)
+    tensors = [torch.randn(size) for size in ((2, 6, 5), (5, 1, 4), (5,))]
+    tensors[which] = tensors[which].to(other)
+    y = causal_conv(*tensors)
+    right = conv_by_torch(*(x.double() for x in tensors))
+    assert y.dtype == tensors[0].dtype
+    assert (y - right).abs().max() < 2 * torch.finfo(y.dtype).eps * right.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("name", ["A_log", "D", "conv1d", "x_proj", "dt_proj"])
+def test_a_block_with_one_part_in_double_precision_is_right_or_refused(name):
+    """Parameters of the scan and the convolution are taken; a product wants one precision."""
+    torch.manual_seed(0)
+    block, tokens = Mamba(8), torch.randn(2, 6, 8)
+    right = copy.deepcopy(block).double()(tokens.double())
+    part = getattr(block, name)
+    part.data = part.data.double() if isinstance(part, nn.Parameter) else part.double().weight.data
+    if name.endswith("proj"):
+        with pytest.raises((RuntimeError, ValueError), match="same dtype|to_dt .*one precision"):
+            block(tokens)
+    else:
+        assert_near([block(tokens)], [right], 1e-5)
+
+
+@pytest.mark.parametrize("size", ["d_model", "d_state", "d_conv", "expand"])
+def test_a_block_of_no_size_is_refused(size):
+    with pytest.raises(ValueError, match=rf"^{size} \(=0\) must be at least 1$"):
+        Mamba(**{"d_model": 8, size: 0})
 
 
 @needs_native
@@ -103,6 +169,8 @@ def test_nothing_convolves_to_nothing(shape):
         ((2, 4, 3), (3, 1, 9), (3,), r"taps of weight \(=9\) must be 1 to 8"),
         ((2, 4, 3), (2, 1, 4), (3,), r"weight \(of shape"),
         ((2, 4, 3), (3, 1, 4), (2,), r"bias \(of shape"),
+        ((4, 3), (3, 1, 4), (3,), r"x and weight \(of shapes .* must have shapes \(b, n, d\)"),
+        ((2, 4, 3), (3, 1, 0), (3,), r"taps of weight \(=0\) must be at least 1"),
     ],
 )
 def test_the_convolution_refuses_what_it_would_misread(x, weight, bias, message):
@@ -110,6 +178,39 @@ def test_the_convolution_refuses_what_it_would_misread(x, weight, bias, message)
         unchecked(
             scan_cpu.conv if weight[2] > 8 else causal_conv, *map(torch.zeros, (x, weight, bias))
         )
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64])
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_only_real_numbers_are_convolved(name, kind, native):
+    tensors = {"x": torch.ones(2, 4, 3), "weight": torch.ones(3, 1, 4), "bias": torch.ones(3)}
+    tensors[name] = tensors[name].to(kind)
+    with pytest.raises(ValueError, match=rf"^{name} \(={kind} on cpu\) must be float64, float32"):
+        unchecked(causal_conv, **tensors)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("xz", lambda x: x[..., :-1], r"xz \(of shape \(2, 5, 31\)\) must have shape \(2, 5, 32\)"),
+        ("A", lambda x: x[:, :3], r"to_ranks \(of shape \(33, 16\)\) must have shape \(7, 16\)"),
+        (
+            "A",
+            lambda x: x[:, :0],
+            r"states of A \(=0\) must be 1 to 64 here; use models.mamba.Mamba",
+        ),
+        ("A", lambda x: x.double(), r"A \(=torch.float64 on cpu\) must be float32, .*mamba.Mamba"),
+        ("D", lambda x: x[:3], r"D \(of shape \(3,\)\) must have shape \(16,\)"),
+    ],
+)
+def test_the_block_between_its_projections_refuses_what_it_would_misread(name, change, message):
+    block = Mamba(8)
+    tensors = {"xz": torch.randn(2, 5, 32), "A": -block.A_log.exp(), "D": block.D}
+    tensors[name] = change(tensors[name])
+    layers = block.conv1d, block.x_proj, block.dt_proj
+    with pytest.raises(ValueError, match=message):
+        unchecked(scan_cpu.mamba_inner, tensors["xz"], *layers, tensors["A"], tensors["D"])
 
 
 @needs_native
@@ -123,7 +224,7 @@ def test_the_fused_block_is_the_block_of_its_parts(n, d_state, d_conv, frozen, m
     calls, results, inner = [], [], scan_cpu.mamba_inner
     monkeypatch.setattr(scan_cpu, "mamba_inner", lambda *x: calls.append(x) or inner(*x))
     for fuses in (True, False):
-        monkeypatch.setattr(Mamba, "_fuses", lambda self, xz, fuses=fuses: fuses)
+        monkeypatch.setattr(Mamba, "_fuses", lambda *_, fuses=fuses: fuses)
         y = block(tokens)
         results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
     assert len(calls) == 1
@@ -132,9 +233,10 @@ def test_the_fused_block_is_the_block_of_its_parts(n, d_state, d_conv, frozen, m
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_only_float32_is_fused(dtype):
-    block = Mamba(8)
-    assert block._fuses(torch.zeros(1, 1, 32)) == (library() is not None)
-    assert not block._fuses(torch.zeros(1, 1, 32, dtype=dtype))
+    block, xz = Mamba(8), torch.zeros(1, 1, 32)
+    assert block._fuses(xz, block.A_log) == (library() is not None)
+    assert not block._fuses(xz.to(dtype), block.A_log)
+    assert not block._fuses(xz, block.A_log.to(dtype))
     with torch.autocast("cpu", torch.bfloat16):  # the projections are in half precision
         assert block(torch.randn(2, 5, 8)).dtype == torch.bfloat16
 

@@ -113,9 +113,9 @@ def test_any_shape_and_layout(b, n, d, s, gate, layout, seed):
     assert_near(native, right, 1e-5, sizes=sizes)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("step", [-1e30, -100.0, -30.0, 0.0, 30.0, 1e4, 1e18])
-@pytest.mark.parametrize("rate", [-1e-30, -1e-6, -1.0, -1e4, -1e30])
+@pytest.mark.parametrize("rate", [-1e-30, -1e-6, -1.0, -1e4, -1e30, -2.5e38, -3.4e38])
 def test_extreme_steps_and_rates_stay_numbers(backend, step, rate):
     tensors = inputs(1, 40, 18, 4)
     tensors[1] = torch.full_like(tensors[1], step)
@@ -232,12 +232,73 @@ def test_without_a_backward_pass_no_states_are_kept():
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
-@pytest.mark.parametrize("shape", [(0, 5, 3, 2), (2, 0, 3, 2)])
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2), (2, 0, 3, 2), (2, 5, 0, 2), (2, 5, 0, 0)])
 def test_nothing_in_nothing_out(backend, shape):
     results = scan_results(inputs(*shape), backend, torch.float32)
     assert results[0].shape == shape[:3]
     for x, like in zip(results[1:], inputs(*shape), strict=True):
         assert x.shape == like.shape and not x.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize(
+    ("name", "value", "worse"),
+    [("A", -torch.inf, ()), ("u", torch.nan, ("y",)), ("dt", torch.inf, ("y",)),
+     ("z", torch.nan, ("y",)), ("A", torch.nan, ("y",)), ("C", torch.inf, ("y",))],
+)  # fmt: skip
+def test_what_is_not_finite_is_not_hidden(backend, name, value, worse):
+    """By the same numbers as the reference in float64: none where it has none."""
+    tensors = inputs(1, 20, 5, 3)
+    tensors[NAMES.index(name)][(0,) * tensors[NAMES.index(name)].dim()] = value
+    found = scan_results(tensors, backend, torch.float32)
+    right = scan_results(tensors, "reference", torch.float64)
+    assert all(not right[("y", *NAMES).index(one)].isfinite().all() for one in worse)
+    for one, x, y in zip(("y", *NAMES), found, right, strict=True):
+        assert torch.equal(x.isfinite(), y.isfinite()), one
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
+@pytest.mark.parametrize("gate", [True, False])
+def test_without_states_the_input_passes_by_them(backend, gate):
+    tensors = inputs(2, 7, 3, 0, gate=gate)
+    y, *slopes = scan_results(tensors, backend, torch.float32)
+    u, D, z = tensors[0], tensors[5], tensors[6] if gate else None
+    assert_near([y], [u * D if z is None else u * D * F.silu(z)], 1e-6)
+    assert slopes[0].any() and not slopes[1].any() and slopes[2].shape == (3, 0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize("double", NAMES)
+def test_one_tensor_in_double_precision_is_taken_by_auto_and_loses_none(backend, double):
+    tensors = inputs(2, 7, 3, 5)
+    tensors = [x if name == double else x.float() for name, x in zip(NAMES, tensors, strict=True)]
+    tensors = [x.requires_grad_() for x in tensors]
+    results = with_gradients(lambda *x: selective_scan(*x, backend=backend), tensors)
+    assert [x.dtype for x in results] == [tensors[0].dtype, *(x.dtype for x in tensors)]
+    whole = [x.detach().double() for x in tensors]
+    right, sizes = scan_results(whole, "reference", torch.float64), without_cancellation(whole)
+    assert_near(results[1:], right[1:], 3e-7, NAMES[1:], sizes[1:])  # rounded but at the end
+    assert_near(results[:1], right[:1], 3e-7, sizes=sizes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", *FAST])
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", NAMES)
+def test_only_real_numbers_are_scanned(backend, kind, name):
+    tensors = dict(zip(NAMES, (x.float() for x in inputs(2, 4, 3, 5)), strict=True))
+    tensors[name] = tensors[name].to(kind)
+    with pytest.raises(
+        ValueError, match=rf"^{name} \(={kind} on cpu\) must be float.*; convert it"
+    ):
+        unchecked(selective_scan, **tensors, backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2), (2, 0, 3, 2), (2, 5, 0, 2)])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_nothing_has_the_precision_of_the_input(shape, kind):
+    tensors = [x.float() for x in inputs(*shape)]
+    y = selective_scan(tensors[0].to(kind), *tensors[1:])
+    assert y.dtype == kind and y.shape == shape[:3]
 
 
 @needs_native
@@ -255,7 +316,9 @@ def test_a_second_derivative_is_refused():
     [
         ("u", lambda x: x.double(), r"u \(=torch.float64 on cpu\) must be float32"),
         ("A", lambda x: x.double(), r"A \(=torch.float64 on cpu\) must be"),
-        ("z", lambda x: x.to("meta"), r"z \(=torch.float32 on meta\) must be .* use backend="),
+        ("z", lambda x: x.to("meta"), r"z \(=torch.float32 on meta\) must be .* on cpu .*convert"),
+        ("u", lambda x: x[0], r"u and A \(of shapes \(4, 3\) and .*must have shapes \(b, n, d\)"),
+        ("A", lambda x: x[:, 0], r"u and A \(of shapes .*\(3,\)\) must have shapes"),
         ("dt", lambda x: x[:, :3], r"dt \(of shape \(2, 3, 3\)\) must have shape \(2, 4, 3\)"),
         ("B", lambda x: x[:1], r"B \(of shape \(1, 4, 5\)\) must have shape \(2, 4, 5\)"),
         ("C", lambda x: x[..., :2], r"C \(of shape .* must have shape"),
@@ -270,9 +333,20 @@ def test_the_kernel_refuses_what_it_would_misread(name, change, message):
 
 
 @needs_native
-def test_the_kernel_refuses_more_states_than_it_has_registers_for():
-    with pytest.raises(ValueError, match=r"states of A \(=65\) must be 1 to 64 here; use backend"):
-        selective_scan(*(x.float() for x in inputs(1, 2, 3, 65)), backend="native")
+@pytest.mark.parametrize("s", [0, 65])
+def test_the_kernel_refuses_more_states_than_it_has_registers_for_and_none(s):
+    tensors = [x.float() for x in inputs(1, 2, 3, s)]
+    with pytest.raises(
+        ValueError, match=rf"states of A \(={s}\) must be 1 to 64 here; use backend"
+    ):
+        selective_scan(*tensors, backend="native")
+
+
+@needs_native
+def test_the_kernel_called_by_its_name_refuses_shapes_that_disagree():
+    tensors = [x.float() for x in inputs(2, 4, 3, 5)]
+    with pytest.raises(ValueError, match=r"C \(of shape \(2, 4, 4\)\) must have shape \(2, 4, 5\)"):
+        unchecked(scan_cpu.scan, *tensors[:4], tensors[4][..., :4], *tensors[5:])
 
 
 def test_an_unknown_backend_is_named():
@@ -281,31 +355,51 @@ def test_an_unknown_backend_is_named():
 
 
 def test_auto_takes_what_serves():
+    assert fastest_backend(torch.zeros(1), 0) == "chunked"
     cpu = "native" if library() else "chunked"
     assert fastest_backend(torch.zeros(1), 16) == cpu
     assert fastest_backend(torch.zeros(1), 65) == "chunked"
     assert fastest_backend(torch.zeros(1).double(), 16) == "chunked"
 
 
+@pytest.fixture
+def installed(request, monkeypatch):
+    """Only these packages, of those that a GPU's backend needs."""
+    caches = scan_module._has_mamba_ssm, scan_module._has_triton, scan_module._without_mamba_ssm
+    for cached in caches:
+        cached.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in request.param or None)
+    yield request.param
+    for cached in caches:
+        cached.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("installed", "backend"),
     [({"mamba_ssm", "triton"}, "cuda"), ({"triton"}, "triton"), (set(), "chunked")],
+    indirect=["installed"],
 )
-def test_auto_on_a_gpu_takes_mamba_ssm_or_says_how_to_have_it(
-    installed, backend, monkeypatch, caplog
-):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
-    scan_module._has_mamba_ssm.cache_clear()
-    scan_module._without_mamba_ssm.cache_clear()
+def test_auto_on_a_gpu_takes_mamba_ssm_or_says_how_to_have_it(installed, backend, caplog):
     with FakeTensorMode():
         u = torch.empty(1, device="cuda")
     assert [fastest_backend(u, 16), fastest_backend(u, 16)] == [backend, backend]
     said = [r.message for r in caplog.records if "mamba_ssm is not installed" in r.message]
     assert len(said) == (backend != "cuda")
     assert all(f"slower backend {backend!r}" in m and "pip install --no-bu" in m for m in said)
-    assert fastest_backend(u.double(), 16) == "chunked"
-    scan_module._has_mamba_ssm.cache_clear()
-    scan_module._without_mamba_ssm.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("installed", "beyond"), [({"mamba_ssm", "triton"}, "triton"), ({"mamba_ssm"}, "chunked")],
+    indirect=["installed"],
+)  # fmt: skip
+def test_auto_on_a_gpu_takes_what_serves_all_tensors(installed, beyond):
+    with FakeTensorMode():
+        u = torch.empty(1, device="cuda")
+        double = u.double()
+    assert fastest_backend(u, 256, u, u, None) == "cuda"
+    assert fastest_backend(u, 257, u, u) == beyond, "mamba_ssm takes 256 states at most"
+    for tensors in ((double, 16), (u, 16, u, double), (u, 0)):
+        assert fastest_backend(*tensors) == "chunked"
 
 
 def fake_mamba_ssm(calls: list[dict]) -> dict[str, ModuleType]:
@@ -346,6 +440,19 @@ def mamba_ssm(monkeypatch):
     for name, module in fake_mamba_ssm(calls).items():
         monkeypatch.setitem(sys.modules, name, module)
     return calls
+
+
+@pytest.mark.parametrize("s", [0, 257])
+def test_mamba_ssms_kernel_is_not_asked_for_what_it_refuses(mamba_ssm, s):
+    tensors = [x.float() for x in inputs(1, 2, 3, s)]
+    with pytest.raises(ValueError, match=rf"states of A \(={s}\) must be 1 to 256 here; use back"):
+        selective_scan(*tensors, backend="cuda")
+    tensors = [x.float() for x in inputs(1, 2, 3, 4)]
+    with pytest.raises(
+        ValueError, match=r"B \(=torch.float64 on cpu\) must be float32, bfloat16 or"
+    ):
+        selective_scan(*tensors[:3], tensors[3].double(), *tensors[4:], backend="cuda")
+    assert not mamba_ssm
 
 
 @pytest.mark.parametrize("gate", [True, False])

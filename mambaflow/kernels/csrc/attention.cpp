@@ -199,7 +199,9 @@ struct Forward {
 };
 
 struct Gradients {
-  Heads dout, dquery, dkey, dvalue;  // dkey.data may be null: keys and values want none
+  Heads dout, dquery, dkey, dvalue;
+  // Both null where keys and values want none; one alone is where it has no features to hold.
+  bool of_keys() const { return dkey.data || dvalue.data; }
 };
 
 struct Backward {
@@ -218,8 +220,8 @@ struct Backward {
         keys(up(k.m, STEP) * wide_e), turned(k.tiles() * tile * k.e),
         values(k.tiles() * tile * k.f), block(BLOCK * wide_e), slope(BLOCK * wide_f),
         share(BLOCK * tile), dscore(BLOCK * tile), dblock(BLOCK * wide_e),
-        dkeys(g.dkey.data ? up(k.m, STEP) * wide_e : 0),
-        dvalues(g.dkey.data ? up(k.m, STEP) * wide_f : 0) {}
+        dkeys(g.of_keys() ? up(k.m, STEP) * wide_e : 0),
+        dvalues(g.of_keys() ? up(k.m, STEP) * wide_f : 0) {}
 
   // Of the shares' slopes of every row of a block, under its shares.
   void take_means(int64_t b, int64_t h, int64_t first, int64_t rows) {
@@ -253,7 +255,7 @@ struct Backward {
       std::memset(&dscore[r * tile], 0, tile * sizeof(float));
     }
     multiply({dscore.data(), tile, 1}, &keys[start * wide_e], wide_e, there, dblock.data(), four);
-    if (!g.dkey.data) return;
+    if (!g.of_keys()) return;
     multiply({dscore.data(), 1, tile}, block.data(), wide_e, rows, &dkeys[start * wide_e],
              up(there, STEP));
     multiply({share.data(), 1, tile}, slope.data(), wide_f, rows, &dvalues[start * wide_f],
@@ -262,7 +264,7 @@ struct Backward {
 
   static void give(const std::vector<float>& from, int64_t wide, int64_t width, int64_t rows,
                    const Heads& to, int64_t b, int64_t h, int64_t first) {
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t i = 0; width && i < rows; i++)
       std::memcpy(to.at(b, h, first + i), &from[i * wide], width * sizeof(float));
   }
 
@@ -281,7 +283,7 @@ struct Backward {
       for (int64_t t = 0; t < k.tiles(); t++) meet_tile(b, h, first, rows, t);
       give(dblock, wide_e, k.e, rows, g.dquery, b, h, first);
     }
-    if (!g.dkey.data) return;
+    if (!g.of_keys()) return;
     give(dkeys, wide_e, k.e, k.m, g.dkey, b, h, 0);
     give(dvalues, wide_f, k.f, k.m, g.dvalue, b, h, 0);
   }
@@ -337,7 +339,7 @@ int mambaflow_attention_forward(const int64_t* shape, float* query, float* key, 
       k, q, u, v, dense(out, k.h, k.n, k.f), kept);
 }
 
-// dkey null: neither keys nor values want gradients. The gradients are dense.
+// dkey and dvalue null: neither keys nor values want gradients. The gradients are dense.
 int mambaflow_attention_backward(const int64_t* shape, float* query, float* key, float* value,
                                  float* out, float* kept, float* dout, float* dquery, float* dkey,
                                  float* dvalue, int threads) {

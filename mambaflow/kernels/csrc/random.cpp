@@ -74,6 +74,7 @@ struct Ranking {
   }
 
   void operator()(const uint32_t* words, int64_t* places) {
+    if (!wanted) return;
     uint64_t most = limit;
     int64_t count = below(words, most);
     if (count < wanted) count = below(words, most = uint64_t(1) << 32);

@@ -8,6 +8,9 @@
 //
 // Plain C interface over raw pointers, float32; strides in floats; the last dimension is dense.
 
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -61,13 +64,19 @@ struct Scan {
   }
 };
 
+// A number over ln 2. What is finite stays so: an infinite rate times a state that has decayed to 0
+// would be no number.
+inline float in_base_2(float rate) {
+  const float scaled = rate * LOG2_E;
+  return std::isinf(rate) ? rate : std::min(std::max(scaled, -FLT_MAX), FLT_MAX);
+}
+
 // A of one block as [s][lane], in units of ln 2: exponentials are taken in base 2.
 void turn(const Scan& k, int64_t block, vec* A) {
   const int m = k.lanes(block);
   for (int j = 0; j < k.s; j++) {
     A[j] = vec{};
-    for (int l = 0; l < m; l++) A[j][l] = k.A[(block * LANES + l) * k.s + j];
-    A[j] *= LOG2_E;
+    for (int l = 0; l < m; l++) A[j][l] = in_base_2(k.A[(block * LANES + l) * k.s + j]);
   }
 }
 
