@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mambaflow.checks import require
 from mambaflow.kernels import scan_cpu
+from mambaflow.kernels.checks import refuse_conv_shapes
 from mambaflow.kernels.linear import Linear
 from mambaflow.models.selective_scan import common_dtype, selective_scan, silu
 
@@ -16,7 +17,7 @@ from mambaflow.models.selective_scan import common_dtype, selective_scan, silu
 def causal_conv(
     x: Float[Tensor, "b n d"], weight: Float[Tensor, "d 1 w"], bias: Float[Tensor, " d"]
 ) -> Float[Tensor, "b n d"]:
-    """silu of each channel's convolution with its own past; weight as nn.Conv1d keeps it.
+    """silu of each channel's convolution with its own past; weight as nn.Conv1d has it.
 
     Raises:
         ValueError: shapes that disagree, no taps, whole numbers, or several devices.
@@ -24,12 +25,13 @@ def causal_conv(
     taps = weight.shape[-1] if weight.dim() else 0
     if scan_cpu.is_supported(x, weight, bias, taps=taps):
         return scan_cpu.conv(x, weight, bias)
-    scan_cpu.refuse_conv_shapes(x, weight, bias)
+    refuse_conv_shapes(x, weight, bias)
     require(taps >= 1, "taps of weight (=0) must be at least 1; a sum of none is no convolution")
     wide = common_dtype(x=x, weight=weight, bias=bias)
     if not x.numel():  # conv1d refuses it; gradients of nothing are zero
         return (x * bias + 0 * weight.sum()).to(x.dtype)
     weight, bias = weight.to(wide), bias.to(wide)
+    # Padded on both sides, as conv1d can only be; what looks beyond the last token is cut off.
     y = F.conv1d(x.to(wide).transpose(1, 2), weight, bias, padding=taps - 1, groups=len(bias))
     return silu(y[..., : x.shape[1]]).transpose(1, 2).to(x.dtype)
 
@@ -54,10 +56,12 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1)
         self.x_proj = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = Linear(self.dt_rank, d_inner)
+        # A = -exp(A_log) is negative whatever is learned: states decay. At first -1, -2, ... -s.
         rates = torch.arange(1, d_state + 1, dtype=torch.float32)
         self.A_log = nn.Parameter(rates.log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = Linear(d_inner, d_model, bias=False)
+        # The mark by which training.loop, as mamba_ssm's trainers, knows what not to decay.
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self._init_steps()
 
@@ -84,6 +88,7 @@ class Mamba(nn.Module):
         ranks = [self.dt_rank, self.d_state, self.d_state]
         dt, B, C = self.x_proj(x).split(ranks, -1)
         dt = self.dt_proj(dt)
+        # Autocast would take in half precision what a scan of torch's operations multiplies.
         with torch.autocast(x.device.type, enabled=False):
             y = selective_scan(x, dt, A, B, C, self.D, z)
         return self.out_proj(y)
@@ -91,6 +96,7 @@ class Mamba(nn.Module):
     def _fuses(self, xz: Tensor, A: Tensor) -> bool:
         """Whether the native kernels take the whole block, in float32."""
         conv, ranks = self.conv1d, self.x_proj
+        # Half precisions take the path of their parts, where autocast sees each product.
         kinds = {xz.dtype, A.dtype, self.D.dtype, conv.weight.dtype, ranks.weight.dtype}
         sizes = {"states": self.d_state, "taps": conv.kernel_size[0]}
         return kinds == {torch.float32} and scan_cpu.is_supported(xz, **sizes)

@@ -1,6 +1,6 @@
-"""The selective state-space model of Gu & Dao 2023: its scan, and the Mamba block around it.
+"""The scan of the selective state-space model of Gu & Dao 2023.
 
-The scan, for each channel with s numbers of state (Algorithm 2; zero-order hold for A, Euler
+For each channel with s numbers of state (Algorithm 2; zero-order hold for A, Euler
 for B, as in the authors' code), with dt = softplus(raw dt) and a gate z:
 
     h_i = exp(dt_i A) h_{i-1} + dt_i B_i u_i      y_i = (C_i . h_i + D u_i) silu(z_i)
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mambaflow.kernels import scan_cpu
-from mambaflow.kernels.scan_op import KINDS, refuse_kinds, refuse_scan_shapes
+from mambaflow.kernels.checks import KINDS, refuse_kinds, refuse_scan_shapes
 from mambaflow.kernels.transforms import is_transformed
 
-CHUNK = 64
+CHUNK = 64  # tokens: what is computed again at once, (b, 64, d, s), against what is saved
 CUDA_STATES = 256  # the most that mamba-ssm's kernel takes
 FLOATS = (*KINDS, torch.float64)
 log = logging.getLogger(__name__)
@@ -42,20 +42,22 @@ def scan_reference(
     z: Float[Tensor, "b n d"] | None = None,
 ) -> Float[Tensor, "b n d"]:
     """The recurrence as it is written, step by step, in the precision given, of several the widest;
-    autograd keeps it all."""
+    autograd saves it all."""
     kind, wide = u.dtype, _checked_dtype(u, dt, A, B, C, D, z)
     u, dt, A, B, C, D = (x.to(wide) for x in (u, dt, A, B, C, D))
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     y, _ = _recur(h, u, F.softplus(dt), A, B, C)
-    return _finish(y, u, D, z).to(kind)
+    return _finish(y, u, D, None if z is None else z.to(wide)).to(kind)
 
 
 def _recur(
     h: Float[Tensor, "b d s"], u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b d s"]]:
+    """The outputs C h of some tokens, and the state after them; dt is past its softplus."""
     decay = torch.exp(dt[..., None] * A)
     drive = (dt * u)[..., None] * B[:, :, None]
     states = []
+    # unbind, once: an index at every token would make a gradient as large as all tokens for each.
     for a, x in zip(decay.unbind(1), drive.unbind(1), strict=True):
         h = torch.addcmul(x, a, h)
         states.append(h)
@@ -84,21 +86,22 @@ def scan_chunked(
 ) -> Float[Tensor, "b n d"]:
     """The same in chunks, each computed again in the backward pass.
 
-    What is kept is the state between chunks, n s / 64 numbers per channel: memory is O(n), and
+    What is saved is the state between chunks, n s / 64 numbers per channel: memory is O(n), and
     (b, n, d, s) never exists. Half precisions, as autocast gives them, are float32 inside, and all
-    is float64 where one tensor is.
-    In transforms of torch.func, which allow no checkpoints, and of forward_ad all states are kept.
+    is float64 where one tensor is. In transforms of torch.func, which allow no checkpoints, and of
+    forward_ad all states are saved.
     """
     kind = u.dtype
     wide = torch.promote_types(_checked_dtype(u, dt, A, B, C, D, z), torch.float32)
     u, dt, A, B, C, D = (x.to(wide) for x in (u, dt, A, B, C, D))
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    saves_memory = torch.is_grad_enabled() and not is_transformed()
+    recompute = torch.is_grad_enabled() and not is_transformed()
     outputs = []
     for u_i, dt_i, B_i, C_i in zip(
         *(x.split(CHUNK, 1) for x in (u, F.softplus(dt), B, C)), strict=True
     ):
-        if saves_memory:
+        if recompute:
+            # Nothing in a chunk is random: no state of a generator needs to be stored.
             y, h = checkpoint(
                 _recur, h, u_i, dt_i, A, B_i, C_i, use_reentrant=False, preserve_rng_state=False
             )
@@ -131,14 +134,14 @@ def scan_cuda(
     refuse_kinds(u.device, "use backend='chunked'", u=u, dt=dt, A=A, B=B, C=C, D=D, z=z)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    def turned(x: Tensor) -> Tensor:
+    def channels_first(x: Tensor) -> Tensor:
         return x.to(u.dtype).transpose(1, 2)
 
-    gate = None if z is None else turned(z)
+    gate = None if z is None else channels_first(z)
     # Its A and D are float32 always; what is of tokens shares one precision.
     y = selective_scan_fn(
-        turned(u), turned(dt), A.float(), turned(B), turned(C), D.float(), z=gate,
-        delta_softplus=True,
+        channels_first(u), channels_first(dt), A.float(), channels_first(B), channels_first(C),
+        D.float(), z=gate, delta_softplus=True,
     )  # fmt: skip
     return y.transpose(1, 2)
 
@@ -153,6 +156,7 @@ def scan_triton(
     z: Float[Tensor, "b n d"] | None = None,
 ) -> Float[Tensor, "b n d"]:
     """Our kernel for GPUs without mamba-ssm."""
+    # Not above: a torch for CPUs alone brings no Triton.
     from mambaflow.kernels import scan_triton
 
     return scan_triton.scan(u, dt, A, B, C, D, z)
@@ -202,7 +206,8 @@ def selective_scan(
 
 
 def _scan_nothing(u, dt, A, B, C, D, z) -> Tensor:
-    """The scan of no tokens, images or channels: gradients of nothing are zero."""
+    """The scan of no tokens, images or channels. Every input is part of it, so that each has a
+    gradient, of zeros, as after any other scan."""
     _checked_dtype(u, dt, A, B, C, D, z)
     return (_finish(u * dt, u, D, z) + 0 * (A.sum() + B.sum() + C.sum())).to(u.dtype)
 
@@ -219,10 +224,10 @@ def common_dtype(**tensors: Tensor | None) -> torch.dtype:
     Raises:
         ValueError: one of whole numbers, or on another device than the first.
     """
-    there = {name: x for name, x in tensors.items() if x is not None}
-    first = next(iter(there.values()))
+    present = {name: x for name, x in tensors.items() if x is not None}
+    first = next(iter(present.values()))
     wide = first.dtype
-    for name, x in there.items():
+    for name, x in present.items():
         if x.dtype not in FLOATS or x.device != first.device:
             raise ValueError(
                 f"{name} (={x.dtype} on {x.device}) must be float64, float32, bfloat16 or float16 "

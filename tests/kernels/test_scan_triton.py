@@ -61,7 +61,7 @@ _, sizes = scan_triton._sizes(512, {states})
 options = {{k: sizes.pop(k) for k in ("num_warps", "enable_fp_fusion")}}
 for kernel in (scan_triton._forward, scan_triton._backward):
     names = kernel.arg_names
-    constants = {{k: v for k, v in dict(sizes, GATED=True, KEEP=True).items() if k in names}}
+    constants = {{k: v for k, v in dict(sizes, GATED=True, SAVE=True).items() if k in names}}
     scalars = {{k for k in names if k in ("n", "d", "s") or k[-2:] in ("_b", "_n")}}
     kinds = {{k: "i32" if k in scalars else "*fp32" for k in names}}
     source = ASTSource(kernel, {{**kinds, **dict.fromkeys(constants, "constexpr")}}, constants)
@@ -124,12 +124,12 @@ def compare() -> None:
             tensors = [x.repeat_interleave(2, -1)[..., : x.shape[-1]] if x.dim() == 3 else x
                        for x in tensors]  # fmt: skip
         found = results([x.detach().requires_grad_() for x in tensors], "triton")
-        with torch.no_grad():  # no states are kept then
+        with torch.no_grad():  # no states are saved then
             assert torch.equal(selective_scan(*tensors, backend="triton"), found[0])
-        keep, gate = True, tensors[6] if gate else None
+        save, gate = True, tensors[6] if gate else None
         operands = [x.detach().requires_grad_(x.dim() == 3) for x in tensors[:6]]
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(scan_triton._scan, (*operands, gate, keep), test_utils=checks)
+        torch.library.opcheck(scan_triton._scan, (*operands, gate, save), test_utils=checks)
         right = results([x.detach().double().requires_grad_() for x in tensors], "reference")
         sizes = without_cancellation([x.detach().double() for x in tensors])
         for name, x, y, size in zip(("y", "u", "dt", "A", "B", "C", "D", "z"), found, right, sizes,

@@ -192,12 +192,11 @@ def test_threads_do_not_change_the_bits():
 def test_keys_that_want_no_gradients_cost_none(monkeypatch):
     inputs = made(1, 2, 30, 40, 3, 15)
     whole = results(attention_cpu.attend, inputs, torch.float32)
-    given, real = [], attention_cpu._through
-    monkeypatch.setattr(
-        attention_cpu, "_through", lambda *x: given.append((x[-1], real(*x))) or given[-1][1]
-    )
+    calls, real = [], attention_cpu._attend_backward_op
+    watched = lambda *x: calls.append((x[-1], real(*x))) or calls[-1][1]  # noqa: E731
+    monkeypatch.setattr(attention_cpu, "_attend_backward_op", watched)
     alone = results(attention_cpu.attend, inputs, torch.float32, wanting=(0,))
-    ((keys, found),) = given
+    ((keys, found),) = calls
     assert not keys and len(found) == 1 and torch.equal(alone[1], whole[1])
 
 
