@@ -1,4 +1,5 @@
-# Two commands: `make train` (minutes, no service, no GPU) and `make test`.
+# Two commands: `make train` (minutes, no service, no GPU) and `make test`; and `make fuzz`, which
+# looks for what `make test`, the same at every run, does not meet.
 # DATA=cifar10 downloads CIFAR-10; ARCH=v1 trains the baseline; FLAGS passes more to jobs/train.py.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ ARCH ?= v2
 RUN ?= first-$(ARCH)-$(shell date +%Y%m%d-%H%M%S)
 FLAGS ?=
 
-.PHONY: train test lint env
+.PHONY: train test fuzz lint env
 
 env: $(VENV)/.ready
 
@@ -23,6 +24,11 @@ train: env
 
 test: env
 	$(BIN)/python -m pytest
+
+# The properties alone, at random and with more examples (tests/conftest.py); FUZZ narrows them
+# down: make fuzz FUZZ=tests/models.
+fuzz: env
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz -m hypothesis --timeout=7200 $(FUZZ)
 
 lint: env
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""Real services and real data for the tests that need them, and for those alone."""
+"""Real services and real data for the tests that need them, and for those alone; and how many
+examples of a property are tried, and which."""
 
 import os
 import socket
@@ -10,15 +11,47 @@ from pathlib import Path
 
 import boto3
 import pytest
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 from tensorboard.summary.writer import event_file_writer
 
 KEY, SECRET = "TESTKEYID", "TESTSECRET"
 START_S = 30
 
+# Examples that do not depend on luck, as `make test` wants them: the same on every machine and at
+# every run, however slow it is. `make fuzz` looks for new ones, FUZZ times as many, and prints how
+# to have a failure again.
+settings.register_profile(
+    "derandomized",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "fuzz", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("derandomized")  # --hypothesis-profile=fuzz loads the other one later
+FUZZ = 5
+
 # TensorBoard reads the event files of a folder in the order of their names, which end in the
 # second and in a count of the process's files: of one second, the 10th would come before the 9th.
 # A run that goes on in another process, as all but those of tests do, never meets this.
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fuzz by more examples also where a test states a number of its own.
+
+    Such a number would override the profile's. Several items may share one function, whose
+    settings hypothesis keeps in an attribute that is not public, as its own plugin changes them.
+    """
+    if config.getoption("--hypothesis-profile") != "fuzz":
+        return
+    tests = {item.obj for item in items if isinstance(item, pytest.Function)}
+    for test in filter(is_hypothesis_test, tests):
+        own = test._hypothesis_internal_use_settings
+        more = settings(own, max_examples=FUZZ * own.max_examples)
+        test._hypothesis_internal_use_settings = more
 
 
 def _free_port() -> int:

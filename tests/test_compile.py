@@ -41,8 +41,12 @@ for asked in (30, 20, 25):
         value.backward()
         found.append([value, *(p.grad for p in state.model.parameters())])
         state.model.zero_grad()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    (value, *slopes), (other_value, *other_slopes) = found
+    torch.testing.assert_close(value, other_value, rtol=1e-5, atol=0)
+    # A gradient that cancels, as that of a key's bias, is off by what its neighbours are off by.
+    largest = max(p.abs().max() for p in slopes if p is not None)
+    for one, other in zip(slopes, other_slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(largest))
     assert sum(p is not None and p.abs().sum() > 0 for p in found[1]) > 30
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
 """

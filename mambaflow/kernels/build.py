@@ -1,4 +1,4 @@
-"""The compiled kernels: built on first use, kept in the user's cache, and shared by processes.
+"""The compiled kernels: built on first use, cached for the user, and shared by processes.
 
 The sources need a C++17 compiler and nothing else: no headers of Python or torch, so that one
 build serves every version of both. The name of the built file holds the hash of everything that
@@ -25,6 +25,8 @@ from torch import Tensor
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = [CSRC / name for name in ("scan.cpp", "attention.cpp", "random.cpp")]
 HEADERS = [CSRC / "vectors.h"]
+# Nobody asks what errno and floating-point traps would say, and without them math vectorizes. Not
+# -ffast-math: it would reorder sums, and take infinities and what is no number for impossible.
 FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-std=c++17", "-shared", "-fPIC",
@@ -32,7 +34,7 @@ FLAGS = (
 BUILD_TIMEOUT_S = 300
 LANES, CHUNK, MAX_STATES, MAX_TAPS = 16, 16, 64, 8  # as in scan.cpp; loading compares them
 PLACES = 2**16  # of pixels that can be ranked, as in random.cpp
-SEAL = ".sha256"
+SEAL = ".sha256"  # beside a library: the hash of what was built
 log = logging.getLogger(__name__)
 
 
@@ -55,7 +57,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # torch.compile cannot look into a cached function
 def is_built() -> bool:
     """Whether there are compiled kernels, which torch.compile may take for settled."""
     return library() is not None
@@ -74,28 +76,28 @@ def kernels() -> ctypes.CDLL:
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Where the kernels find a tensor; null for none."""
+    """Where the kernels find a tensor; null for none, and for one that holds no numbers."""
     return ctypes.c_void_p(0 if x is None else x.data_ptr())
 
 
-def int64_array(given: list[int]) -> ctypes.Array:
+def int64_array(numbers: list[int]) -> ctypes.Array:
     """Sizes and strides, as the kernels read them."""
-    return (ctypes.c_int64 * len(given))(*given)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def dense(x: Tensor) -> Tensor:
     """Float32, last dimension dense; rows may be part of wider ones."""
-    x = x.float()
+    x = x.float()  # x itself where it is float32 already
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def needs_grad(*inputs: Tensor | None) -> bool:
-    """Whether a backward pass may come, for which something must be kept."""
+    """Whether a backward pass may come, for which something must be saved."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def cache_folder() -> Path:
-    """Where built kernels are kept."""
+    """Where built kernels are cached."""
     if chosen := os.environ.get("MAMBAFLOW_CACHE"):
         return Path(chosen)
     try:
@@ -135,15 +137,16 @@ def build(kind: str, sources: list[Path], headers: list[Path], flags: tuple[str,
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
     texts = [path.read_text() for path in (*sources, *headers)]
     parts = (*texts, version.stdout, " ".join(flags), _processor(), platform.machine())
+    # Machines that share a home each find a library of their own.
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     name, command = f"{kind}-{key}.so", [cxx, *flags, *map(str, sources), "-o"]
     try:
-        return _built_in(cache_folder(), name, command)
+        return _build_in(cache_folder(), name, command)
     except OSError as error:
         folder = _private_folder()
         log.warning("%s cannot hold the compiled kernels (%s): using %s; set MAMBAFLOW_CACHE to "
                     "a folder that can", cache_folder(), error, folder)  # fmt: skip
-        return _built_in(folder, name, command)
+        return _build_in(folder, name, command)
 
 
 def _private_folder() -> Path:
@@ -151,20 +154,20 @@ def _private_folder() -> Path:
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"mambaflow-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
+    status = folder.lstat()  # of the name itself, which may be another user's link
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != user or status.st_mode & 0o022:
         raise NativeError(f"{folder} is not this user's alone; remove it, or set MAMBAFLOW_CACHE")
     return folder
 
 
-def _built_in(folder: Path, name: str, command: list[str]) -> Path:
+def _build_in(folder: Path, name: str, command: list[str]) -> Path:
     """The library in this folder; one process builds, others wait."""
     path = folder / name
-    if _whole(path):
+    if _is_intact(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=2 * BUILD_TIMEOUT_S):
-        if not _whole(path):  # another process may have built it meanwhile
+        if not _is_intact(path):  # another process may have built it meanwhile
             for left in folder.glob(f"{name}.building-*"):  # by a process killed at this
                 shutil.rmtree(left, ignore_errors=True)
             _compile(command, path)
@@ -172,24 +175,25 @@ def _built_in(folder: Path, name: str, command: list[str]) -> Path:
 
 
 def _compile(command: list[str], path: Path) -> None:
+    # Beside `path`, on one file system, so that os.replace moves it whole or not at all.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.building-") as folder:
         made = Path(folder) / "made.so"
-        whole = [*command, str(made)]
+        command = [*command, str(made)]
         try:
             done = subprocess.run(
-                whole, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+                command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise NativeError(f"{whole[0]} took over {BUILD_TIMEOUT_S} s") from error
+            raise NativeError(f"{command[0]} took over {BUILD_TIMEOUT_S} s") from error
         if done.returncode or not made.exists():
-            raise NativeError(f"`{' '.join(whole)}` failed: {done.stderr.strip()[-500:]}")
+            raise NativeError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-500:]}")
         seal = made.with_suffix(SEAL)
         seal.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         os.replace(made, path)
-        os.replace(seal, path.with_suffix(SEAL))
+        os.replace(seal, path.with_suffix(SEAL))  # last: without a seal it is built again
 
 
-def _whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     """Whether the file is as it was built: loading a truncated library kills the process."""
     seal = path.with_suffix(SEAL)
     if not (path.exists() and seal.exists()):

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambaflow.kernels.transforms import is_transformed
+
 # Multiplications from which oneDNN's longer way to the kernel is paid for.
 MIN_MULTIPLICATIONS = 2**23
 
@@ -36,17 +38,20 @@ def _onednn_is_faster_here() -> bool:
     return wanted and onednn_is_faster(info.read_text() if info.exists() else "")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # torch.compile cannot look into a cached function
 def _onednn() -> bool:
     return _onednn_is_faster_here() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def large(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a product of these is one for oneDNN."""
-    given = [x, weight] if bias is None else [x, weight, bias]
-    plain = all(v.device.type == "cpu" and v.dtype == torch.float32 for v in given)
-    shaped = x.dim() >= 1 and weight.dim() == 2 and (bias is None or len(bias) == len(weight))
-    return plain and shaped and x.numel() * len(weight) >= MIN_MULTIPLICATIONS and _onednn()
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    plain = all(v.is_cpu and v.dtype == torch.float32 for v in tensors)
+    # What does not fit is left to torch, whose words for it are the clearer ones.
+    fits = x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    enough = plain and fits and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
+    return enough and _onednn() and not is_transformed()
 
 
 def linear_forward(
@@ -64,12 +69,12 @@ def weight_grad(dy: Float[Tensor, "rows n"], x: Float[Tensor, "rows k"]) -> Floa
 
     oneDNN is fastest, by up to 1.8, where the first of its factors is the narrower.
     """
-    if _turned(dy, x):
+    if _is_transposed(dy, x):
         return linear_forward(x.t(), dy.t(), None).t()
     return linear_forward(dy.t(), x.t(), None)
 
 
-def _turned(dy: Tensor, x: Tensor) -> Any:  # a number, or a symbol of one
+def _is_transposed(dy: Tensor, x: Tensor) -> Any:  # a bool, or a symbol of one while compiling
     return dy.shape[1] > x.shape[1]
 
 
@@ -86,31 +91,38 @@ _linear.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.sha
 @_weight_grad.register_fake
 def _(dy: Tensor, x: Tensor) -> Tensor:
     n, k = dy.shape[1], x.shape[1]
-    return x.new_empty(k, n).t() if _turned(dy, x) else x.new_empty(n, k)
+    # Strides too must be what the operator gives: compiled graphs read by them.
+    return x.new_empty(k, n).t() if _is_transposed(dy, x) else x.new_empty(n, k)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    through, of_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(inputs[0] if of_weight else None, inputs[1] if through else None)
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """Each factor, if the other one wants a gradient; for both operators."""
+    first, second = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(inputs[0] if second else None, inputs[1] if first else None)
 
 
+# The gradients of each operator are products by these operators again: they have any order.
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
-    dx = None if weight is None else _linear(dy, weight.t(), None)
-    dweight = None if x is None else _weight_grad(dy, x)
+    if is_transformed():  # our operators would lose what dy carries
+        dx, dweight = None if weight is None else dy @ weight, None if x is None else dy.t() @ x
+    else:
+        dx = None if weight is None else _linear(dy, weight.t(), None)
+        dweight = None if x is None else _weight_grad(dy, x)
     return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _weight_grad_backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     dy, x = ctx.saved_tensors
+    product = F.linear if is_transformed() else _linear
     return (
-        None if x is None else _linear(x, slope, None),
-        None if dy is None else _linear(dy, slope.t(), None),
+        None if x is None else product(x, grad, None),
+        None if dy is None else product(dy, grad.t(), None),
     )
 
 
-_linear.register_autograd(_linear_backward, setup_context=_save)
-_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save)
+_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
+_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_for_backward)
 
 
 def linear(
@@ -118,7 +130,8 @@ def linear(
     weight: Float[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*rows n"]:
-    """x weight' + bias, and gradients of any order; not for forward-mode ones, nor for vmap."""
+    """x weight' + bias, and derivatives of any order and mode."""
+    # Under autocast torch's own product is in half precision; ours would not be.
     if large(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
         return _linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight, bias)

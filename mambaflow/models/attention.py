@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambaflow.checks import require
 from mambaflow.kernels import attention_cpu
 from mambaflow.kernels.linear import Linear
+from mambaflow.kernels.transforms import is_transformed
 
 
 class KeyValue(NamedTuple):
@@ -25,23 +27,45 @@ PLAIN = 2**25  # scores, 128 MiB, up to which plain products beat torch's fused 
 def attend(
     query: Float[Tensor, "b h n e"], key: Float[Tensor, "b h k e"], value: Float[Tensor, "b h k f"]
 ) -> Float[Tensor, "b h n f"]:
-    """softmax(query key') value, by a kernel that keeps no scores: ours, or else torch's.
+    """softmax(query key') value, by a kernel that saves no scores: ours, or else torch's.
 
     Where ours is not built, and gradients of few tokens are wanted on CPU, all b h n k scores are
-    kept: plain products take 0.8 times as long as torch's kernel.
+    saved: plain products take 0.8 times as long as torch's kernel. So they are in transforms of
+    torch.func and forward_ad, for which neither kernel has rules.
+
+    Raises:
+        ValueError: shapes that do not fit one another, no keys, whole numbers, several devices, or
+            several precisions outside autocast.
     """
-    if attention_cpu.is_supported(query):
+    alike = key.dtype == value.dtype == query.dtype and key.is_cpu and value.is_cpu
+    if alike and attention_cpu.is_supported(query):
         return attention_cpu.attend(query, key, value)
+    attention_cpu.refuse_shapes(query, key, value)
+    _refuse_kinds(query, key, value)
+    if is_transformed():
+        return plain(query, key, value)
     few = query.shape[:3].numel() * key.shape[2] <= PLAIN
     if few and query.dtype == torch.float32 and not query.is_cuda and torch.is_grad_enabled():
         return plain(query, key, value)
     return fused(query, key, value)
 
 
+def _refuse_kinds(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse what torch would refuse without a name, or compute."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        fits = x.is_floating_point() and x.device == query.device
+        cast = x.dtype == query.dtype or torch.is_autocast_enabled(query.device.type)
+        if not (fits and cast):
+            raise ValueError(
+                f"{name} (={x.dtype} on {x.device}) must be of real numbers, as query is "
+                f"(={query.dtype} on {query.device}); convert it"
+            )
+
+
 def plain(
     query: Float[Tensor, "b h n e"], key: Float[Tensor, "b h k e"], value: Float[Tensor, "b h k f"]
 ) -> Float[Tensor, "b h n f"]:
-    """`attend` by two products, all scores kept."""
+    """`attend` by two products, all scores saved."""
     return (query @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
@@ -51,11 +75,13 @@ def fused(
     """`attend` by torch's kernel."""
     features = value.shape[-1]
     width = max(query.shape[-1], features)
-    query, key, value = (_wide(x, width + -width % 8) for x in (query, key, value))
+    query, key, value = (_pad(x, width + -width % 8) for x in (query, key, value))
+    # Zeros of query and key change no score; those of the value are cut off. The scale is 1, since
+    # by default it would be of the padded width, and is in the query already.
     return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :features]
 
 
-def _wide(x: Float[Tensor, "*rows e"], width: int) -> Float[Tensor, "*rows f"]:
+def _pad(x: Float[Tensor, "*rows e"], width: int) -> Float[Tensor, "*rows f"]:
     """Rows with zeros to one width, a multiple of 8: torch's kernel on GPUs asks for it, and that
     on CPU is faster (15 to 16: by 1.6)."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
@@ -72,6 +98,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, windows: bool) -> None:
         super().__init__()
+        fits = heads >= 1 and width >= 1 and width % heads == 0
+        require(fits, f"width (={width}) must be a multiple of heads (={heads}), and both positive")
         self.heads, self.windows = heads, windows
         self.query = Linear(width, width)
         self.key_value = Linear(width, 2 * width)
@@ -88,10 +116,10 @@ class Attention(nn.Module):
     ) -> KeyValue:
         """The keys and values of `tokens`, which stand at `xy` and have colours `rgb`."""
         key, value = self.key_value(tokens).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)  # views: heads before tokens
         if not self.windows:
             return KeyValue(key, value)
-        centred = xy - 0.5
+        centred = xy - 0.5  # smaller squares, and so less rounding in scores over s^2
         place = torch.cat((centred, -0.5 * centred.square().sum(-1, keepdim=True)), -1)
         return KeyValue(self._widen(key, place), self._widen(value, rgb))
 
@@ -113,22 +141,22 @@ class Attention(nn.Module):
             query = self._aim(query, xy - 0.5)
             # Coordinates over s^2 reach the hundreds: bf16 would move the windows.
             with torch.autocast(query.device.type, enabled=False):
-                found = attend(query, *kv)
-            colours = found[..., size : size + 3].transpose(1, 2).flatten(2)
-            return found[..., :size].transpose(1, 2).flatten(2), colours
-        found = attend(query, *kv)
-        return found.transpose(1, 2).flatten(2), None
+                heads = attend(query, *kv)
+            colours = heads[..., size : size + 3].transpose(1, 2).flatten(2)
+            return heads[..., :size].transpose(1, 2).flatten(2), colours
+        heads = attend(query, *kv)
+        return heads.transpose(1, 2).flatten(2), None
 
     def _aim(
         self, query: Float[Tensor, "b h n e"], centred: Float[Tensor, "b n 2"]
     ) -> Float[Tensor, "b h n f"]:
-        place = F.pad(centred, (0, 1), value=1.0)
-        precision = torch.exp(-2 * self.log_width)[:, None, None]
+        place = F.pad(centred, (0, 1), value=1.0)  # (x, 1): the 1 meets -|y|^2 / 2 of the key
+        precision = torch.exp(-2 * self.log_width)[:, None, None]  # 1 / s^2 of every head
         aim = precision * place[:, None]
         return torch.cat((query.float(), aim), -1)
 
     def _widen(
         self, heads: Float[Tensor, "b h k e"], extra: Float[Tensor, "b k 3"]
     ) -> Float[Tensor, "b h k f"]:
-        shared = extra[:, None].expand(-1, self.heads, -1, -1)
+        shared = extra[:, None].expand(-1, self.heads, -1, -1)  # no copy before cat's
         return torch.cat((heads.float(), shared), -1)

@@ -254,9 +254,9 @@ def test_narrower_processors_get_the_same_numbers(machine, flags):
         "(hundred and 33) or (extreme and native) or (convolution_is and 40-35) or compiled "
         "or gradients_are_the_definition"
     )
-    rooms = ("models/test_selective_scan", "models/test_attention", "data/test_random_bits",
-             "data/test_pixels")  # fmt: skip
-    files = [str(ROOT / "tests" / f"{room}.py") for room in rooms]
+    names = ("models/test_selective_scan", "models/test_mamba", "models/test_attention",
+             "data/test_random_bits", "data/test_pixels")  # fmt: skip
+    files = [str(ROOT / "tests" / f"{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                *files, "-k", select]  # fmt: skip
     done = subprocess.run(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from scans import unchecked
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -170,6 +171,7 @@ def test_gradients_of_gradients_are_those_of_float64():
 
 
 def test_an_output_may_be_changed_in_place_and_rows_be_one():
+    torch.manual_seed(0)
     x, weight, bias = large(2, 256)
     y = linear(x.requires_grad_(), weight, bias).relu_()
     y.sum().backward()
@@ -182,6 +184,9 @@ def test_an_output_may_be_changed_in_place_and_rows_be_one():
 def test_what_only_torchs_own_product_takes_or_refuses_is_left_to_it(bias):
     x, weight, _ = large(512)
     assert not linear_module.large(x, weight, bias) and not linear_module.large(x.long(), weight)
+    assert not linear_module.large(x[:, 1:], weight)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        unchecked(linear, torch.cat((x, x), 1), weight)
 
 
 COMPILED = """

@@ -1,5 +1,5 @@
-// Random words, and the pixels of an image ranked by them: bit for bit as in random_bits.py and
-// pixels.py, which say what they are. Rows are of one item each; threads share them out.
+// Random words, and the pixels of an image ranked by them: bit for bit as in data/random_bits.py
+// and data/pixels.py, which say what they are. Rows are of one item each; threads share them out.
 
 #include <algorithm>
 #include <cmath>
@@ -11,14 +11,16 @@ namespace {
 
 constexpr int LANES = 8, GROUPS = 4, AT_ONCE = LANES * GROUPS;  // blocks of four words, abreast
 constexpr uint64_t LOW = 0xFFFFFFFF;
-typedef uint64_t wide __attribute__((vector_size(LANES * 8)));  // of numbers below 2^32
+// Words of 32 bits in 64, so that a product of two keeps its upper half.
+typedef uint64_t wide __attribute__((vector_size(LANES * 8)));
 constexpr int PLACE_BITS = 16;
 
-struct Draw {  // of which numbers: see randomness.words
+struct Draw {  // of which numbers: see random_bits.bits
   uint32_t seed, purpose, stream;
 };
 
-// Philox4x32-10 (Salmon et al. 2011) of as many counters as are abreast, in place.
+// Philox4x32-10 (Salmon et al. 2011) of as many counters as are abreast, in place. GROUPS vectors
+// a round hide the latency of the products.
 void rounds(wide* a, wide* b, wide* c, wide* d, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; round++) {
     for (int g = 0; g < GROUPS; g++) {
@@ -47,6 +49,7 @@ void draw_blocks(const Draw& draw, uint64_t item, uint64_t first, uint32_t* out)
     }
 }
 
+// Words that draw_blocks fills whole, at least `count`.
 int64_t padded(int64_t count) { return (count + 4 * AT_ONCE - 1) / (4 * AT_ONCE) * 4 * AT_ONCE; }
 
 void fill(const Draw& draw, uint64_t item, std::vector<uint32_t>& words) {
@@ -62,45 +65,48 @@ struct Ranking {
   int64_t pixels, wanted;
   int bits;        // of a word, that say its bucket
   uint64_t limit;  // below which enough words are, nearly always
-  std::vector<uint64_t> found, sorted;
-  std::vector<uint32_t> starts;
+  std::vector<uint64_t> candidates, sorted;  // a word and, in the low bits, its place
+  std::vector<uint32_t> starts;              // of buckets in `sorted`, after they were counted
 
   Ranking(int64_t pixels, int64_t wanted) : pixels(pixels), wanted(wanted), bits(3) {
     while (bits < PLACE_BITS && int64_t(1) << bits < 2 * pixels) bits++;
+    // How many words are below a limit is binomial: three deviations more than are wanted.
     const double spread = std::sqrt(double(wanted) * double(pixels - wanted) / double(pixels));
     const double share = (double(wanted) + 3 * spread) / double(pixels);
     limit = share < 1 ? uint64_t(share * 4294967296.0) : uint64_t(1) << 32;
-    found.resize(pixels + 1), sorted.resize(pixels), starts.resize(std::size_t(1) << bits);
+    candidates.resize(pixels + 1), sorted.resize(pixels), starts.resize(std::size_t(1) << bits);
   }
 
   void operator()(const uint32_t* words, int64_t* places) {
+    if (!wanted) return;  // a limit of 0 has no buckets
     uint64_t most = limit;
-    int64_t count = below(words, most);
-    if (count < wanted) count = below(words, most = uint64_t(1) << 32);
+    int64_t count = collect(words, most);
+    if (count < wanted) count = collect(words, most = uint64_t(1) << 32);
     const int drop = 32 + PLACE_BITS - bits;
     const uint64_t buckets = ((most - 1) >> (32 - bits)) + 1;
     std::fill_n(starts.begin(), buckets, 0);
-    for (int64_t i = 0; i < count; i++) starts[found[i] >> drop]++;
+    for (int64_t i = 0; i < count; i++) starts[candidates[i] >> drop]++;
     uint32_t sum = 0;
     for (uint64_t bucket = 0; bucket < buckets; bucket++) {
       const uint32_t here = starts[bucket];
       starts[bucket] = sum, sum += here;
     }
-    for (int64_t i = 0; i < count; i++) sorted[starts[found[i] >> drop]++] = found[i];
-    sort(count);
+    for (int64_t i = 0; i < count; i++) sorted[starts[candidates[i] >> drop]++] = candidates[i];
+    insertion_sort(count);
     for (int64_t i = 0; i < wanted; i++) places[i] = sorted[i] & ((1 << PLACE_BITS) - 1);
   }
 
-  int64_t below(const uint32_t* words, uint64_t most) {  // found: words and places in one
+  // The words below `most`. Each is written, and only counted if it is one: no branch.
+  int64_t collect(const uint32_t* words, uint64_t most) {
     int64_t count = 0;
     for (int64_t i = 0; i < pixels; i++) {
-      found[count] = uint64_t(words[i]) << PLACE_BITS | i;
+      candidates[count] = uint64_t(words[i]) << PLACE_BITS | i;
       count += words[i] < most;
     }
     return count;
   }
 
-  void sort(int64_t count) {  // by insertion: what is sorted by buckets is sorted but for few
+  void insertion_sort(int64_t count) {  // what lies in its bucket is sorted but for few
     for (int64_t i = 1; i < count; i++) {
       const uint64_t mine = sorted[i];
       int64_t to = i;

@@ -2,12 +2,15 @@
 //
 // A vector is a block of channels, as many as the processor takes at once (sixteen with AVX-512).
 // A block walks along the tokens in chunks, a group of its states at a time in registers. Forward
-// keeps the states at the start of every chunk; backward computes a chunk again from there, so
+// saves the states at the start of every chunk; backward computes a chunk again from there, so
 // that memory is O(n) and (b, n, d, s) never exists. Work is cut by shape alone and sums are added
 // in a fixed order: the result does not depend on the number of threads.
 //
 // Plain C interface over raw pointers, float32; strides in floats; the last dimension is dense.
 
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -15,12 +18,12 @@
 
 namespace {
 
-constexpr int PADDED = 16;  // what is kept has room for d rounded up to this
+constexpr int PADDED = 16;  // saved states have room for d rounded up to this, on any processor
 constexpr int CHUNK = 16, MAX_STATE = 64, MAX_TAPS = 8;
 
 struct Rows {  // a (b, n, width) tensor whose last dimension is dense
   float* data;
-  int64_t batch, row;
+  int64_t batch, row;  // strides
   float* at(int64_t b, int64_t i) const { return data + b * batch + i * row; }
 };
 
@@ -37,10 +40,11 @@ inline vec log1p(vec e) {
 
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-// softplus, and its derivative, sigmoid(x)
-inline vec softplus(vec x, vec* slope = nullptr) {
+// softplus, and its derivative, sigmoid(x). Only exp of what is not positive is taken: it cannot
+// overflow.
+inline vec softplus(vec x, vec* derivative = nullptr) {
   const vec e = exp(x > 0.0f ? -x : x);
-  if (slope) *slope = (x > 0.0f ? vec{} + 1.0f : e) / (1.0f + e);
+  if (derivative) *derivative = (x > 0.0f ? vec{} + 1.0f : e) / (1.0f + e);
   return (x > 0.0f ? x : vec{}) + log1p(e);
 }
 
@@ -51,7 +55,8 @@ struct Scan {
   int s;
   int64_t chunks() const { return (n + CHUNK - 1) / CHUNK; }
   int64_t blocks() const { return (d + LANES - 1) / LANES; }
-  int64_t start(int64_t image, int64_t first, int64_t block) const {  // in what is kept
+  // Where the states of a block before token `first` are in `saved`.
+  int64_t start(int64_t image, int64_t first, int64_t block) const {
     return ((image * chunks() + first / CHUNK) * blocks() + block) * s * LANES;
   }
   int steps(int64_t first) const { return n - first < CHUNK ? int(n - first) : CHUNK; }
@@ -61,17 +66,24 @@ struct Scan {
   }
 };
 
+// A rate over ln 2. What is finite stays so: an infinite rate times a state that has decayed to 0
+// would be no number.
+inline float in_base_2(float rate) {
+  const float scaled = rate * LOG2_E;
+  return std::isinf(rate) ? rate : std::min(std::max(scaled, -FLT_MAX), FLT_MAX);
+}
+
 // A of one block as [s][lane], in units of ln 2: exponentials are taken in base 2.
-void turn(const Scan& k, int64_t block, vec* A) {
+void transpose_rates(const Scan& k, int64_t block, vec* A) {
   const int m = k.lanes(block);
   for (int j = 0; j < k.s; j++) {
     A[j] = vec{};
-    for (int l = 0; l < m; l++) A[j][l] = k.A[(block * LANES + l) * k.s + j];
-    A[j] *= LOG2_E;
+    for (int l = 0; l < m; l++) A[j][l] = in_base_2(k.A[(block * LANES + l) * k.s + j]);
   }
 }
 
-// The rows of a block lie pages apart, where the hardware foresees nothing: ask a chunk ahead.
+// The rows of a block lie pages apart, where the hardware foresees nothing: ask a chunk ahead. 1:
+// for writing too, since some of these rows are outputs.
 inline void prefetch(const Rows& rows, int64_t b, int64_t i, int64_t c) {
   if (rows.data) __builtin_prefetch(rows.at(b, i) + c, 1);
 }
@@ -80,10 +92,10 @@ inline void prefetch(const Rows& rows, int64_t b, int64_t i, int64_t c) {
 struct Forward {
   const Scan& k;
   const Rows y;
-  float* kept;  // (b, chunks, blocks, s, LANES), or null
+  float* saved;  // (b, chunks, blocks, s, LANES), or null
   vec dt[CHUNK], drive[CHUNK], out[CHUNK];
 
-  Forward(const Scan& k, Rows y, float* kept) : k(k), y(y), kept(kept) {}
+  Forward(const Scan& k, Rows y, float* saved) : k(k), y(y), saved(saved) {}
 
   void read(int64_t b, int64_t c, int m, int64_t first, int steps) {
     const vec D = load(k.D + c, m);
@@ -98,7 +110,8 @@ struct Forward {
     }
   }
 
-  // GROUP states from number q on; h is before the chunk, then after it.
+  // GROUP states from number q on; `state` is before the chunk, then after it. Of one group at a
+  // time h stays in registers, while dt, drive and out are read again for each.
   template <int GROUP>
   void group(int64_t b, int64_t first, int steps, int q, const vec* A, vec* state) {
     vec h[GROUP];
@@ -125,16 +138,17 @@ struct Forward {
     }
   }
 
+  // y may be u: a chunk is read whole before it is written, and no other block reads its channels.
   template <int GROUP>
   void run(int64_t b, int64_t block) {
     const int64_t c = block * LANES;
     const int m = k.lanes(block);
     vec A[MAX_STATE], h[MAX_STATE];
-    turn(k, block, A);
+    transpose_rates(k, block, A);
     for (int j = 0; j < k.s; j++) h[j] = vec{};
     for (int64_t first = 0; first < k.n; first += CHUNK) {
       const int steps = k.steps(first);
-      if (kept) std::memcpy(kept + k.start(b, first, block), h, k.s * sizeof(vec));
+      if (saved) std::memcpy(saved + k.start(b, first, block), h, k.s * sizeof(vec));
       read(b, c, m, first, steps);
       for (int q = 0; q < k.s; q += GROUP) group<GROUP>(b, first, steps, q, A + q, h + q);
       write(b, c, m, first, steps);
@@ -144,38 +158,41 @@ struct Forward {
 
 struct Gradients {
   Rows dy;                 // (b, n, d)
-  const float* kept;       // (b, chunks, blocks, s, LANES)
+  const float* saved;      // (b, chunks, blocks, s, LANES)
   Rows du, ddt, dz;        // (b, n, d) each
   float *dA, *dD;          // (b, d, s), (b, d): summed over b by the caller
   float *dB, *dC;          // (groups, b, n, s): summed over groups by the caller
 };
 
+// One chunk of one block, backward. With e_i = exp(dt_i A), state h_i = e_i h_{i-1} + drive_i B_i
+// and dh_i its gradient: dh_i = e_{i+1} dh_{i+1} + dy_i C_i. The gradient of the exponent dt_i A is
+// dh_i e_i h_{i-1}, from which those of dt_i and A follow.
 struct Backward {
   const Scan& k;
   const Gradients& g;
-  vec decay[CHUNK * 4], faded[CHUNK * 4];  // of one group of states: e and e h
-  vec sumB[CHUNK * MAX_STATE], sumC[CHUNK * MAX_STATE];
-  vec u[CHUNK], dt[CHUNK], slope[CHUNK], drive[CHUNK], dy[CHUNK], gate[CHUNK];
-  vec plain[CHUNK], ddrive[CHUNK], ddt[CHUNK];
+  vec decay[CHUNK * 4], decayed[CHUNK * 4];  // of one group of states: e and e h
+  vec sumB[CHUNK * MAX_STATE], sumC[CHUNK * MAX_STATE];  // gradients, over the blocks so far
+  vec u[CHUNK], dt[CHUNK], sigmoid_dt[CHUNK], drive[CHUNK], dy[CHUNK], dgate[CHUNK];
+  vec plain[CHUNK], ddrive[CHUNK], ddt[CHUNK];  // plain: the output before its gate
 
   Backward(const Scan& k, const Gradients& g) : k(k), g(g) {}
 
-  // The inputs of a chunk; dy comes back through the gate, and what is left times y is dz.
+  // The inputs of a chunk; dy comes back through the gate, and dgate times the plain output is dz.
   void read(int64_t b, int64_t c, int m, int64_t first, int steps, vec* dD) {
     const vec D = load(k.D + c, m);
     for (int i = 0; i < steps; i++) {
       const int64_t at = first + i;
-      if (at >= CHUNK)
+      if (at >= CHUNK)  // the chunk before this one comes next
         for (const Rows& rows : {k.u, k.dt, k.z, g.dy, g.du, g.ddt, g.dz})
           prefetch(rows, b, at - CHUNK, c);
       u[i] = load(k.u.at(b, at) + c, m);
-      dt[i] = softplus(load(k.dt.at(b, at) + c, m), &slope[i]);
+      dt[i] = softplus(load(k.dt.at(b, at) + c, m), &sigmoid_dt[i]);
       drive[i] = dt[i] * u[i];
       dy[i] = load(g.dy.at(b, at) + c, m);
       if (k.z.data) {
-        const vec z = load(k.z.at(b, at) + c, m), sig = sigmoid(z), open = z * sig;
-        gate[i] = dy[i] * (sig + open * (1.0f - sig));
-        dy[i] *= open;
+        const vec z = load(k.z.at(b, at) + c, m), sig = sigmoid(z), silu = z * sig;
+        dgate[i] = dy[i] * (sig + silu * (1.0f - sig));
+        dy[i] *= silu;
       }
       *dD += dy[i] * u[i];
       plain[i] = D * u[i];
@@ -183,50 +200,54 @@ struct Backward {
     }
   }
 
-  // GROUP states from number q on, h before the chunk: forth, keeping decays and faded states.
+  // GROUP states from number q on, `state` before the chunk: decays and decayed states of all its
+  // tokens are left for `backpropagate`, and the gradient of C is added up.
   template <int GROUP>
-  void forth(int64_t b, int64_t first, int steps, int q, const vec* A, const float* state) {
+  void recompute(int64_t b, int64_t first, int steps, int q, const vec* A, const float* state) {
     vec h[GROUP];
     UNROLL for (int j = 0; j < GROUP; j++) h[j] = load(state + j * LANES, LANES);
     for (int i = 0; i < steps; i++) {
       const float *B = k.B.at(b, first + i) + q, *C = k.C.at(b, first + i) + q;
-      vec *e = decay + i * GROUP, *old = faded + i * GROUP, *toC = sumC + i * k.s + q;
-      const vec step = dt[i], push = drive[i], g = dy[i];  // else loaded again after every store
+      vec *e = decay + i * GROUP, *eh = decayed + i * GROUP, *dC = sumC + i * k.s + q;
+      // Copies: the compiler would load the members again after every store.
+      const vec dt_i = dt[i], drive_i = drive[i], dy_i = dy[i];
       vec out = vec{};
       UNROLL for (int j = 0; j < GROUP; j++) {
-        const vec decayed = exp2(step * A[j]), before = decayed * h[j];
-        e[j] = decayed;
-        old[j] = before;
-        h[j] = before + push * B[j];
+        const vec e_j = exp2(dt_i * A[j]), eh_j = e_j * h[j];
+        e[j] = e_j;
+        eh[j] = eh_j;
+        h[j] = eh_j + drive_i * B[j];
         out += h[j] * C[j];
-        toC[j] += g * h[j];
+        dC[j] += dy_i * h[j];
       }
       plain[i] += out;
     }
   }
 
-  // And back: gh is the gradient of the states after the chunk, then before it.
+  // The same tokens from the last to the first: `dstate` is the gradient of the states after the
+  // chunk, then of those before it.
   template <int GROUP>
-  void back(int64_t b, int64_t first, int steps, int q, const vec* A, vec* gh, vec* dA) {
-    vec next[GROUP], sum[GROUP];
-    UNROLL for (int j = 0; j < GROUP; j++) next[j] = gh[j], sum[j] = dA[j];
+  void backpropagate(int64_t b, int64_t first, int steps, int q, const vec* A, vec* dstate,
+                     vec* dA) {
+    vec next[GROUP], sum[GROUP];  // next: what comes back from the token after
+    UNROLL for (int j = 0; j < GROUP; j++) next[j] = dstate[j], sum[j] = dA[j];
     for (int i = steps - 1; i >= 0; i--) {
       const float *B = k.B.at(b, first + i) + q, *C = k.C.at(b, first + i) + q;
-      const vec *e = decay + i * GROUP, *old = faded + i * GROUP;
-      vec *toB = sumB + i * k.s + q, through = vec{}, rate = vec{};
-      const vec step = dt[i], push = drive[i], g = dy[i];
+      const vec *e = decay + i * GROUP, *eh = decayed + i * GROUP;
+      vec *dB = sumB + i * k.s + q, ddrive_i = vec{}, ddt_i = vec{};
+      const vec dt_i = dt[i], drive_i = drive[i], dy_i = dy[i];
       UNROLL for (int j = 0; j < GROUP; j++) {
-        const vec full = next[j] + g * C[j], turned = full * old[j];
-        next[j] = full * e[j];
-        toB[j] += full * push;
-        through += full * B[j];
-        rate += turned * A[j];
-        sum[j] += turned * step;
+        const vec dh = next[j] + dy_i * C[j], dexponent = dh * eh[j];
+        next[j] = dh * e[j];
+        dB[j] += dh * drive_i;
+        ddrive_i += dh * B[j];
+        ddt_i += dexponent * A[j];
+        sum[j] += dexponent * dt_i;
       }
-      ddrive[i] += through;
-      ddt[i] += rate;
+      ddrive[i] += ddrive_i;
+      ddt[i] += ddt_i;
     }
-    UNROLL for (int j = 0; j < GROUP; j++) gh[j] = next[j], dA[j] = sum[j];
+    UNROLL for (int j = 0; j < GROUP; j++) dstate[j] = next[j], dA[j] = sum[j];
   }
 
   void write(int64_t b, int64_t c, int m, int64_t first, int steps) {
@@ -234,19 +255,22 @@ struct Backward {
     for (int i = 0; i < steps; i++) {
       const int64_t at = first + i;
       store(g.du.at(b, at) + c, D * dy[i] + ddrive[i] * dt[i], m);
-      store(g.ddt.at(b, at) + c, (ddt[i] * LN_2 + ddrive[i] * u[i]) * slope[i], m);
-      if (k.z.data) store(g.dz.at(b, at) + c, gate[i] * plain[i], m);
+      // ddt was added up with A over ln 2.
+      store(g.ddt.at(b, at) + c, (ddt[i] * LN_2 + ddrive[i] * u[i]) * sigmoid_dt[i], m);
+      if (k.z.data) store(g.dz.at(b, at) + c, dgate[i] * plain[i], m);
     }
   }
 
-  // All tokens of one image and of the blocks [low, high), which are group number `group`.
+  // All tokens of one image and of the blocks [low, high), which are group number `group`. Chunks
+  // are the outer loop, so that the sums over blocks for B and C of one chunk stay in the cache;
+  // what a block carries from chunk to chunk lies in vectors meanwhile.
   template <int GROUP>
   void run(int64_t b, int64_t low, int64_t high, int64_t group) {
     const int s = k.s;
     const int64_t blocks = high - low;
-    std::vector<vec> A(blocks * s), gh(blocks * s, vec{}), dA(blocks * s, vec{});
+    std::vector<vec> A(blocks * s), dh(blocks * s, vec{}), dA(blocks * s, vec{});
     std::vector<vec> dD(blocks, vec{});
-    for (int64_t p = 0; p < blocks; p++) turn(k, low + p, &A[p * s]);
+    for (int64_t p = 0; p < blocks; p++) transpose_rates(k, low + p, &A[p * s]);
     for (int64_t chunk = k.chunks() - 1; chunk >= 0; chunk--) {
       const int64_t first = chunk * CHUNK, to = ((group * k.b + b) * k.n + first) * s;
       const int steps = k.steps(first);
@@ -254,11 +278,11 @@ struct Backward {
       for (int64_t p = 0; p < blocks; p++) {
         const int64_t c = (low + p) * LANES;
         const int m = k.lanes(low + p);
-        const float* kept = g.kept + k.start(b, first, low + p);
+        const float* state = g.saved + k.start(b, first, low + p);
         read(b, c, m, first, steps, &dD[p]);
         for (int q = 0; q < s; q += GROUP) {
-          forth<GROUP>(b, first, steps, q, &A[p * s + q], kept + q * LANES);
-          back<GROUP>(b, first, steps, q, &A[p * s + q], &gh[p * s + q], &dA[p * s + q]);
+          recompute<GROUP>(b, first, steps, q, &A[p * s + q], state + q * LANES);
+          backpropagate<GROUP>(b, first, steps, q, &A[p * s + q], &dh[p * s + q], &dA[p * s + q]);
         }
         write(b, c, m, first, steps);
       }
@@ -267,7 +291,7 @@ struct Backward {
     for (int64_t p = 0; p < blocks; p++) {
       const int64_t c = b * k.d + (low + p) * LANES;
       store(g.dD + c, dD[p], k.lanes(low + p));
-      for (int l = 0; l < k.lanes(low + p); l++)
+      for (int l = 0; l < k.lanes(low + p); l++)  // back from [s][lane]
         for (int j = 0; j < s; j++) g.dA[(c + l) * s + j] = dA[p * s + j][l];
     }
   }
@@ -275,17 +299,17 @@ struct Backward {
 
 // How many blocks a thread takes at a time: neighbours, whose memory lies side by side and would
 // be fetched by two cores; few enough that all threads have work to the end.
-inline int64_t share(int64_t items, int threads) {
+inline int64_t blocks_at_once(int64_t items, int threads) {
   const int64_t even = items / (4 * threads);
   return even < 1 ? 1 : even > 16 ? 16 : even;
 }
 
 template <int GROUP>
-void forward_all(const Scan& k, Rows y, float* kept, int threads) {
+void forward_all(const Scan& k, Rows y, float* saved, int threads) {
   const int64_t blocks = k.blocks(), items = k.b * blocks;
-#pragma omp parallel for schedule(dynamic, share(items, threads)) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, blocks_at_once(items, threads)) num_threads(threads)
   for (int64_t item = 0; item < items; item++)
-    Forward(k, y, kept).run<GROUP>(item / blocks, item % blocks);
+    Forward(k, y, saved).run<GROUP>(item / blocks, item % blocks);
 }
 
 template <int GROUP>
@@ -315,28 +339,33 @@ static Scan scan_of(const int64_t* shape, float* u, float* dt, float* A, float* 
               {z, t[8], t[9]}, A, D, shape[0], shape[1], shape[2], int(shape[3])};
 }
 
+// What Python allocates by; it compares these when it loads the library.
 int mambaflow_chunk() { return CHUNK; }
 int mambaflow_lanes() { return PADDED; }
 int mambaflow_states() { return MAX_STATE; }
 int mambaflow_taps() { return MAX_TAPS; }
 
+// saved null: no backward pass will come. Groups as large as divide s and leave registers, of which
+// AVX-512 has thirty-two, for h, A and the sums.
 void mambaflow_scan_forward(const int64_t* shape, float* u, float* dt, float* A, float* B,
-                            float* C, float* D, float* z, float* y, float* kept, int threads) {
+                            float* C, float* D, float* z, float* y, float* saved, int threads) {
   const Scan k = scan_of(shape, u, dt, A, B, C, D, z);
   const Rows to{y, k.n * k.d, k.d};
-  if (k.s % 16 == 0 && LANES == 16) return forward_all<16>(k, to, kept, threads);
-  if (k.s % 8 == 0) return forward_all<8>(k, to, kept, threads);
-  if (k.s % 4 == 0) return forward_all<4>(k, to, kept, threads);
-  forward_all<1>(k, to, kept, threads);
+  if (k.s % 16 == 0 && LANES == 16) return forward_all<16>(k, to, saved, threads);
+  if (k.s % 8 == 0) return forward_all<8>(k, to, saved, threads);
+  if (k.s % 4 == 0) return forward_all<4>(k, to, saved, threads);
+  forward_all<1>(k, to, saved, threads);
 }
 
+// All but dz, whose rows may lie within wider ones, is dense. Blocks are shared out in `groups`,
+// each of which sums dB and dC by itself.
 void mambaflow_scan_backward(const int64_t* shape, float* u, float* dt, float* A, float* B,
-                             float* C, float* D, float* z, float* dy, float* kept, float* du,
+                             float* C, float* D, float* z, float* dy, float* saved, float* du,
                              float* ddt, float* dz, float* dA, float* dD, float* dB, float* dC,
                              int64_t groups, int threads) {
   const Scan k = scan_of(shape, u, dt, A, B, C, D, z);
   const int64_t row = k.d, batch = k.n * k.d;
-  const Gradients g{{dy, batch, row}, kept, {du, batch, row}, {ddt, batch, row},
+  const Gradients g{{dy, batch, row}, saved, {du, batch, row}, {ddt, batch, row},
                     {dz, shape[14], shape[15]}, dA, dD, dB, dC};
   if (k.s % 4 == 0) return backward_all<4>(k, g, groups, threads);
   backward_all<1>(k, g, groups, threads);
@@ -352,7 +381,7 @@ void mambaflow_conv_forward(const int64_t* shape, float* x, float* weight, float
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < b * n; row++) {
     const int64_t image = row / n, i = row % n;
-    const int64_t skip = i < taps - 1 ? taps - 1 - i : 0;
+    const int64_t skip = i < taps - 1 ? taps - 1 - i : 0;  // taps before the first token: zeros
     for (int64_t q = 0; q < blocks; q++) {
       const int64_t c = q * LANES, left = d - c;
       const int m = left < LANES ? int(left) : LANES;
@@ -372,32 +401,35 @@ void mambaflow_conv_backward(const int64_t* shape, float* x, float* weight, floa
   const int taps = int(shape[3]);
   const Rows in{x, shape[4], shape[5]}, slope{dy, n * d, d}, to{dx, shape[6], shape[7]};
   const int64_t blocks = (d + LANES - 1) / LANES, items = b * blocks;
-#pragma omp parallel for schedule(dynamic, share(items, threads)) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, blocks_at_once(items, threads)) num_threads(threads)
   for (int64_t item = 0; item < items; item++) {
     const int64_t image = item / blocks, c = item % blocks * LANES, left = d - c;
     const int m = left < LANES ? int(left) : LANES;
-    vec w[MAX_TAPS], dw[MAX_TAPS], seen[MAX_TAPS], owed[MAX_TAPS];
+    // Of the last `taps` tokens, the oldest first: inputs, and gradients of these so far. The
+    // gradient of a token is whole once it leaves the window, taps - 1 tokens later, for which the
+    // loop goes on beyond the last token.
+    vec w[MAX_TAPS], dw[MAX_TAPS], window[MAX_TAPS], dwindow[MAX_TAPS];
     for (int j = 0; j < taps; j++) {
       w[j] = load(weight + j * d + c, m);
-      dw[j] = seen[j] = owed[j] = vec{};
+      dw[j] = window[j] = dwindow[j] = vec{};
     }
     const vec offset = load(bias + c, m);
     vec db = vec{};
-    for (int64_t i = 0; i < n + taps - 1; i++) {  // seen: inputs; owed: gradients of inputs
+    for (int64_t i = 0; i < n + taps - 1; i++) {
       if (i + CHUNK < n)
         for (const Rows& rows : {in, slope, to}) prefetch(rows, image, i + CHUNK, c);
-      for (int j = 0; j + 1 < taps; j++) seen[j] = seen[j + 1], owed[j] = owed[j + 1];
-      owed[taps - 1] = vec{};
-      seen[taps - 1] = i < n ? load(in.at(image, i) + c, m) : vec{};
+      for (int j = 0; j + 1 < taps; j++) window[j] = window[j + 1], dwindow[j] = dwindow[j + 1];
+      dwindow[taps - 1] = vec{};
+      window[taps - 1] = i < n ? load(in.at(image, i) + c, m) : vec{};
       if (i < n) {
         vec out = offset;
-        for (int j = 0; j < taps; j++) out += w[j] * seen[j];
+        for (int j = 0; j < taps; j++) out += w[j] * window[j];
         const vec sig = sigmoid(out);
         const vec g = load(slope.at(image, i) + c, m) * (sig * (1.0f + out * (1.0f - sig)));
         db += g;
-        for (int j = 0; j < taps; j++) dw[j] += g * seen[j], owed[j] += g * w[j];
+        for (int j = 0; j < taps; j++) dw[j] += g * window[j], dwindow[j] += g * w[j];
       }
-      if (i >= taps - 1) store(to.at(image, i - taps + 1) + c, owed[0], m);
+      if (i >= taps - 1) store(to.at(image, i - taps + 1) + c, dwindow[0], m);
     }
     store(dbias + image * d + c, db, m);
     for (int j = 0; j < taps; j++) store(dweight + (image * taps + j) * d + c, dw[j], m);
