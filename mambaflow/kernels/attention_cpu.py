@@ -84,7 +84,7 @@ def _run(kernel: Any, query: Tensor, key: Tensor, value: Tensor, pointers: list)
 
 
 def _forward(query, key, value, save: bool) -> tuple[Tensor, Tensor]:
-    # Inside the operator, unlike the scan's: kinds are float32 already, and a copy costs no graph.
+    # Inside the operator: all is float32 already, so that no gradient comes back through this.
     query, key, value = (dense(x) for x in (query, key, value))
     out, saved = _allocate(query, value, save)
     pointers = [pointer(x) for x in (query, key, value, out, saved if save else None)]
