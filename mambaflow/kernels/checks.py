@@ -36,7 +36,9 @@ def refuse_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} (of shape {tuple(x.shape)}) must have shape {shape}")
 
 
-def refuse_scan_shapes(u, dt, A, B, C, D, z) -> None:
+def refuse_scan_shapes(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None
+) -> None:
     """Refuse inputs of a scan whose shapes disagree.
 
     Raises:
