@@ -252,7 +252,7 @@ def test_narrower_processors_get_the_same_numbers(machine, flags):
     machine.compiler(f'exec {REAL} "$@" {flags}')
     select = (
         "(hundred and 33) or (extreme and native) or (convolution_is and 40-35) or compiled "
-        "or gradients_are_the_definition"
+        "or gradients_are_the_definition or (finite and native) or beyond_all_bounds"
     )
     names = ("models/test_selective_scan", "models/test_mamba", "models/test_attention",
              "data/test_random_bits", "data/test_pixels")  # fmt: skip
