@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import boto3
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 from tensorboard.summary.writer import event_file_writer
@@ -126,6 +127,12 @@ def strict_bucket(tmp_path, monkeypatch) -> str:
         monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         yield "s3://guarded"
+
+
+@pytest.fixture
+def without_shape_checks(monkeypatch):
+    """The library as its users run it: annotations are checked in tests alone."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -177,12 +176,6 @@ def test_no_fill_takes_what_none_can_answer(name, what, without_shape_checks):
     *given_to_fill, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         FILLS[name](*given_to_fill)
-
-
-@pytest.fixture
-def without_shape_checks(monkeypatch):
-    """The library as its users run it: annotations are checked in tests alone."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize("name", FILLS)
