@@ -17,6 +17,7 @@ from mambaflow.data.shard_reader import ShardSet
 from mambaflow.data.shards import MANIFEST, ShardError, shard_name
 from mambaflow.data.sources import SourceError, open_source
 from mambaflow.data.staging import CLAIM, StageConfig, in_process, make, plan, stage, stage_once
+from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.storage import StorageError, at
 
 SIZE, TRAIN, TEST = 8, 60, 10
@@ -420,11 +421,12 @@ def test_shards_that_a_worker_never_made_are_missed(source, tmp_path):
 def test_ray_makes_the_same_bytes_from_relative_paths_to_s3_and_names_corrupt_images(
     source, tmp_path, bucket, monkeypatch, capsys
 ):
+    set_ray_environment()
     from mambaflow.distributed.cluster import connect
 
     monkeypatch.chdir(tmp_path)
     flags = "--source images --size 8 --validation 8 --rows-per-shard 10".split()
-    with connect(2):
+    with connect():
         assert job.main([*flags, "--out", f"{bucket}/ray"]) == 0
         assert "'shards': 8, 'reused': 0" in capsys.readouterr().out
         assert job.main([*flags, "--out", "local"]) == 0  # of this folder, not of the workers'
