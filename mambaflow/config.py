@@ -68,7 +68,7 @@ class ModelConfig:
     """Gaussian windows of learned width in attention, and known colours among its values."""
     local_linear: bool = True
     """A known pixel enters the scan with planes fitted to the known colours around it."""
-    start: Literal["plain", "gaussian"] = "gaussian"
+    start: Literal["plain", "gaussian", "process"] = "process"
     """The network predicts the velocity, or a correction to the exact answer for independent
     Gaussians around a smooth fill of the known pixels."""
     # How places and colours are written; the batches follow (see data.batches.Layout).

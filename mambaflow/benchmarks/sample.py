@@ -11,25 +11,26 @@ from mambaflow.benchmarks.bench import BenchmarkConfig, Work, race, random_batch
 from mambaflow.config import ARCHITECTURES
 from mambaflow.data.batches import PixelBatch
 from mambaflow.flow.samplers import SOLVERS, CountedVelocity, Solver, times_for
-from mambaflow.models.velocity_field import Velocity, VelocityField
+from mambaflow.models.velocity_field import ConditionedField, VelocityField
 from mambaflow.report.tables import Table
 
 # A fifth of 32 x 32, at every size: to read the known pixels costs the same.
 KNOWN = 204
 
 
-def solvers(noise: Tensor, steps: int) -> dict[str, Callable[[Velocity], Tensor]]:
+def solvers(steps: int) -> dict[str, Callable[[ConditionedField], Tensor]]:
     """Every sampler of the registry at its own settings, by what the table calls it."""
     times = times_for("uniform", steps)
-    return {_title(s, steps): partial(_solve, s, noise, times) for s in SOLVERS.values()}
+    return {_title(s, steps): partial(_solve, s, times) for s in SOLVERS.values()}
 
 
 def _title(solver: Solver, steps: int) -> str:
     return f"{solver.title}, {steps} steps" if solver.takes_times else solver.title
 
 
-def _solve(solver: Solver, noise: Tensor, times: Tensor, velocity: Velocity) -> Tensor:
-    return solver(velocity, noise, times, lambda step: torch.randn_like(noise))
+def _solve(solver: Solver, times: Tensor, field: ConditionedField) -> Tensor:
+    # With the drawing of the noise, which costs more where it has a law of its own.
+    return solver(field, field.noise(torch.randn), times, lambda step: field.noise(torch.randn))
 
 
 def measure(config: BenchmarkConfig) -> list[Table]:
@@ -43,7 +44,7 @@ def _at_size(config: BenchmarkConfig, model: VelocityField, size: int) -> Table:
     images = max(1, config.batch_size * 32 * 32 // size**2)
     queries = size**2 - KNOWN * (size == 32)  # a larger image is asked for whole
     batch = random_batch(replace(config, batch_size=images), queries, KNOWN)
-    ways = solvers(torch.randn_like(batch.query_rgb), config.steps)
+    ways = solvers(config.steps)
     rivals: dict[str, Work] = {
         name: partial(_complete, model, batch, solve) for name, solve in ways.items()
     }
@@ -55,15 +56,15 @@ def _at_size(config: BenchmarkConfig, model: VelocityField, size: int) -> Table:
 
 
 def _complete(
-    model: VelocityField, batch: PixelBatch, solve: Callable[[Velocity], Tensor]
+    model: VelocityField, batch: PixelBatch, solve: Callable[[ConditionedField], Tensor]
 ) -> Tensor:
     # With the reading of the known pixels, which a user pays once an image.
     return solve(model.condition(batch))
 
 
-def calls(solve: Callable[[Velocity], Tensor]) -> int:
+def calls(solve: Callable[[ConditionedField], Tensor]) -> int:
     """How often a sampler asks for the velocity."""
     # Counted on a velocity that costs nothing: samplers choose their calls without looking at it.
     counted = CountedVelocity(lambda x, t: torch.zeros_like(x))
-    solve(counted)
+    solve(ConditionedField(counted, None, lambda normal, finest: normal(1, 1, 3)))
     return counted.calls

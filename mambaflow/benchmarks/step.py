@@ -21,6 +21,7 @@ from mambaflow.kernels.linear import large, linear_forward
 from mambaflow.models.velocity_field import parameters
 from mambaflow.report.tables import Table
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
+from mambaflow.training.objective import Objective
 
 Size = Sequence[int]
 PROFILED, SHOWN = 3, 14  # steps, and operations of them
@@ -81,7 +82,7 @@ def measure(config: BenchmarkConfig) -> list[Table]:
     batch = random_batch(config, config.queries)
     state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
     flops = counted_flops(state, batch, config)
-    forward = compiled(state.model, config.compile)
+    forward = compiled(Objective(state.model, step_config(config)), config.compile)
     # Goes on after the counted step. The race's first round warms up: compiling is in it.
     steps = fit(state, Fixed(batch), step_config(config), 10**9, forward)
     rivals, size = products(config)

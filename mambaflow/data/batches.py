@@ -6,6 +6,7 @@ worker makes its own slice of any step's batch from nothing but the step: there 
 to save, and no row that it reads is another's.
 """
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
@@ -46,12 +47,13 @@ class PixelBatch:
         names = [f.name for f in fields(self) if f.name != "number"]
         return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
-    def noise(self, seed: int) -> Float[Tensor, "b n 3"]:
-        """x_0 of each sample."""
-        b, n, _ = self.query_xy.shape
+    def noise(self, seed: int, *shape: int) -> Float[Tensor, "b ..."]:
+        """Standard normal numbers of each sample, of a shape that begins with the batch; by
+        default those of white noise at the queries."""
+        shape = shape or tuple(self.query_xy.shape[:2]) + (3,)
         # From the sample's own counter: whichever worker draws it, and with fewer queries the first
         # of the same noise.
-        drawn = normal(seed, "noise", 0, self.number, 3 * n).view(b, n, 3)
+        drawn = normal(seed, "noise", 0, self.number, math.prod(shape[1:])).view(shape)
         return to_device(drawn, self.query_xy.device)
 
     def times(self, seed: int) -> Float[Tensor, " b"]:

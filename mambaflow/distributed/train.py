@@ -50,9 +50,9 @@ class RayProcessGroup(ProcessGroup):
         rank, size = context.get_world_rank(), context.get_world_size()
         super().__init__(rank, size, ray.train.torch.get_device(), watch)
 
-    def wrap(self, model: nn.Module) -> Forward:
+    def wrap(self, objective: nn.Module) -> Forward:
         # TrainState has put the model on its device already.
-        return ray.train.torch.prepare_model(model, move_to_device=False)
+        return ray.train.torch.prepare_model(objective, move_to_device=False)
 
     def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
         """Tell Ray of a checkpoint that is in place: others wait here for the first worker."""

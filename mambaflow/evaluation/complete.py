@@ -5,9 +5,11 @@ are copied into the answer.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -120,14 +122,19 @@ def complete(
     device = next(model.parameters()).device
     batch, others = eval_set.batch()
 
-    def draw(stream: int) -> Float[Tensor, "m n 3"]:
+    def numbers(stream: int, *shape: int) -> Float[Tensor, "m ..."]:
         # By the image's id, on CPU: the same noise in any chunk, on any worker and any device.
-        noise = normal(0, "evaluation", stream, eval_set.ids, 3 * others.shape[1])
-        return noise.view(*others.shape, 3).to(device)
+        drawn = normal(0, "evaluation", stream, eval_set.ids, math.prod(shape[1:]))
+        return drawn.view(shape)
 
     with torch.no_grad():
         # The known pixels are read once for all calls.
-        velocity = CountedVelocity(model.condition(batch.to(device)))
+        field = model.condition(batch.to(device))
+        velocity = CountedVelocity(field)
+
+        def draw(stream: int) -> Float[Tensor, "m n 3"]:
+            return field.noise(partial(numbers, stream))
+
         # Stream 0 is where paths start, those from 1 on are the noise of the solver's steps.
         rgb = solver(velocity, draw(0), times_for(grid, steps), lambda i: draw(i + 1), **settings)
     images = eval_set.assemble(others, rgb)  # on CPU: what a GPU still had to do is done

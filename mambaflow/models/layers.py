@@ -1,6 +1,7 @@
 """The parts of the network that are not the scan: features, time, planes, modulation."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,18 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat((phase.sin(), phase.cos()), -1))
 
 
+class Planes(NamedTuple):
+    """What the known colours around a place look like, under each of several windows."""
+
+    colours: Float[Tensor, "b n h 3"]
+    """Of the planes, at the place."""
+    unexplained: Float[Tensor, "b n h"]
+    """Variance that the planes leave, of the three colours together; rounding may leave it below
+    0."""
+    token: Float[Tensor, "b n d"]
+    """All that was seen, as a token."""
+
+
 class LocalLinearFeatures(nn.Module):
     """The known colours around a place, as a plane fitted under each of several windows.
 
@@ -78,20 +91,21 @@ class LocalLinearFeatures(nn.Module):
         xy: Float[Tensor, "b n 2"],
         known_xy: Float[Tensor, "b k 2"],
         known_rgb: Float[Tensor, "b k 3"],
-    ) -> tuple[Float[Tensor, "b n h 3"], Float[Tensor, "b n d"]]:
-        """The planes' colours at `xy`, and all that was seen there as a token."""
+    ) -> Planes:
+        """The planes at `xy`."""
         with torch.autocast(xy.device.type, enabled=False):  # moments cancel: bf16 would drown them
             # Around the image's centre, where products of coordinates are smallest.
-            planes, slopes, offset = self._fit(xy - 0.5, known_xy - 0.5, known_rgb)
+            planes, slopes, offset, left = self._fit(xy - 0.5, known_xy - 0.5, known_rgb)
         seen = torch.cat((planes, slopes.flatten(-2), offset), -1)  # (b, n, h, 11)
-        return planes, self.features(seen.flatten(2))
+        return Planes(planes, left, self.features(seen.flatten(2)))
 
     def _fit(
         self, x: Float[Tensor, "b n 2"], y: Float[Tensor, "b k 2"], c: Float[Tensor, "b k 3"]
-    ) -> tuple[Float[Tensor, "b n h 3"], Float[Tensor, "b n h 2 3"], Float[Tensor, "b n h 2"]]:
-        """Planes, slopes per window width, and the offset E[y] - x in window widths."""
+    ) -> tuple[Tensor, Float[Tensor, "b n h 2 3"], Float[Tensor, "b n h 2"], Tensor]:
+        """Planes, slopes per window width, the offset E[y] - x in window widths, and the variance
+        that is left."""
         variance = torch.exp(2 * self.log_width)  # (h,), positive whatever is learned
-        mean_y, mean_c, yy, yc = self._moments(x, y, c, variance)
+        mean_y, mean_c, yy, yc, cc = self._moments(x, y, c, variance)
         cov_yc = yc - mean_y[..., :, None] * mean_c[..., None, :]  # (b, n, h, 2, 3)
         cov_yy = yy - mean_y[..., :, None] * mean_y[..., None, :]  # (b, n, h, 2, 2)
         # One known pixel, or pixels on a line, leave a covariance that cannot be divided by.
@@ -103,24 +117,35 @@ class LocalLinearFeatures(nn.Module):
         slopes = adjugate @ cov_yc / (a * d - b * b)[..., None, None]
         offset = mean_y - x[:, :, None]  # (b, n, h, 2)
         planes = mean_c - (offset[..., None, :] @ slopes)[..., 0, :]  # (b, n, h, 3)
+        left = cc - mean_c.square().sum(-1) - (slopes * cov_yc).sum((-1, -2))  # (b, n, h)
         width = variance.sqrt()[:, None]
         # As features, slopes and offsets are of one size in all windows.
-        return planes, slopes * width[..., None], offset / width
+        return planes, slopes * width[..., None], offset / width, left
 
     def _moments(
         self, x: Tensor, y: Tensor, c: Tensor, variance: Float[Tensor, " h"]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """E of y, c, y y' and y c' under each window, (b, n, h, ...)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """E of y, c, y y', y c' and c'c under each window, (b, n, h, ...)."""
         yy, yc = y[..., :, None] * y[..., None, :], y[..., :, None] * c[..., None, :]
-        value = torch.cat((y, c, yy.flatten(-2), yc.flatten(-2)), -1)  # (b, k, 15)
+        cc = c.square().sum(-1, keepdim=True)
+        value = torch.cat((y, c, yy.flatten(-2), yc.flatten(-2), cc), -1)  # (b, k, 16)
         # softmax of (x.y - |y|^2 / 2) / s^2 is that of -|x - y|^2 / 2 s^2: |x|^2 cancels.
         key = torch.cat((y, -0.5 * y.square().sum(-1, keepdim=True)), -1)
         query = F.pad(x, (0, 1), value=1.0)[:, None] / variance[:, None, None]  # (b, h, n, 3)
         # The windows differ in the query alone: keys and values are views, not copies.
         key, value = (m[:, None].expand(-1, len(variance), -1, -1) for m in (key, value))
-        found = attend(query, key, value).transpose(1, 2)  # (b, n, h, 15)
-        mean_y, mean_c, yy, yc = found.split((2, 3, 4, 6), -1)
-        return mean_y, mean_c, yy.unflatten(-1, (2, 2)), yc.unflatten(-1, (2, 3))
+        found = attend(query, key, value).transpose(1, 2)  # (b, n, h, 16)
+        mean_y, mean_c, yy, yc, cc = found.split((2, 3, 4, 6, 1), -1)
+        return mean_y, mean_c, yy.unflatten(-1, (2, 2)), yc.unflatten(-1, (2, 3)), cc[..., 0]
+
+
+class Smooth(NamedTuple):
+    """A smooth fill, and what it was made from."""
+
+    fill: Float[Tensor, "b n 3"]
+    features: Float[Tensor, "b n d"]
+    unexplained: Float[Tensor, "b n h"]
+    """Variance of the known colours that no plane explains."""
 
 
 class Smoother(nn.Module):
@@ -142,13 +167,14 @@ class Smoother(nn.Module):
         xy: Float[Tensor, "b n 2"],
         known_xy: Float[Tensor, "b k 2"],
         known_rgb: Float[Tensor, "b k 3"],
-    ) -> tuple[Float[Tensor, "b n 3"], Float[Tensor, "b n d"]]:
+    ) -> Smooth:
         """The fill and the features."""
-        planes, seen = self.local_linear(xy, known_xy, known_rgb)
-        features = tokens + seen
+        planes = self.local_linear(xy, known_xy, known_rgb)
+        features = tokens + planes.token
         share = self.gate(features).float().softmax(-1)  # (b, n, h), float32 under autocast too
-        fill = torch.einsum("bnh,bnhc->bnc", share, planes)
-        return fill + self.correction(F.silu(features)).float(), features
+        fill = torch.einsum("bnh,bnhc->bnc", share, planes.colours)
+        fill = fill + self.correction(F.silu(features)).float()
+        return Smooth(fill, features, planes.unexplained)
 
 
 class Modulation(nn.Module):

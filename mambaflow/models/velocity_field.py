@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mambaflow.checks import require
 from mambaflow.config import ModelConfig
 from mambaflow.kernels.linear import Linear
 from mambaflow.models.attention import KeyValue
@@ -16,15 +18,23 @@ from mambaflow.models.encoder import Encoder
 from mambaflow.models.layers import (
     FourierFeatures,
     LocalLinearFeatures,
+    Smooth,
     Smoother,
     TimeEmbedding,
 )
+from mambaflow.models.random_field import RandomField
 from mambaflow.models.readouts import READOUTS
+from mambaflow.models.residual_law import ProcessStart, ResidualLaw, kriging, stationary
+from mambaflow.models.starts import INITIAL_ERROR_VARIANCE, GaussianStart, Start
 
 Velocity = Callable[[Float[Tensor, "b n 3"], Float[Tensor, " b"]], Float[Tensor, "b n 3"]]
-
-# Variance of the fill's error where training starts from: measured on CIFAR-10, rgb in [-1, 1].
-INITIAL_ERROR_VARIANCE = 0.03
+# Standard normal numbers of a shape that begins with the batch: torch.randn is one.
+Normal = Callable[..., Tensor]
+# Pixels on the side of a grid, for which a field of noise is drawn, at least.
+FINEST = 32
+# A draw has a mean square of 1 in units of its own law; white noise has one of hundreds there. Of
+# one query alone it is above 25 once in 10^15 draws.
+UNLIKELY = 25.0
 
 
 @runtime_checkable
@@ -41,35 +51,50 @@ class Conditioning(Protocol):
     def query_xy(self) -> Float[Tensor, "b n 2"]: ...
 
 
-def gaussian_start(
-    x: Float[Tensor, "b n 3"],
-    t: Float[Tensor, "b 1 1"],
-    fill: Float[Tensor, "b n 3"],
-    variance: Float[Tensor, ""],
-) -> tuple[Float[Tensor, "b n 3"], Float[Tensor, "b n 3"], Float[Tensor, "b 1 1"]]:
-    """The exact velocity for independent Gaussians around `fill`, and what the network sees.
+@dataclass(frozen=True)
+class ConditionedField:
+    """The velocity field of some known pixels at some places: what a sampler calls."""
 
-    With x_1 ~ N(fill, variance): Var[x_t] = variance t^2 + (1 - t)^2, and the velocity is
-    (E[x_1 | x_t] - x_t) / (1 - t) with the factor 1 - t cancelled, so that t = 1 is regular.
-    The preconditioning of EDM (Karras et al. 2022, section 5), given the known pixels.
+    velocity: Velocity
+    start: Start | None
+    """What the noise's law is made of; None: it is white."""
+    prior: Callable[[Normal, int | None], Float[Tensor, "b m 3"]]
 
-    Returns:
-        the velocity; x_t standardised to unit variance; the factor of the network's output.
-    """
-    # Never 0: 1 at t = 0, the variance at t = 1, and at least variance / (1 + variance) between.
-    spread = variance * t.square() + (1 - t).square()
-    # At t = 0 this is fill - x: the posterior mean x + v is the fill, whatever the noise.
-    velocity = ((1 - t) * fill + (variance * t - (1 - t)) * x) / spread
-    # The factor times 1 - t is the deviation of x_1 given x_t: an output of unit size moves E[x_1]
-    # by as much as is still unknown.
-    return velocity, (x - t * fill) * spread.rsqrt(), (variance / spread).sqrt()
+    def __call__(self, x: Float[Tensor, "b n 3"], t: Float[Tensor, " b"]) -> Float[Tensor, "b n 3"]:
+        """The velocity at x and t."""
+        return self.velocity(x, t)
+
+    def noise(self, normal: Normal, finest: int | None = None) -> Float[Tensor, "b n 3"]:
+        """x_0, drawn from the law that the field carries to colours.
+
+        Args:
+            normal: gives standard normal numbers of the shape that it is called with, as
+                torch.randn does; the same numbers are the same noise.
+            finest: pixels on a side of the finest grid that shall show this noise. With the same
+                numbers and the same `finest`, places that coincide have the same noise, whatever
+                grid they are asked on. By default as fine as so many queries would be as a grid.
+        """
+        return self.noise_of(self.prior(normal, finest))
+
+    def noise_of(self, prior: Float[Tensor, "b m 3"]) -> Float[Tensor, "b n 3"]:
+        """x_0 of what `VelocityField.prior` drew."""
+        return prior if self.start is None else self.start.noise(prior)
+
+    def require_noise(self, x: Float[Tensor, "b n 3"]) -> None:
+        """Refuse an x_0 that is not of this field's law: samples would be wrong without a word."""
+        excess = 1.0 if self.start is None or not x.numel() else float(self.start.excess(x))
+        require(
+            excess < UNLIKELY,
+            f"noise (of mean square {excess:.3g} in units of its law) must be a draw of this "
+            "field's own law; use field.noise(torch.randn), where field = model.condition(batch)",
+        )
 
 
 class VelocityField(nn.Module):
     """v(x, t | known pixels) at any coordinates, composed from a ModelConfig.
 
-    `condition` computes once all that needs neither x nor t; the velocity it returns is what a
-    sampler calls. With `start="gaussian"` the posterior mean x_0 + v(x_0, 0) of a pixel depends
+    `condition` computes once all that needs neither x nor t; the field it returns is what a
+    sampler calls. Unless `start="plain"` the posterior mean x_0 + v(x_0, 0) of a pixel depends
     on nothing but the known pixels: neither on the noise nor on what else is asked.
     """
 
@@ -88,14 +113,17 @@ class VelocityField(nn.Module):
         self.readout = READOUTS[config.readout](config)
         self.norm = nn.LayerNorm(width)
         self.head = Linear(width, 3)
-        if config.start == "gaussian":
+        if config.start != "plain":
             self.smoother = Smoother(width, config.num_heads)
-            # Learned as a logarithm, so that the variance stays above 0.
-            self.log_variance = nn.Parameter(torch.tensor(math.log(INITIAL_ERROR_VARIANCE)))
-            # The first answer is exact for independent Gaussians around the planes. Behind a head
-            # at zero the encoder and the readout get no gradients before the second step.
+            # The first answer is exact for the start's law around the planes. Behind a head at
+            # zero the encoder and the readout get no gradients before the second step.
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+        if config.start == "gaussian":
+            # Learned as a logarithm, so that the variance stays above 0.
+            self.log_variance = nn.Parameter(torch.tensor(math.log(INITIAL_ERROR_VARIANCE)))
+        if config.start == "process":
+            self.residual_law = ResidualLaw(config.num_heads)
 
     def forward(
         self, conditioning: Conditioning, x: Float[Tensor, "b n 3"], t: Float[Tensor, " b"]
@@ -103,19 +131,45 @@ class VelocityField(nn.Module):
         """The velocity at once, as training asks for it."""
         return self.condition(conditioning)(x, t)
 
-    def condition(self, conditioning: Conditioning) -> Velocity:
+    @torch.no_grad()
+    def prior(
+        self, conditioning: Conditioning, normal: Normal, finest: int | None = None
+    ) -> Float[Tensor, "b m 3"]:
+        """Noise before it knows the known pixels: all that needs random numbers and no weights.
+
+        White noise at the queries, or for `start="process"` a stationary field at the queries and,
+        after them, at the known pixels. Arguments as of `ConditionedField.noise`.
+        """
+        query_xy = conditioning.query_xy
+        b, n, _ = query_xy.shape
+        if self.config.start != "process":
+            return normal(b, n, 3).to(query_xy)
+        modes = RandomField.modes(finest or max(FINEST, math.ceil(math.sqrt(n))))
+        known_xy, _ = self._in_order(conditioning.known_xy, conditioning.known_rgb)
+        white = normal(b, modes, modes, 3).to(query_xy)
+        return stationary(white, self.residual_law.correlation, query_xy, known_xy)
+
+    def condition(self, conditioning: Conditioning) -> ConditionedField:
         """The velocity field of these known pixels at these coordinates."""
+        velocity, start = self._condition(conditioning)
+
+        def prior(normal: Normal, finest: int | None) -> Tensor:
+            return self.prior(conditioning, normal, finest)
+
+        return ConditionedField(velocity, start, prior)
+
+    def _condition(self, conditioning: Conditioning) -> tuple[Velocity, Start | None]:
         known_xy, known_rgb = self._in_order(conditioning.known_xy, conditioning.known_rgb)
         # None of this needs x or t: Heun's 16 steps ask 32 times, and pay for it once.
         known = self.embed_known(torch.cat((self.features(known_xy), known_rgb), -1))
         if self.config.local_linear:
-            known = known + self.local_linear(known_xy, known_xy, known_rgb)[1]  # (b, k, d)
+            known = known + self.local_linear(known_xy, known_xy, known_rgb).token
         query_xy = conditioning.query_xy
         query = self.embed_query(self.features(query_xy))
         # With the queries outside the scan, it too is run once.
         if self.config.scan == "known":
             return self._reading(known_xy, known_rgb, self.encoder(known), query_xy, query)
-        return self._scanning(known_xy, known_rgb, known, query_xy, query)
+        return self._scanning(known_xy, known_rgb, known, query_xy, query), None
 
     def _in_order(
         self, xy: Float[Tensor, "b k 2"], rgb: Float[Tensor, "b k 3"]
@@ -130,28 +184,63 @@ class VelocityField(nn.Module):
         memory: Float[Tensor, "b k d"],
         query_xy: Float[Tensor, "b n 2"],
         query: Float[Tensor, "b n d"],
-    ) -> Velocity:
+    ) -> tuple[Velocity, Start | None]:
         """Queries read the scan of the known pixels, and do not pass through it."""
         kvs = self.readout.kvs(memory, known_xy, known_rgb)  # one for each block
         if self.config.start == "plain":
-            return lambda x, t: self._read(query, query_xy, kvs, x, t, _open(t))
+            return lambda x, t: self._read(query, query_xy, kvs, x, t, _open(t)), None
         # The smoother's features, not the bare queries, are what the readout goes on with.
-        fill, features = self.smoother(query, query_xy, known_xy, known_rgb)
-        variance = self.log_variance.exp()
+        smooth = self.smoother(query, query_xy, known_xy, known_rgb)
+        start = self._start(smooth, known_xy, known_rgb, query_xy)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            start, shown, factor = gaussian_start(x, t[:, None, None], fill, variance)
-            # Below t = 0.1 a noisy colour tells less than 0.1 % of its variance: it fades out.
+            exact, shown, size = start.enter(x, t[:, None, None])
+            # Below t = 0.1 a noisy colour tells next to nothing: it fades out.
             noise_gate = torch.tanh(10 * t)[:, None, None]
             # A posterior mean hears no neighbours: their attention is spared, quadratic as it is.
             # Not in training, where DDP would wait for the gradients of layers that were left out.
             heard = torch.is_grad_enabled() or bool(noise_gate.any())
             # At t = 0 nothing is shown: a posterior mean depends on the known pixels alone.
-            shown = noise_gate * shown
-            read = self._read(features, query_xy, kvs, shown, t, noise_gate if heard else None)
-            return start + factor * read
+            shown, gate = noise_gate * shown, noise_gate if heard else None
+            read = self._read(smooth.features, query_xy, kvs, shown, t, gate)
+            return exact + start.paint(size * read)
 
-        return velocity
+        return velocity, start
+
+    def _start(
+        self,
+        smooth: Smooth,
+        known_xy: Float[Tensor, "b k 2"],
+        known_rgb: Float[Tensor, "b k 3"],
+        query_xy: Float[Tensor, "b n 2"],
+    ) -> Start:
+        """The exact answer that the network corrects."""
+        if self.config.start == "gaussian":
+            return GaussianStart(smooth.fill, self.log_variance.exp())
+        law = self.residual_law
+        weights, left = kriging(law.correlation, known_xy, query_xy)
+        # What the fill misses of the known colours themselves, it misses around them too.
+        fill = smooth.fill + weights @ self.missed(known_xy, known_rgb, known_xy, known_rgb)
+        return ProcessStart(fill, weights, left, law.log_amplitude(smooth.unexplained), law.colours)
+
+    def smooth(
+        self,
+        known_xy: Float[Tensor, "b k 2"],
+        known_rgb: Float[Tensor, "b k 3"],
+        xy: Float[Tensor, "b n 2"],
+    ) -> Smooth:
+        """The smooth fill alone, at some places."""
+        return self.smoother(self.embed_query(self.features(xy)), xy, known_xy, known_rgb)
+
+    def missed(
+        self,
+        known_xy: Float[Tensor, "b k 2"],
+        known_rgb: Float[Tensor, "b k 3"],
+        xy: Float[Tensor, "b n 2"],
+        rgb: Float[Tensor, "b n 3"],
+    ) -> Float[Tensor, "b n 3"]:
+        """What the smooth fill misses of colours at some places."""
+        return rgb - self.smooth(known_xy, known_rgb, xy).fill
 
     def _scanning(
         self,

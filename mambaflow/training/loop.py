@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mambaflow.config import ModelConfig, TrainConfig
 from mambaflow.data.batches import PixelBatch, Stream
-from mambaflow.flow import path
 from mambaflow.models.velocity_field import VelocityField
+from mambaflow.training.objective import Objective
 
 # The decay after n steps is at most (1 + n) / (10 + n): 0.18 at first, 0.999 from step 8990 on.
 EMA_RAMP = 10.0
@@ -101,7 +101,7 @@ Forward = Callable[[PixelBatch, Tensor, Tensor], Tensor]
 
 
 def compiled(forward: Forward, how: str) -> Forward:
-    """The model through torch.compile: as it is ("off"), "on", or "on" with CUDA "graphs"."""
+    """The objective through torch.compile: as it is ("off"), "on", or "on" with CUDA "graphs"."""
     if how == "off":
         return forward
     if how == "on":
@@ -126,12 +126,13 @@ def fit(
     """Train from `state.step` to `steps`, yielding after each step.
 
     Args:
-        forward: the model as the gradient should see it (wrapped for DDP, or compiled);
-            by default `state.model`.
+        forward: the objective as the gradient should see it (wrapped for DDP, or compiled);
+            by default that of `state.model`.
     """
     schedule = Schedule.of(config, steps)
     device = next(state.model.parameters()).device
-    forward = state.model if forward is None else forward
+    objective = Objective(state.model, config)
+    forward = objective if forward is None else forward
     while state.step < steps:
         start = time.perf_counter()
         batch = batches[state.step].to(device)
@@ -141,7 +142,7 @@ def fit(
         lr = schedule(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        value = loss(forward, batch, config)
+        value = forward(batch, *objective.draws(batch))
         # With DDP a collective: every worker leaves it with the mean gradient, and the same norm.
         value.backward()
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
@@ -152,14 +153,3 @@ def fit(
         state.update_ema(config.ema_decay)  # after the count: the ramp is of steps done
         # Detached, so that whoever keeps a result does not keep the graph.
         yield StepResult(state.step, value.detach(), norm.detach(), lr, waited)
-
-
-def loss(forward: Forward, batch: PixelBatch, config: TrainConfig) -> Float[Tensor, ""]:
-    """The flow-matching loss of a batch; its noise and times are functions of the batch."""
-    x_1, x_0 = batch.query_rgb, batch.noise(config.seed)
-    t = path.sample_times(batch.times(config.seed), config.share_at_zero, config.time_law)
-    x_t = path.interpolate(x_0, x_1, t)
-    # The network alone runs in half precision: the path and the loss are float32.
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        velocity = forward(batch, x_t, t)
-    return path.loss(velocity, x_0, x_1, t, config.weighting)

@@ -48,10 +48,10 @@ class ProcessGroup:
     ) -> None:
         self.rank, self.size, self.device, self.watch = rank, size, device, watch
 
-    def wrap(self, model: nn.Module) -> Forward:
-        """The model with its gradients averaged over the workers."""
+    def wrap(self, objective: nn.Module) -> Forward:
+        """The objective with its gradients averaged over the workers."""
         # DDP copies the first worker's weights to all as it is made: restore before.
-        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+        return nn.parallel.DistributedDataParallel(objective) if self.size > 1 else objective
 
     def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
         """Called by every worker once it has done its part in a checkpoint; it returns when the

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,7 +25,9 @@ from mambaflow.report.run_log import StoredRunLog
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage
 from mambaflow.training import checkpoint
+from mambaflow.training.law_fit import fit_law, residuals
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
+from mambaflow.training.objective import Objective
 from mambaflow.training.preflight import total_steps
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
@@ -73,6 +75,10 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     # A checkpoint of the run's own goes first: other weights are where it began, not where it is.
     elif config.init_from:
         _init_from(state, config.init_from)
+    elif config.model.start == "process":
+        # All of each image's queries: as many for each of them.
+        asked = replace(config.train, min_queries=config.train.max_queries)
+        _fit_law(state, Batches(shards, layout, asked), group)
     # Before DDP is made, which would hide it: it evens out the weights, not moments and steps.
     _require_together(state.step, group)
     trainer = Trainer(config, group, state, layout, total_steps(config, len(shards)))
@@ -91,6 +97,18 @@ def _init_from(state: TrainState, run: str) -> None:
     for module in (state.model, state.ema):
         module.load_state_dict(model.state_dict())
     log.info("started from the weights of %s", info.uri)
+
+
+def _fit_law(state: TrainState, batches: Batches, group: ProcessGroup) -> None:
+    """Give the residual's law the numbers of the training images."""
+    start = time.perf_counter()
+    # By the first worker, from whole batches: on other machines last bits would be others.
+    fitted = fit_law(residuals(state.ema, batches)).state_dict() if group.rank == 0 else {}
+    fitted = group.broadcast(fitted)
+    for model in (state.model, state.ema):
+        model.residual_law.load_state_dict(fitted)
+    told = ", ".join(f"{k} {v:.3g}" for k, v in state.ema.residual_law.numbers().items())
+    log.info("fitted the residual's law in %.0f s: %s", time.perf_counter() - start, told)
 
 
 def _require_together(step: int, group: ProcessGroup) -> None:
@@ -141,7 +159,8 @@ class Trainer:
 
     def _train(self, batches: Stream) -> Outcome:
         # DDP inside, torch.compile around it: graphs are then cut where DDP sends gradients.
-        forward = compiled(self.group.wrap(self.state.model), self.config.scale.compile)
+        objective = Objective(self.state.model, self.config.train)
+        forward = compiled(self.group.wrap(objective), self.config.scale.compile)
         if self.group.rank == 0:
             name, size = self.config.run_name, self.group.size
             log.info("training %s after step %d; workers: %d", name, self.state.step, size)
@@ -199,7 +218,7 @@ class Trainer:
             # Collective; the picture comes to the first worker alone.
             scores, picture = validate(self.state.ema, self.eval_set, self.config.train, self.group)
             if self.run_log is not None and picture is not None:
-                self.run_log.scalars(step, scores)
+                self.run_log.scalars(step, scores | self._law())
                 self.run_log.image(step, "validation", picture)
         if self.run_log is not None:
             # Curves before the checkpoint: whoever goes on from it finds all points up to it.
@@ -217,6 +236,12 @@ class Trainer:
         self.group.report_checkpoint(
             {**scores, "step": float(step)}, self.paths.uri(RunPaths.checkpoint(step))
         )
+
+    def _law(self) -> dict[str, float]:
+        """The numbers of the residual's law, for curves."""
+        if self.config.model.start != "process":
+            return {}
+        return {f"law/{name}": x for name, x in self.state.ema.residual_law.numbers().items()}
 
     def close(self) -> None:
         """End the logs."""
