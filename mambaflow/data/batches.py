@@ -178,9 +178,13 @@ class Layout:
         """What colours are."""
         return self._stretch(to_rgb(colours))
 
+    def unclipped(self, rgb: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n 3"]:
+        """Colours of the model on the scale of [0, 1], those beyond it too."""
+        return (rgb - self.rgb_low) / (1 - self.rgb_low)
+
     def image(self, rgb: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n 3"]:
         """Colours of the model as [0, 1], clipped."""
-        return ((rgb - self.rgb_low) / (1 - self.rgb_low)).clamp(0, 1)
+        return self.unclipped(rgb).clamp(0, 1)
 
     def _stretch(self, symmetric: Tensor) -> Tensor:
         low = self.rgb_low

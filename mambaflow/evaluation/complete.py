@@ -20,6 +20,7 @@ from torch import Tensor
 from mambaflow.data.batches import Layout, PixelBatch, RowReader
 from mambaflow.data.pixels import copy_known, unknown
 from mambaflow.data.random_bits import normal
+from mambaflow.evaluation.activity import activity, sextiles
 from mambaflow.evaluation.baselines import fill_images
 from mambaflow.evaluation.metrics import Completion, Scores
 from mambaflow.flow.samplers import CountedVelocity, Solver, times_for
@@ -38,6 +39,9 @@ class EvalSet:
     images: UInt8[Tensor, "m h w 3"]
     known: Int[Tensor, "m k"]
     ids: Int[Tensor, " m"]
+    sextile: UInt8[Tensor, "m h w"]
+    """How busy the known pixels around each pixel are, in sixths of the set that was read: a part
+    of it, such as one worker's, keeps the edges of the whole."""
 
     @classmethod
     def read(cls, reader: RowReader, layout: Layout, count: int) -> "EvalSet":
@@ -48,13 +52,15 @@ class EvalSet:
         images = torch.from_numpy(rows.images).view(-1, layout.size, layout.size, 3)
         # A row's known pixels come first; those after them are targets of training.
         index = torch.from_numpy(rows.index.astype(np.int64))[:, : layout.known]
-        return cls(layout, images, index, torch.from_numpy(rows.ids))
+        sixths = sextiles(activity(images.numpy(), index.numpy()), index.numpy())
+        return cls(layout, images, index, torch.from_numpy(rows.ids), torch.from_numpy(sixths))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> "EvalSet":
-        return EvalSet(self.layout, self.images[rows], self.known[rows], self.ids[rows])
+        held = (self.images, self.known, self.ids, self.sextile)
+        return EvalSet(self.layout, *(of_each[rows] for of_each in held))
 
     def chunk(self, number: int) -> "EvalSet":
         """A few of the images, as many as are completed at a time."""
@@ -86,17 +92,32 @@ class EvalSet:
 
     def assemble(self, others: Int[Tensor, "m n"], rgb: Float[Tensor, "m n 3"]) -> Images:
         """Whole images in [0, 1] from the colours of the unknown pixels."""
+        return self._whole(others, self.layout.image(rgb.cpu()))
+
+    def unclipped(self, others: Int[Tensor, "m n"], rgb: Float[Tensor, "m n 3"]) -> Images:
+        """The same images on the same scale, with colours beyond [0, 1] as they were answered."""
+        return self._whole(others, self.layout.unclipped(rgb.cpu()))
+
+    def _whole(self, others: Int[Tensor, "m n"], colours: Float[Tensor, "m n 3"]) -> Images:
         # The answers are written into the truth: its known pixels are not touched at all.
         known = self.truth.flatten(1, 2)
-        whole = copy_known(known, others, self.layout.image(rgb.cpu()))
-        return whole.view(self.images.shape)
+        return copy_known(known, others, colours).view(self.images.shape)
 
     def completion(
         self, images: Images, calls: int | None = None, seconds: float = 0.0,
-        around: Images | None = None,
+        around: Completion | None = None, unclipped: Images | None = None,
     ) -> Completion:  # fmt: skip
-        """An answer for these images, ready to be scored; `around`: the mean of a sample."""
-        return Completion(images, self.truth, self.is_known, around, calls, seconds)
+        """An answer for these images, ready to be scored.
+
+        Args:
+            images: in [0, 1].
+            around: the posterior mean, where the answer is a sample.
+            unclipped: the same as `images` before clipping, where there was any.
+        """
+        mean = None if around is None else around.answer
+        return Completion(
+            images, self.truth, self.is_known, mean, calls, seconds, self.sextile, unclipped
+        )
 
 
 def complete(
@@ -106,7 +127,7 @@ def complete(
     steps: int = 1,
     *,
     grid: str = "uniform",
-    around: Images | None = None,
+    around: Completion | None = None,
     **settings: float,
 ) -> Completion:
     """What a solver makes of noise, all images at once; all noise is a function of their ids.
@@ -137,8 +158,9 @@ def complete(
 
         # Stream 0 is where paths start, those from 1 on are the noise of the solver's steps.
         rgb = solver(velocity, draw(0), times_for(grid, steps), lambda i: draw(i + 1), **settings)
-    images = eval_set.assemble(others, rgb)  # on CPU: what a GPU still had to do is done
-    return eval_set.completion(images, velocity.calls, time.perf_counter() - start, around)
+    whole = eval_set.unclipped(others, rgb)  # on CPU: what a GPU still had to do is done
+    seconds = time.perf_counter() - start
+    return eval_set.completion(whole.clamp(0, 1), velocity.calls, seconds, around, whole)
 
 
 def fill(name: str, eval_set: EvalSet) -> Completion:

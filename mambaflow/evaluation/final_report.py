@@ -22,7 +22,7 @@ from mambaflow.evaluation.complete import (
     fill,
     score,
 )
-from mambaflow.evaluation.metrics import COLUMNS, VALIDATED, Completion
+from mambaflow.evaluation.metrics import COLUMNS, SAMPLED, VALIDATED, Completion
 from mambaflow.flow.samplers import SOLVERS
 from mambaflow.models.velocity_field import VelocityField
 from mambaflow.report.pictures import only_known, picture
@@ -33,23 +33,53 @@ QUICK_FILLS = ("nearest", "linear", "thin-plate")
 MEAN_SOLVER, SAMPLE_SOLVER = SOLVERS["mean"], SOLVERS["heun"]
 MEAN, SAMPLE = MEAN_SOLVER.title, f"one sample ({SAMPLE_SOLVER.title})"
 SHOWN = 8
+# Of the images that are validated: a sample takes a few dozen calls an image, a mean one. Spreads
+# are pooled over pixels, of which these have tens of thousands.
+SAMPLED_IMAGES = 64
+DETAIL = """\
+The coherence that is right, and the spread (right: 1) in each sixth of the unknown pixels, from the
+calmest to the busiest by the known ones around them, and along each colour axis of what the mean
+leaves out, the widest first:"""
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
 def validate(
     model: VelocityField, eval_set: EvalSet, config: TrainConfig, workers: Workers | None = None
 ) -> tuple[dict[str, float], Picture | None]:
-    """Scores of the posterior mean, the same on every worker; and on the first of them a picture
-    with one sample of a few images."""
+    """Scores of the posterior mean and of one sample of each of the first images, the same on every
+    worker; and on the first of them a picture with one sample of a few images."""
     # All workers take part in this, and all get the scores; the picture is the first one's.
-    scores = score(
+    means = score(
         [MEAN], lambda chunk: {MEAN: complete(model, chunk, MEAN_SOLVER)}, eval_set, workers
-    )[MEAN].report()
-    # A metric may have no number, such as speckle where nothing is flat.
-    named = {f"val/{key}": scores[key] for key in VALIDATED if key in scores}
+    )
+    samples = score(
+        [SAMPLE],
+        lambda chunk: {SAMPLE: _mean_and_sample(model, chunk, config)[SAMPLE]},
+        eval_set[:SAMPLED_IMAGES],
+        workers,
+    )
+    named = curves("val", means[MEAN].report(), samples[SAMPLE].report())
     if workers is not None and workers.rank:
         return named, None
     return named, completion_grid(eval_set[:SHOWN], model, config)
+
+
+def curves(prefix: str, mean: Mapping[str, float], sample: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of both answers that have a curve: `val/psnr` is the mean's and
+    `val/sample_psnr` the sample's; `val/spread` only a sample has."""
+    # A metric may have no number, such as speckle where nothing is flat.
+    own = {key: mean[key] for key in VALIDATED if key in mean}
+    drawn = {name: sample[key] for name, key in SAMPLED.items() if key in sample}
+    return {f"{prefix}/{name}": number for name, number in (own | drawn).items()}
+
+
+def _mean_and_sample(
+    model: VelocityField, eval_set: EvalSet, config: TrainConfig
+) -> dict[str, Completion]:
+    # The mean first, in one call: it is what the sample is measured against.
+    best = complete(model, eval_set, MEAN_SOLVER)
+    one = complete(model, eval_set, SAMPLE_SOLVER, config.sample_steps, around=best)
+    return {MEAN: best, SAMPLE: one}
 
 
 def completion_grid(eval_set: EvalSet, model: VelocityField, config: TrainConfig) -> Picture:
@@ -79,14 +109,22 @@ class FinalReport:
 
     @property
     def table(self) -> str:
-        """The table, with where its numbers come from."""
+        """The table, under it what only samples have, and where the numbers come from."""
         facts = dict(self.facts)  # a copy, to take from
         command, data, seed = (facts.pop(key) for key in ("command", "data", "seed"))
         # For programs: `reported_steps` tells by it whether the run has gone on since this report.
         facts.pop("trained_steps")
         brief = {key: column for key, column in COLUMNS.items() if column.brief}
         caption = provenance(str(command), str(data), int(seed), **facts)
-        return str(results_table(self.rows, brief, caption))
+        detailed = {key: column for key, column in COLUMNS.items() if column.detailed}
+        samples = {name: row for name, row in self.rows.items() if detailed.keys() & row.keys()}
+        short, under = results_table(self.rows, brief), results_table(samples, detailed, caption)
+        return f"{short}\n{DETAIL}\n\n{under}"  # nobody could read one of twenty columns
+
+    @property
+    def curves(self) -> dict[str, float]:
+        """The numbers that a run's last point has, named as those of validation."""
+        return curves("test", self.rows[MEAN], self.rows[SAMPLE])
 
     @property
     def json(self) -> str:
@@ -98,10 +136,8 @@ def _answers(
     model: VelocityField, eval_set: EvalSet, config: TrainConfig
 ) -> Mapping[str, Completion]:
     """Every row of the final table, for a few images."""
-    # The mean first, in one call: it is a row of its own, and what the sample is measured against.
-    best = complete(model, eval_set, MEAN_SOLVER)
-    one = complete(model, eval_set, SAMPLE_SOLVER, config.sample_steps, around=best.prediction)
-    return {name: fill(name, eval_set) for name in QUICK_FILLS} | {MEAN: best, SAMPLE: one}
+    fills = {name: fill(name, eval_set) for name in QUICK_FILLS}
+    return fills | _mean_and_sample(model, eval_set, config)
 
 
 def final_report(

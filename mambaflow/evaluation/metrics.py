@@ -9,9 +9,18 @@ Images are b h w 3 in [0, 1], known pixels copied into the prediction; sums are 
     psnr, psnr_unknown  decibels of each image, of all its pixels and of the unknown ones; the mean
                         over images. Copying a fifth of the pixels is worth 0.97 dB of the first.
     ssim                structural similarity of each image (Wang et al. 2004), the mean over images
-    speckle, outliers   lone values where the truth is flat, pooled over images: see Speckle
+    speckle, outliers   lone values where the truth is flat, pooled over images: to compare models
+                        by, since a perfect sampler scores above 0 too: see Speckle
+    fair_speckle        lone values where the known pixels are calm: a perfect sampler scores 0
+                        in expectation: see FairSpeckle
     spread, coherence   whether a sample has the law of the truth around the posterior mean,
                         pooled over unknown pixels: see Calibration
+    spread_1 .. 6       the same spread in each sixth of the pixels, from the calmest to the
+                        busiest: see SextileSpread
+    spread_axis_1 .. 3  the same spread along each colour axis of the truth: see AxisSpread
+
+What is clipped to [0, 1] is an image, and all but the spreads and coherence are of images; these
+are of the answer as the solver gave it, since clipping narrows a spread.
 
 A posterior mean and one sample are different answers: a true sample of the posterior has 3.01 dB
 less than its mean on unknown pixels.
@@ -23,16 +32,21 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 PERFECT_DB = 100.0
 SSIM_WINDOW = 7  # pixels a side
 FLAT, OUTLIER, CALM = 0.03, 0.08, 0.04  # of speckle
+# A colour axis with less than this share of the widest one's variance is what rounding left.
+NO_AXIS = 1e-9
+SEXTILE_SPREADS = tuple(f"spread_{number}" for number in range(1, 7))  # from the calmest on
+AXIS_SPREADS = tuple(f"spread_axis_{number}" for number in range(1, 4))  # from the widest on
 
 Images = Float[Tensor, "b h w 3"]
 Mask = Bool[Tensor, "b h w"]
+Sextile = UInt8[Tensor, "b h w"]  # 0 the calmest sixth of the pixels, 5 the busiest
 S = TypeVar("S", bound="Sums")  # not Self: what checks shapes in tests decorates methods alone
 
 
@@ -197,6 +211,11 @@ def _neighbourhoods(images: Images) -> Float[Tensor, "b i j 3 9"]:
     return images.double().unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)
 
 
+def _lone(near: Float[Tensor, "*values 9"]) -> Float[Tensor, "*values"]:
+    """How far each value lies from the median of its 3 x 3."""
+    return (near[..., 4] - near.median(-1).values).abs()
+
+
 @dataclass(frozen=True)
 class Speckle(Sums):
     """Lone values in regions where the truth is flat: |x - median of 3 x 3| there.
@@ -204,6 +223,9 @@ class Speckle(Sums):
     A value (one channel of one pixel, off the border) is in a flat region where the truth's
     3 x 3 standard deviation is below 0.03. An outlier lies more than 0.08 from its median where
     the truth's lies less than 0.04 from its own. Pooled over all images.
+
+    To compare models by. Its 0 is nobody's: a sampler cannot know where the truth happens to be
+    flat, and a perfect one scores above it.
     """
 
     flat_values: int = 0
@@ -221,9 +243,7 @@ class Speckle(Sums):
         # correction=0: a window is a whole, not a sample of one.
         flat = around_truth.std(-1, correction=0) < FLAT  # (b, h - 2, w - 2, 3)
         # Distances from the median, of the values in flat regions alone: two rows of numbers.
-        lone, lone_truth = (
-            (near[..., 4] - near.median(-1).values).abs()[flat] for near in (around, around_truth)
-        )
+        lone, lone_truth = (_lone(near)[flat] for near in (around, around_truth))
         outliers = (lone > OUTLIER) & (lone_truth < CALM)  # not where the truth stands out itself
         return self + Speckle(
             len(lone), lone.sum().item(), lone_truth.sum().item(), int(outliers.sum())
@@ -236,6 +256,48 @@ class Speckle(Sums):
         return {
             "speckle": (self.prediction - self.truth) / self.flat_values,
             "outlier_rate": self.outliers / self.flat_values,
+        }
+
+
+@dataclass(frozen=True)
+class FairSpeckle(Sums):
+    """Lone values where the known pixels are calm: |s - median of 3 x 3|, less the truth's.
+
+    A value counts if it is off the border, unknown, and in the calmest sextile of activity. That
+    is picked by known pixels alone, given which a true sample and the truth have one law: the
+    difference of any two numbers of theirs is 0 in expectation, and changes its sign where they
+    change places. Pooled over all images.
+    """
+
+    values: int = 0
+    prediction: float = 0.0
+    truth: float = 0.0
+    outliers: int = 0
+    truth_outliers: int = 0
+
+    def add(
+        self, prediction: Images, truth: Images, known: Mask, sextile: Sextile
+    ) -> "FairSpeckle":
+        """With these images counted in; an image below 3 x 3 has no value off its border."""
+        _require_same_shape(prediction=prediction, truth=truth, known=known, sextile=sextile)
+        _require_in_range(prediction=prediction, truth=truth)
+        if not len(truth) or min(truth.shape[1:3]) < 3:
+            return self
+        calm = (~known & (sextile == 0))[:, 1:-1, 1:-1]  # (b, h - 2, w - 2)
+        lone, real = (_lone(_neighbourhoods(image)[calm]) for image in (prediction, truth))
+        outliers, truth_outliers = (int((x > OUTLIER).sum()) for x in (lone, real))
+        return self + FairSpeckle(
+            lone.numel(), lone.sum().item(), real.sum().item(), outliers, truth_outliers
+        )
+
+    def report(self) -> dict[str, float]:
+        """`fair_speckle` (right for a sample: 0; a mean is below) and `fair_outlier_rate`, the
+        share of values more than 0.08 from their median, less the truth's (right: 0)."""
+        if not self.values:
+            return {"fair_speckle": math.nan, "fair_outlier_rate": math.nan}
+        return {
+            "fair_speckle": (self.prediction - self.truth) / self.values,
+            "fair_outlier_rate": (self.outliers - self.truth_outliers) / self.values,
         }
 
 
@@ -275,12 +337,46 @@ class _Neighbours(Sums):
         return (self.products - centre) / variance if variance > 0 else math.nan
 
 
+def _residuals(
+    sample: Images, mean: Images, truth: Images, known: Mask
+) -> tuple[Float[Tensor, "b h w 3"], Float[Tensor, "b h w 3"]]:
+    """s - mu and x - mu of every pixel, in float64.
+
+    Raises:
+        ValueError: shapes that differ; an unknown pixel that is no number.
+    """
+    _require_same_shape(sample=sample, mean=mean, truth=truth, known=known)
+    centre = mean.double()
+    drawn, real = sample.double() - centre, truth.double() - centre
+    # One that is no number would spoil the sums over all images. Known pixels are copies, and
+    # count for nothing.
+    if not (drawn[~known].isfinite().all() and real[~known].isfinite().all()):
+        raise ValueError("sample, mean and truth must be finite where known is False")
+    return drawn, real
+
+
+@dataclass(frozen=True)
+class _Spread(Sums):
+    """How wide samples lie beside the truth."""
+
+    sample: Moments = field(default_factory=Moments)
+    truth: Moments = field(default_factory=Moments)
+
+    def add(self, drawn: Float[Tensor, " n"], real: Float[Tensor, " n"]) -> "_Spread":
+        return _Spread(self.sample.add(drawn), self.truth.add(real))
+
+    @property
+    def ratio(self) -> float:
+        drawn, real = self.sample.variance, self.truth.variance
+        return drawn / real if real > 0 else math.nan
+
+
 @dataclass(frozen=True)
 class Calibration(Sums):
     """Whether samples have the law of the truth around the posterior mean, over unknown pixels.
 
-    A true draw s and the truth x have the same law around mu. Give values that are not clipped
-    where possible: clipping narrows the spread.
+    A true draw s and the truth x have the same law around mu. Give values that are not clipped:
+    clipping narrows the spread. Completion carries them, as `answer` and `mean`.
     """
 
     sample: Moments = field(default_factory=Moments)
@@ -289,18 +385,9 @@ class Calibration(Sums):
     truth_neighbours: _Neighbours = field(default_factory=_Neighbours)
 
     def add(self, sample: Images, mean: Images, truth: Images, known: Mask) -> "Calibration":
-        """With these images counted in; any one scale of the three will do.
-
-        Raises:
-            ValueError: shapes that differ; an unknown pixel that is no number.
-        """
-        _require_same_shape(sample=sample, mean=mean, truth=truth, known=known)
-        centre = mean.double()
-        drawn, real = sample.double() - centre, truth.double() - centre
-        # One that is no number would spoil the sums over all images. Known pixels are copies, and
-        # count for nothing.
-        if not (drawn[~known].isfinite().all() and real[~known].isfinite().all()):
-            raise ValueError("sample, mean and truth must be finite where known is False")
+        """With these images counted in; any one scale of the three will do. Refuses what
+        `_residuals` refuses."""
+        drawn, real = _residuals(sample, mean, truth, known)
         return Calibration(
             self.sample.add(drawn[~known].flatten()),
             self.truth.add(real[~known].flatten()),
@@ -312,12 +399,100 @@ class Calibration(Sums):
         """`spread` = Var(s - mu) / Var(x - mu) (right: 1; below: collapse toward the mean) and
         `coherence`, the correlation between neighbours of s - mu (right: `coherence_truth`,
         that of x - mu; lower: speckle; higher: blur)."""
-        drawn, real = self.sample.variance, self.truth.variance
         return {
-            "spread": drawn / real if real > 0 else math.nan,
+            "spread": _Spread(self.sample, self.truth).ratio,
             "coherence": self.sample_neighbours.correlation,
             "coherence_truth": self.truth_neighbours.correlation,
         }
+
+
+@dataclass(frozen=True)
+class SextileSpread(Sums):
+    """The spread of samples in each sixth of the unknown pixels, by activity: an average of 1 can
+    hide 2 in the sky and 0.8 in the leaves.
+
+    The sixths are of pixels, told by what is known: a true sample has 1 in each.
+    """
+
+    spread_1: _Spread = field(default_factory=_Spread)
+    spread_2: _Spread = field(default_factory=_Spread)
+    spread_3: _Spread = field(default_factory=_Spread)
+    spread_4: _Spread = field(default_factory=_Spread)
+    spread_5: _Spread = field(default_factory=_Spread)
+    spread_6: _Spread = field(default_factory=_Spread)
+
+    def add(
+        self, sample: Images, mean: Images, truth: Images, known: Mask, sextile: Sextile
+    ) -> "SextileSpread":
+        """With these images counted in, as by Calibration."""
+        _require_same_shape(truth=truth, sextile=sextile)
+        drawn, real = _residuals(sample, mean, truth, known)
+        found = []
+        for number, key in enumerate(SEXTILE_SPREADS):
+            where = ~known & (sextile == number)
+            found.append(getattr(self, key).add(drawn[where].flatten(), real[where].flatten()))
+        return SextileSpread(*found)
+
+    def report(self) -> dict[str, float]:
+        """`spread_1` of the calmest sixth to `spread_6` of the busiest (right: 1)."""
+        return {key: getattr(self, key).ratio for key in SEXTILE_SPREADS}
+
+
+@dataclass(frozen=True)
+class _Covariance(Sums):
+    """Sums over colours and over products of their channels, for their covariance."""
+
+    count: int = 0
+    r: float = 0.0
+    g: float = 0.0
+    b: float = 0.0
+    rr: float = 0.0
+    rg: float = 0.0
+    rb: float = 0.0
+    gg: float = 0.0
+    gb: float = 0.0
+    bb: float = 0.0
+
+    def add(self, colours: Float[Tensor, "n 3"]) -> "_Covariance":
+        rows, columns = torch.triu_indices(3, 3)  # rr rg rb gg gb bb
+        products = colours[:, rows] * colours[:, columns]
+        return self + _Covariance(len(colours), *colours.sum(0).tolist(), *products.sum(0).tolist())
+
+    @property
+    def matrix(self) -> Float[Tensor, "3 3"]:
+        """Of the whole, with the mean taken off; of one colour at least."""
+        count, *sums = self.flat()
+        mean = torch.tensor(sums[:3], dtype=torch.float64) / count
+        products = torch.tensor(sums[3:], dtype=torch.float64) / count
+        upper = torch.zeros(3, 3, dtype=torch.float64)
+        upper[tuple(torch.triu_indices(3, 3))] = products
+        return upper + upper.triu(1).T - mean.outer(mean)
+
+
+@dataclass(frozen=True)
+class AxisSpread(Sums):
+    """The spread of samples along each colour axis: the eigenvectors of the covariance that the
+    truth's x - mu has over unknown pixels. Most of it is brightness; a spread of 1 there can hide
+    colours that are too grey or too gaudy."""
+
+    sample: _Covariance = field(default_factory=_Covariance)
+    truth: _Covariance = field(default_factory=_Covariance)
+
+    def add(self, sample: Images, mean: Images, truth: Images, known: Mask) -> "AxisSpread":
+        """With these images counted in, as by Calibration."""
+        drawn, real = _residuals(sample, mean, truth, known)
+        return AxisSpread(self.sample.add(drawn[~known]), self.truth.add(real[~known]))
+
+    def report(self) -> dict[str, float]:
+        """`spread_axis_1` to `spread_axis_3`, Var(s - mu) / Var(x - mu) along the truth's axes,
+        that of most variance first (right: 1); nan along one that the truth does not vary on."""
+        if not self.truth.count:
+            return dict.fromkeys(AXIS_SPREADS, math.nan)
+        real, axes = torch.linalg.eigh(self.truth.matrix)  # rising; an axis is a column
+        drawn = (axes * (self.sample.matrix @ axes)).sum(0)
+        least = NO_AXIS * real[-1]
+        ratios = torch.where(real > least, drawn / real, math.nan).flip(0).tolist()
+        return dict(zip(AXIS_SPREADS, ratios, strict=True))
 
 
 @dataclass(frozen=True)
@@ -344,13 +519,23 @@ class Completion:
     """Completed images, and what they are scored against."""
 
     prediction: Images
+    """In [0, 1]."""
     truth: Images
     known: Mask
     mean: Images | None = None
-    """The posterior mean, where the prediction is one sample around it."""
+    """The posterior mean, not clipped, where the prediction is one sample around it."""
     calls: int | None = None
     """Calls of the velocity; None where there is no velocity, as in a classical fill."""
     seconds: float = 0.0
+    sextile: Sextile | None = None
+    """The sixth of all pixels, by activity, that each pixel is in; None: nothing by sextile."""
+    unclipped: Images | None = None
+    """The prediction before it was clipped to [0, 1], where it was."""
+
+    @property
+    def answer(self) -> Images:
+        """What was answered, not clipped: what spreads are measured on."""
+        return self.prediction if self.unclipped is None else self.unclipped
 
 
 class Column(NamedTuple):
@@ -361,6 +546,8 @@ class Column(NamedTuple):
     error: str = ""
     brief: bool = True
     """Whether the short table at a run's end has it."""
+    detailed: bool = False
+    """Whether the table under it has it, which is of samples alone."""
 
 
 class Metric(NamedTuple):
@@ -372,7 +559,9 @@ class Metric(NamedTuple):
     """(sums, completion) -> sums with the completion counted in."""
     columns: Mapping[str, Column]
     validated: tuple[str, ...] = ()
-    """Keys whose curves are drawn during training."""
+    """Keys whose curves are drawn during training, of the posterior mean."""
+    sampled: tuple[str, ...] = ()
+    """The same of one sample."""
 
 
 # A metric is added here and tested in tests/evaluation/test_metrics.py; nothing else names it.
@@ -385,21 +574,59 @@ METRICS: dict[str, Metric] = {
             "psnr_unknown": Column("PSNR unknown", 2, "psnr_unknown_se"),
             "ssim": Column("SSIM", 3),
         },
-        ("psnr", "psnr_unknown", "ssim"),
+        validated=("psnr", "psnr_unknown", "ssim"),
+        sampled=("psnr", "psnr_unknown", "ssim"),
     ),
     "speckle": Metric(
         Speckle(),
         lambda sums, c: sums.add(c.prediction, c.truth),
         {"speckle": Column("speckle", 4), "outlier_rate": Column("outliers", 4, brief=False)},
-        ("speckle",),
+        validated=("speckle",),
+        sampled=("speckle",),
+    ),
+    "fair_speckle": Metric(
+        FairSpeckle(),
+        lambda sums, c: (
+            sums if c.sextile is None else sums.add(c.prediction, c.truth, c.known, c.sextile)
+        ),
+        {
+            "fair_speckle": Column("fair speckle", 4),
+            "fair_outlier_rate": Column("fair outliers", 4, brief=False),
+        },
+        sampled=("fair_speckle",),
     ),
     "calibration": Metric(
         Calibration(),
         # A mean has no spread around itself: it is not counted in.
+        lambda sums, c: sums if c.mean is None else sums.add(c.answer, c.mean, c.truth, c.known),
+        {
+            "spread": Column("spread", 2),
+            "coherence": Column("coherence", 2),
+            "coherence_truth": Column("truth's coherence", 2, brief=False, detailed=True),
+        },
+        sampled=("spread", "coherence", "coherence_truth"),
+    ),
+    "sextile_spread": Metric(
+        SextileSpread(),
         lambda sums, c: (
-            sums if c.mean is None else sums.add(c.prediction, c.mean, c.truth, c.known)
+            sums
+            if c.mean is None or c.sextile is None
+            else sums.add(c.answer, c.mean, c.truth, c.known, c.sextile)
         ),
-        {"spread": Column("spread", 2), "coherence": Column("coherence", 2)},
+        {
+            key: Column(f"sixth {number}", 2, brief=False, detailed=True)
+            for number, key in enumerate(SEXTILE_SPREADS, 1)
+        },
+        sampled=SEXTILE_SPREADS,
+    ),
+    "axis_spread": Metric(
+        AxisSpread(),
+        lambda sums, c: sums if c.mean is None else sums.add(c.answer, c.mean, c.truth, c.known),
+        {
+            key: Column(f"axis {number}", 2, brief=False, detailed=True)
+            for number, key in enumerate(AXIS_SPREADS, 1)
+        },
+        sampled=AXIS_SPREADS,
     ),
     "cost": Metric(
         Cost(),
@@ -413,6 +640,12 @@ METRICS: dict[str, Metric] = {
 # In the order of the registry, which is that of the tables.
 COLUMNS: dict[str, Column] = {k: v for m in METRICS.values() for k, v in m.columns.items()}
 VALIDATED: list[str] = [key for metric in METRICS.values() for key in metric.validated]
+# By the name of the curve: a name is of one answer, the mean's where both have the number.
+SAMPLED: dict[str, str] = {
+    f"sample_{key}" if key in VALIDATED else key: key
+    for metric in METRICS.values()
+    for key in metric.sampled
+}
 
 
 @dataclass(frozen=True)

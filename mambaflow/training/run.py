@@ -17,7 +17,7 @@ from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.complete import EvalSet
-from mambaflow.evaluation.final_report import MEAN, FinalReport, final_report, validate
+from mambaflow.evaluation.final_report import FinalReport, final_report, validate
 from mambaflow.models import weights
 from mambaflow.models.weights import CheckpointInfo
 from mambaflow.report.pictures import to_png
@@ -32,7 +32,7 @@ from mambaflow.training.preflight import total_steps
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
 
-BEST = "val/psnr"  # of the posterior mean, which is all that a validation scores
+BEST = "val/psnr"  # of the posterior mean: a sample's PSNR is highest where it is no sample
 log = logging.getLogger(__name__)
 
 
@@ -276,8 +276,7 @@ def _write_report(report: FinalReport, config: RunConfig, folder: Storage, steps
     # Its own: the trainer's is closed, and a resumed run may have nothing left but its test.
     run_log = StoredRunLog(folder, steps)
     try:
-        final = {f"test/{key}": value for key, value in report.rows[MEAN].items()}
-        run_log.hparams(to_dict(config), final)
+        run_log.hparams(to_dict(config), report.curves)
         run_log.image(steps, "test", report.picture)
     finally:
         run_log.close()

@@ -1,6 +1,7 @@
 """Held-out images: what is given is given exactly, and a score depends on the answer alone."""
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from mambaflow.data.shard_reader import ShardSet
 from mambaflow.data.sources import open_source
 from mambaflow.data.staging import StageConfig, in_process, stage
 from mambaflow.evaluation import complete as complete_module
+from mambaflow.evaluation import final_report as report_module
+from mambaflow.evaluation.activity import activity, sextiles
 from mambaflow.evaluation.complete import EvalSet, complete, fill, score
 from mambaflow.evaluation.final_report import MEAN, QUICK_FILLS, SAMPLE, final_report, validate
-from mambaflow.evaluation.metrics import PERFECT_DB
+from mambaflow.evaluation.metrics import PERFECT_DB, VALIDATED, Scores
 from mambaflow.flow.samplers import SOLVERS, Solver, mean
 from mambaflow.models.velocity_field import VelocityField
 
@@ -89,7 +92,7 @@ def test_any_number_of_workers_score_bitwise_as_one(model, eval_set, monkeypatch
 
     def answer(chunk: EvalSet):
         best = complete(model, chunk, BEST)
-        one = complete(model, chunk, HEUN, 2, around=best.prediction)
+        one = complete(model, chunk, HEUN, 2, around=best)
         answers.append(len(chunk))
         return {MEAN: best, SAMPLE: one}
 
@@ -102,6 +105,19 @@ def test_any_number_of_workers_score_bitwise_as_one(model, eval_set, monkeypatch
     for name in (MEAN, SAMPLE):
         assert without_time(together[name].report()) == without_time(alone[name])
     assert "spread" in alone[SAMPLE] and "spread" not in alone[MEAN]
+    assert {"fair_speckle", "spread_1", "spread_6", "spread_axis_3"} <= set(alone[SAMPLE])
+
+
+def test_sextiles_are_of_the_set_that_was_read_and_a_part_keeps_its_edges(data, eval_set):
+    images, known = eval_set.images.numpy(), eval_set.known.numpy()
+    expected = torch.from_numpy(sextiles(activity(images, known), known))
+    assert torch.equal(eval_set.sextile, expected)
+    sizes = eval_set.sextile[~eval_set.is_known].bincount(minlength=6)
+    assert sizes.min() > 0.9 * sizes.float().mean()
+    parts = [eval_set[first : first + 5].sextile for first in range(0, TEST, 5)]
+    assert torch.equal(torch.cat(parts), expected)
+    fewer = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, 5)
+    assert not torch.equal(fewer.sextile, expected[:5]), "as a set of its own"
 
 
 def test_the_same_images_and_masks_are_held_out_each_time(data, eval_set):
@@ -186,15 +202,101 @@ def test_the_posterior_mean_is_the_mean_sampler_whatever_the_noise(model, eval_s
     assert (sample.prediction - best.prediction).abs().max() > 0.05
 
 
+def test_spread_is_measured_before_clipping_and_psnr_after(eval_set):
+    """Truth black or white, the mean 0.1 inside, a sample three times as far from it as the truth:
+    all of it out of range, where clipping would make it the truth itself."""
+    extreme = replace(eval_set, images=255 * (eval_set.images > 127).to(torch.uint8))
+    _, others = extreme.batch()
+    truth = extreme.truth.flatten(1, 2).gather(1, others[..., None].expand(-1, -1, 3)) * 2 - 1
+
+    def answered(rgb: Tensor, **around):
+        solver = replace(BEST, function=lambda velocity, noise, times, draw: rgb)
+        return complete(Oracle(), extreme, solver, **around)
+
+    best = answered(0.8 * truth)
+    one = answered(1.4 * truth, around=best)
+    known = extreme.is_known
+    for found, error in ((best.answer, 0.1), (one.answer, 0.2), (one.mean, 0.1)):
+        far = (found - extreme.truth)[~known].abs()
+        torch.testing.assert_close(far, torch.full_like(far, error))
+        assert torch.equal(found[known], extreme.truth[known])
+    report = Scores().add(one).report()
+    clipped = Scores().add(replace(one, unclipped=None)).report()
+    keys = [key for key in report if key.startswith("spread")]
+    assert len(keys) == 1 + 6 + 3
+    assert [report[key] for key in keys] == pytest.approx([9] * 10, rel=1e-5)
+    assert [clipped[key] for key in keys] == pytest.approx([1] * 10, rel=1e-5)
+    assert report["psnr"] == clipped["psnr"] == PERFECT_DB
+
+
 def test_validation_leaves_the_model_and_the_global_generator_as_they_were(model, eval_set):
     before, weights = torch.get_rng_state(), model.head.weight.clone()
     scores, picture = validate(model, eval_set, small.FIT)
     again, _ = validate(model, eval_set, small.FIT)
-    assert scores == again and set(scores) == {
-        "val/psnr", "val/psnr_unknown", "val/ssim", "val/speckle",
-    }  # fmt: skip
+    assert scores == again
+    mean = {"psnr", "psnr_unknown", "ssim", "speckle"}
+    drawn = {"sample_psnr", "sample_psnr_unknown", "sample_ssim", "sample_speckle", "fair_speckle",
+             "spread", "coherence", "coherence_truth"}  # fmt: skip
+    spreads = {f"spread_{n}" for n in range(1, 7)} | {f"spread_axis_{n}" for n in range(1, 4)}
+    assert set(scores) == {f"val/{key}" for key in mean | drawn | spreads}
+    assert all(math.isfinite(value) for value in scores.values())
     assert picture.dtype.name == "uint8" and picture.ndim == 3
     assert torch.equal(before, torch.get_rng_state()) and torch.equal(weights, model.head.weight)
+
+
+def test_a_curve_is_of_the_mean_or_of_the_sample_and_its_name_says_which(model, eval_set):
+    scores, _ = validate(model, eval_set, small.FIT)
+    best, one = scored(model, eval_set, BEST), scored(model, eval_set, HEUN)
+    for key in ("psnr", "psnr_unknown", "ssim", "speckle"):
+        assert scores[f"val/{key}"] == best[key] != one[key] == scores[f"val/sample_{key}"]
+    assert scores["val/fair_speckle"] == one["fair_speckle"] != best["fair_speckle"]
+
+
+def test_validation_draws_no_more_samples_than_its_limit_and_the_mean_is_of_all(
+    model, eval_set, monkeypatch
+):
+    everything, _ = validate(model, eval_set, small.FIT)
+    monkeypatch.setattr(report_module, "SAMPLED_IMAGES", 3)
+    first, _ = validate(model, eval_set, small.FIT)
+    of_three, _ = validate(model, eval_set[:3], small.FIT)
+    for name, value in first.items():
+        of_mean = name.removeprefix("val/") in VALIDATED
+        assert value == (everything if of_mean else of_three)[name], name
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_any_number_of_workers_validate_bitwise_as_one(model, eval_set, monkeypatch, size):
+    monkeypatch.setattr(complete_module, "CHUNK", 3)
+    monkeypatch.setattr(report_module, "SAMPLED_IMAGES", 8)
+    alone, _ = validate(model, eval_set, small.FIT)
+    means, samples = [], []
+
+    class Worker(Recorded):
+        """Of all images the mean is scored first, in six chunks; then the sample, in three."""
+
+        def all_reduce(self, values: Tensor) -> Tensor:
+            self.sent = means if len(values) == 6 else samples
+            return super().all_reduce(values)
+
+    for rank in range(size):
+        together, picture = validate(model, eval_set, small.FIT, Worker(rank, size, []))
+        assert (picture is None) == (rank > 0)
+    assert together == alone
+    assert [bool(sent.any()) for sent in samples] == [rank < 3 for rank in range(size)]
+
+
+def test_a_number_that_is_none_is_in_no_curve(model, eval_set, monkeypatch):
+    """Of black images that everybody knows to be black there is no spread, nor a coherence."""
+    black = replace(eval_set, images=torch.zeros_like(eval_set.images))
+    knowing = replace(BEST, function=lambda velocity, noise, times, draw: -torch.ones_like(noise))
+    for solver in ("MEAN_SOLVER", "SAMPLE_SOLVER"):
+        monkeypatch.setattr(report_module, solver, knowing)
+    scores, _ = validate(model, black, small.FIT)
+    assert "val/spread" not in scores and "val/coherence" not in scores
+    assert all(math.isfinite(value) for value in scores.values()) and scores["val/psnr"] == 100
+    report = final_report(model, black, RunConfig(model=MODEL, train=small.FIT), 1, 1)
+    assert all(math.isfinite(x) for row in report.rows.values() for x in row.values())
+    assert "nan" not in report.table.lower() and "NaN" not in report.json
 
 
 def test_the_report_says_all_that_its_numbers_depend_on(model, eval_set, data):
@@ -204,7 +306,8 @@ def test_the_report_says_all_that_its_numbers_depend_on(model, eval_set, data):
     )  # fmt: skip
     report = final_report(model, eval_set, config, step=18, trained_steps=20)
     heading = report.table.splitlines()[0]
-    for column in ("PSNR full", "PSNR unknown", "SSIM", "speckle", "spread", "coherence", "NFE"):
+    for column in ("PSNR full", "PSNR unknown", "SSIM", "speckle", "fair speckle",
+                   "spread", "coherence", "NFE"):  # fmt: skip
         assert column in heading
     rows = [line.split("|")[1].strip() for line in report.table.splitlines()[2:7]]
     assert rows == [*QUICK_FILLS, MEAN, SAMPLE]
@@ -213,6 +316,12 @@ def test_the_report_says_all_that_its_numbers_depend_on(model, eval_set, data):
              f"date {time.strftime('%Y-%m-%d')}")  # fmt: skip
     for fact in facts:
         assert fact in report.table, fact
+    spreads = report.table.split("\n\n")[2].splitlines()
+    for column in ("sixth 1", "sixth 6", "axis 1", "axis 3", "truth's coherence"):
+        assert column in spreads[0] and column not in heading
+    assert len(spreads) == 3 and spreads[2].startswith(f"| {SAMPLE} |")
+    assert report.curves["test/spread"] == report.rows[SAMPLE]["spread"]
+    assert report.curves["test/psnr"] == report.rows[MEAN]["psnr"]
     about = json.loads(report.json)
     assert about["trained_steps"] == 20 and about["masks"] == eval_set.mask_hash
     assert about["rows"]["posterior mean"]["nfe"] == 1
