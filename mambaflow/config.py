@@ -48,6 +48,8 @@ class ModelConfig:
     query self-attention and MLP."""
     perceiver_iterations: int = 2
     """Iterations of the perceiver."""
+    query_attention: bool = True
+    """Queries of the perceiver hear one another's noisy colours."""
     num_heads: int = 8
     """Heads of every attention."""
     mlp_ratio: int = 4
@@ -69,8 +71,9 @@ class ModelConfig:
     local_linear: bool = True
     """A known pixel enters the scan with planes fitted to the known colours around it."""
     start: Literal["plain", "gaussian", "process"] = "process"
-    """The network predicts the velocity, or a correction to the exact answer for independent
-    Gaussians around a smooth fill of the known pixels."""
+    """The network predicts the velocity, or a correction to the exact answer for a simple law
+    around a fill of the known pixels: independent Gaussians, or a Gaussian process that also the
+    noise is drawn from."""
     # How places and colours are written; the batches follow (see data.batches.Layout).
     coordinates: Literal["centre", "corner"] = "centre"
     """Where a pixel is: (i + 1/2) / size, or i / (size - 1)."""
@@ -180,7 +183,7 @@ class TrainConfig:
     test_images: int = 512
     """Test images scored once, at the end; 0: the test split is left alone."""
     sample_steps: int = 16
-    """Heun steps of the samples in pictures and in the final table."""
+    """Heun steps of the samples in validation, in pictures and in the final table."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -286,6 +289,11 @@ class RunConfig:
         # does.
         for world in self.scale.world_sizes:
             _divides(self.train.batch_size, world)
+        require(
+            self.model.start != "process" or self.train.share_at_zero > 0,
+            f"share_at_zero (={self.train.share_at_zero}) must be above 0 with start='process', "
+            "whose amplitude is trained where t = 0; use 0.1, or start='gaussian'",
+        )
         # min_queries of 0 stands for max_queries, and is one number of queries too.
         least, most = self.train.min_queries or self.train.max_queries, self.train.max_queries
         require(
@@ -322,7 +330,7 @@ def first_run(arch: str) -> RunConfig:
     train = replace(
         run.train, epochs=3, batch_size=16, lr=2e-3, warmup_steps=30, ema_decay=0.995,
         share_at_zero=0.25, masks="fresh", min_queries=100, max_queries=300, eval_every=256,
-        eval_images=128, test_images=256, sample_steps=8,
+        eval_images=128, test_images=256, sample_steps=5,
     )  # fmt: skip
     return replace(run, recipe="first-run", model=model, train=train)
 
@@ -339,7 +347,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 # not named here is refused: filled in with today's default, it would silently be another run.
 RENAMED = {"model": {"surroundings": "local_linear"}}
 # Part -> field -> what a configuration without it meant.
-ADDED = {"a run": {"init_from": ""}}
+ADDED: dict[str, dict[str, Any]] = {"a run": {"init_from": ""}, "model": {"query_attention": True}}
 PARTS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
 
 

@@ -13,14 +13,24 @@ class PerceiverBlock(nn.Module):
     """One iteration: queries read the known pixels, then each other, then think."""
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: int, windows: bool, residual: bool
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: int,
+        windows: bool,
+        residual: bool,
+        query_attention: bool,
     ) -> None:
         super().__init__()
-        self.residual = residual
+        self.residual, self.query_attention = residual, query_attention
         self.cross_attn = Attention(width, heads, windows)
-        self.self_attn = Attention(width, heads, windows)
+        if query_attention:
+            self.self_attn = Attention(width, heads, windows)
         self.mlp = mlp(width, mlp_ratio)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        # Three in either case, one for each row of the modulation.
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width) if i != 1 or query_attention else nn.Identity() for i in range(3)
+        )
 
     def forward(
         self,
@@ -38,7 +48,7 @@ class PerceiverBlock(nn.Module):
         read = gate * self.cross_attn(asked, xy, kv)
         # Without the residual all that a query has, its noisy colour too, must pass the attention.
         tokens = tokens + read if self.residual else read
-        if noise_gate is not None:
+        if self.query_attention and noise_gate is not None:
             asked, gate = self._enter(tokens, 1, modulation)
             # Its keys are the queries themselves, which change with x and t: none come ready.
             mixed = self.self_attn(asked, xy, self.self_attn.kv(asked, xy, rgb))
@@ -99,6 +109,7 @@ class Perceiver(nn.Module):
                 config.mlp_ratio,
                 config.windows,
                 config.residual or i > 0,  # later blocks pass on what was read before
+                config.query_attention,
             )
             for i in range(iterations)
         )

@@ -34,6 +34,8 @@ NUGGET = 5e-5
 VARIANCE, LENGTH, EXPONENT = 0.1, 2.5, 1.7
 # Under the logarithm of an unexplained variance, which may be 0: two steps of a byte, squared.
 FLOOR = 1e-4
+# Known pixels that a window around a query is made for.
+NEAREST = 6
 # Of a log amplitude, either way: amplitudes lie between 1/7 and 7.
 LARGEST = 2.0
 
@@ -51,8 +53,9 @@ class ResidualLaw(nn.Module):
         # F as its lower triangle, with the logarithm of the diagonal: F F' is positive definite
         # whatever is learned.
         self.log_colours = nn.Parameter(torch.eye(3) * 0.5 * math.log(VARIANCE))
-        # log amplitude, of what planes under each window leave unexplained of the known colours.
-        self.amplitude = Linear(2 * windows, 1)
+        # log amplitude: a line in what planes under each window leave unexplained of the known
+        # colours, in how much the nearest differ, and in the squares of these.
+        self.amplitude = Linear(2 * (windows + 1), 1)
         nn.init.zeros_(self.amplitude.weight)
         nn.init.zeros_(self.amplitude.bias)
 
@@ -83,13 +86,34 @@ class ResidualLaw(nn.Module):
             "length": self.length.item() / PIXEL, "exponent": self.exponent.item(), **named
         }  # fmt: skip
 
-    def log_amplitude(self, unexplained: Float[Tensor, "b n h"]) -> Float[Tensor, "b n 1"]:
-        """Of each query, from the variance that planes under each window leave unexplained."""
+    def log_amplitude(self, activity: Float[Tensor, "b n a"]) -> Float[Tensor, "b n 1"]:
+        """Of each query, from the variances of known colours around it: see `activity`."""
         # Half the logarithm, of a deviation as the amplitude is; around 0 for usual images.
-        seen = 0.5 * (unexplained.detach().clamp(min=0) + FLOOR).log() + 3
+        seen = 0.5 * (activity.detach().clamp(min=0) + FLOOR).log() + 3
         raw = self.amplitude(torch.cat((seen, seen.square()), -1)).float()
         # Known colours like none in training must not make noise of any size.
         return LARGEST * torch.tanh(raw / LARGEST)
+
+
+@torch.no_grad()
+def activity(
+    unexplained: Float[Tensor, "b n h"],
+    known_xy: Float[Tensor, "b k 2"],
+    known_rgb: Float[Tensor, "b k 3"],
+    query_xy: Float[Tensor, "b n 2"],
+) -> Float[Tensor, "b n a"]:
+    """Variances of known colours around each query, from known pixels alone: what planes leave
+    `unexplained`, and last that under a Gaussian window as wide as the nearest few are far."""
+    with torch.autocast(known_xy.device.type, enabled=False):
+        apart = torch.cdist(query_xy, known_xy, compute_mode="donot_use_mm_for_euclid_dist")
+        squares = apart.square()
+        # Windows of one width hold two known pixels here and ten there. The mean distance of the
+        # nearest changes steadily from place to place, and so does the amplitude.
+        nearest = squares.topk(min(NEAREST, squares.shape[-1]), largest=False).values
+        window = (-squares / nearest.mean(-1, keepdim=True).clamp(min=PIXEL**2)).softmax(-1)
+        mean = window @ known_rgb
+        nearby = (window @ known_rgb.square() - mean.square()).sum(-1, keepdim=True)
+    return torch.cat((unexplained, nearby), -1)
 
 
 @torch.no_grad()

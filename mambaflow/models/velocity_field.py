@@ -24,7 +24,13 @@ from mambaflow.models.layers import (
 )
 from mambaflow.models.random_field import RandomField
 from mambaflow.models.readouts import READOUTS
-from mambaflow.models.residual_law import ProcessStart, ResidualLaw, kriging, stationary
+from mambaflow.models.residual_law import (
+    ProcessStart,
+    ResidualLaw,
+    activity,
+    kriging,
+    stationary,
+)
 from mambaflow.models.starts import INITIAL_ERROR_VARIANCE, GaussianStart, Start
 
 Velocity = Callable[[Float[Tensor, "b n 3"], Float[Tensor, " b"]], Float[Tensor, "b n 3"]]
@@ -221,7 +227,8 @@ class VelocityField(nn.Module):
         weights, left = kriging(law.correlation, known_xy, query_xy)
         # What the fill misses of the known colours themselves, it misses around them too.
         fill = smooth.fill + weights @ self.missed(known_xy, known_rgb, known_xy, known_rgb)
-        return ProcessStart(fill, weights, left, law.log_amplitude(smooth.unexplained), law.colours)
+        seen = activity(smooth.unexplained, known_xy, known_rgb, query_xy)
+        return ProcessStart(fill, weights, left, law.log_amplitude(seen), law.colours)
 
     def smooth(
         self,
