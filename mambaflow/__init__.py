@@ -3,8 +3,9 @@
     from mambaflow import SOLVERS, load_model, times_for
 
     model, _ = load_model("runs/first-v2")                # the best checkpoint of a run
-    velocity = model.condition(batch)                     # known pixels and places asked
-    rgb = SOLVERS["heun"](velocity, noise, times_for("uniform", 16))   # (b, n, 3) in [-1, 1]
+    field = model.condition(batch)                        # known pixels and places asked
+    noise = field.noise(torch.randn)                      # of the law that the field starts from
+    rgb = SOLVERS["heun"](field, noise, times_for("uniform", 5))   # (b, n, 3) in [-1, 1]
 
 The alphabet, the same in every wing:
 
@@ -32,6 +33,7 @@ _HOMES = {
     "TrainConfig": "config",
     "VelocityField": "models.velocity_field",
     "complete": "evaluation.complete",
+    "enlarge": "evaluation.enlarge",
     "heun": "flow.samplers",
     "load_model": "models.weights",
     "times_for": "flow.samplers",

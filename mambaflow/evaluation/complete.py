@@ -120,6 +120,12 @@ class EvalSet:
         )
 
 
+def numbers(ids: Int[Tensor, " m"], stream: int, *shape: int) -> Float[Tensor, "m ..."]:
+    """Standard normal numbers of a shape that begins with the images."""
+    # By the image's id, on CPU: the same noise in any chunk, on any worker and any device.
+    return normal(0, "evaluation", stream, ids, math.prod(shape[1:])).view(shape)
+
+
 def complete(
     model: VelocityField,
     eval_set: EvalSet,
@@ -143,18 +149,13 @@ def complete(
     device = next(model.parameters()).device
     batch, others = eval_set.batch()
 
-    def numbers(stream: int, *shape: int) -> Float[Tensor, "m ..."]:
-        # By the image's id, on CPU: the same noise in any chunk, on any worker and any device.
-        drawn = normal(0, "evaluation", stream, eval_set.ids, math.prod(shape[1:]))
-        return drawn.view(shape)
-
     with torch.no_grad():
         # The known pixels are read once for all calls.
         field = model.condition(batch.to(device))
         velocity = CountedVelocity(field)
 
         def draw(stream: int) -> Float[Tensor, "m n 3"]:
-            return field.noise(partial(numbers, stream))
+            return field.noise(partial(numbers, eval_set.ids, stream))
 
         # Stream 0 is where paths start, those from 1 on are the noise of the solver's steps.
         rgb = solver(velocity, draw(0), times_for(grid, steps), lambda i: draw(i + 1), **settings)

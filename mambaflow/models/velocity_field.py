@@ -200,7 +200,8 @@ class VelocityField(nn.Module):
         start = self._start(smooth, known_xy, known_rgb, query_xy)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            exact, shown, size = start.enter(x, t[:, None, None])
+            with _in_full(x):
+                exact, shown, size = start.enter(x, t[:, None, None])
             # Below t = 0.1 a noisy colour tells next to nothing: it fades out.
             noise_gate = torch.tanh(10 * t)[:, None, None]
             # A posterior mean hears no neighbours: their attention is spared, quadratic as it is.
@@ -209,7 +210,8 @@ class VelocityField(nn.Module):
             # At t = 0 nothing is shown: a posterior mean depends on the known pixels alone.
             shown, gate = noise_gate * shown, noise_gate if heard else None
             read = self._read(smooth.features, query_xy, kvs, shown, t, gate)
-            return exact + start.paint(size * read)
+            with _in_full(x):
+                return exact + start.paint(size * read)
 
         return velocity, start
 
@@ -226,7 +228,9 @@ class VelocityField(nn.Module):
         law = self.residual_law
         weights, left = kriging(law.correlation, known_xy, query_xy)
         # What the fill misses of the known colours themselves, it misses around them too.
-        fill = smooth.fill + weights @ self.missed(known_xy, known_rgb, known_xy, known_rgb)
+        missed = self.missed(known_xy, known_rgb, known_xy, known_rgb)
+        with _in_full(missed):
+            fill = smooth.fill + weights @ missed
         seen = activity(smooth.unexplained, known_xy, known_rgb, query_xy)
         return ProcessStart(fill, weights, left, law.log_amplitude(seen), law.colours)
 
@@ -309,6 +313,11 @@ class VelocityField(nn.Module):
         time = self.time(t) if self.config.modulation == "adaln" else tokens.new_zeros(())
         tokens = self.readout(tokens, xy, x, kvs, time, noise_gate)
         return self.head(self.norm(tokens)).float()  # under autocast the path goes on in float32
+
+
+def _in_full(x: Tensor) -> torch.autocast:
+    """Where autocast would round what is exact."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _open(t: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1"]:
