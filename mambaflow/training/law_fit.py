@@ -89,7 +89,8 @@ def _missed(model: VelocityField, batch: PixelBatch) -> tuple[Tensor, ...]:
 
 def fit_law(given: Residuals) -> ResidualLaw:
     """The law that residuals have; a function of them alone."""
-    law = ResidualLaw(given.activity.shape[-1] - 1)
+    with torch.random.fork_rng(devices=[]):  # a layer draws its weights even if they are made zero
+        law = ResidualLaw(given.activity.shape[-1] - 1)
     correlation = _fit_correlation(given)
     residual, left = given.under(correlation)
     left = left.diagonal(dim1=-2, dim2=-1)[..., None].clamp(min=NUGGET)
