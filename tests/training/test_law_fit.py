@@ -111,7 +111,7 @@ def surprise(of: ResidualLaw, given: Residuals) -> float:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4])
-def test_no_law_is_likelier_than_the_fitted_one_not_even_the_true(weight):
+def test_amplitude_and_colours_are_as_likely_as_the_true_ones_at_least(weight):
     given, found = drawn(3.0, 1.8, weight), fitted(3.0, 1.8, weight)
     best, true = surprise(found, given), law(3.0, 1.8, weight)
     assert best < surprise(true, given) + 0.05
