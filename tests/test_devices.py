@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mambaflow.benchmarks.bench import Fixed
 from mambaflow.benchmarks.sample import solvers
 from mambaflow.config import ARCHITECTURES, TrainConfig
 from mambaflow.data.batches import Batches, Layout, PixelBatch, _places
 from mambaflow.data.device_rows import DeviceRows
-from mambaflow.flow import samplers
 from mambaflow.kernels import random_cpu
 from mambaflow.models import selective_scan
 from mambaflow.training.loop import TrainState, fit
@@ -33,6 +32,11 @@ class Shapes(FakeTensorMode):
         return self
 
 
+def columns(xy: torch.Tensor, return_inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a grid of 32."""
+    return xy.new_empty(32), torch.empty_like(xy, dtype=torch.int64)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that has a GPU, and tensors that hold nothing."""
@@ -42,6 +46,8 @@ def gpu(monkeypatch):
     )  # it would read the numbers
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(selective_scan, "_on_gpu", lambda: "triton")
+    # How many columns and rows there are hangs on the numbers.
+    monkeypatch.setattr(torch.Tensor, "unique", columns)
     _places.cache_clear()
     with Shapes():
         yield
@@ -93,12 +99,16 @@ def test_what_was_left_on_the_cpu_would_be_found(arch, lost, gpu, monkeypatch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_sampler_stays_on_the_gpu(arch, gpu, monkeypatch):
-    monkeypatch.setattr(samplers, "_intervals", lambda times: [(0.0, 0.5), (0.5, 1.0)])
+    # What a sampler reads of numbers: its times, and the size of its noise.
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [0.0, 0.5, 1.0])
+    monkeypatch.setattr(FakeTensor, "__float__", lambda self: 0.0)
     model = state(arch, TrainConfig(), monkeypatch).ema
     given = batch().to(GPU)
-    velocity = torch.enable_grad()(model.condition(given))  # without, it looks at the times
-    for solve in solvers(torch.randn_like(given.query_rgb), 2).values():
-        assert solve(velocity).device == GPU
+    field = model.condition(given)
+    # Without gradients it looks at the times.
+    field = replace(field, velocity=torch.enable_grad()(field.velocity))
+    for solve in solvers(2).values():
+        assert solve(field).device == GPU
 
 
 class Held:

@@ -14,7 +14,8 @@ from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.models import selective_scan
 from mambaflow.storage import at
-from mambaflow.training.loop import TrainState, loss
+from mambaflow.training.loop import TrainState
+from mambaflow.training.objective import Objective, loss
 from mambaflow.training.preflight import open_run
 from mambaflow.training.process_group import ProcessGroup
 from mambaflow.training.run import train_and_score
@@ -69,7 +70,7 @@ def test_a_step_on_the_gpu_has_the_loss_and_gradients_of_the_cpu(arch, tmp_path)
     for device in (CPU, GPU):
         state = TrainState(model, config, device)
         batch = Batches(shards, small.LAYOUT, config)[0].to(device)
-        value = loss(state.model, batch, config)
+        value = loss(Objective(state.model, config), batch)
         value.backward()
         grads = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
         found.append((value, torch.cat(grads)))
@@ -99,6 +100,7 @@ from dataclasses import replace
 from mambaflow.data.batches import PixelBatch
 from mambaflow.config import ARCHITECTURES, TrainConfig
 from mambaflow.training.loop import TrainState, compiled, fit
+from mambaflow.training.objective import Objective
 
 small = dict(d_model=64, num_layers=2, num_heads=4, frequencies=8, mlp_ratio=2)
 train = TrainConfig(batch_size=8, lr=1e-3)
@@ -113,7 +115,7 @@ class Same:
 losses = []
 for how in ("off", sys.argv[1]):
     state = TrainState(replace(ARCHITECTURES["v2"], **small), train, torch.device("cuda", 0))
-    forward = compiled(state.model, how)
+    forward = compiled(Objective(state.model, train), how)
     losses.append([p.loss.item() for p in fit(state, Same(), train, 12, forward)])
 assert np.allclose(*losses, rtol=1e-3), losses
 counters = torch._dynamo.utils.counters

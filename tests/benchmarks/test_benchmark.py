@@ -104,8 +104,7 @@ def test_what_cannot_be_measured_is_refused(capsys):
 
 
 def test_a_sampler_is_charged_for_every_call_it_makes():
-    noise = torch.zeros(1, 3, 3)
-    ways = sample.solvers(noise, 8)
+    ways = sample.solvers(8)
     found = {name.split(",")[0]: sample.calls(solve) for name, solve in ways.items()}
     assert found == {solver.title: solver.calls(8) for solver in SOLVERS.values()}
 

@@ -13,6 +13,7 @@ from mambaflow.flow.samplers import (
     SOLVERS,
     CountedVelocity,
     ddim,
+    exponential,
     heun,
     mean,
     midpoint,
@@ -91,6 +92,7 @@ def law_of(sampler, steps, velocity=exact):
 ORDERS = {
     "heun": (heun, 2),
     "midpoint": (midpoint, 2),
+    "exponential": (exponential, 2),
     "sde, cold": (functools.partial(sde, temperature=0.0), 2),
     "ddim, eta 0": (ddim, 1),
 }
@@ -281,6 +283,7 @@ def test_the_registry_states_what_each_solver_costs_and_takes():
     }
     assert facts == {
         "mean": (1, 1, False, {}),
+        "exponential": (10, 21, False, {}),
         "ddim": (10, 21, True, {"eta": 0.0}),
         "sde": (20, 10, True, {"temperature": 0.5, "noiseless_steps": 5}),
         "midpoint": (20, 10, False, {}),

@@ -41,7 +41,8 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "d_model": (96, ""), "num_layers": (6, ""), "bidirectional": (False, ""),
     "scan": ("append", "--start plain"), "curve": ("raster", ""), "d_state": (8, ""),
     "d_conv": (3, ""), "expand": (3, ""), "readout": ("cross_attention", "--modulation add"),
-    "perceiver_iterations": (3, ""), "num_heads": (4, ""), "mlp_ratio": (3, ""),
+    "perceiver_iterations": (3, ""), "query_attention": (False, ""), "num_heads": (4, ""),
+    "mlp_ratio": (3, ""),
     "frequencies": (32, ""), "max_frequency": (8.0, ""), "time_scale": (500.0, ""),
     "modulation": ("add", ""), "residual": (False, ""), "windows": (False, ""),
     "local_linear": (False, ""),
@@ -51,7 +52,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "share_at_zero": (0.3, ""), "time_law": ("logit_normal", ""), "weighting": ("velocity", ""),
     "masks": ("fresh", ""), "min_queries": (100, "--max-queries 300"), "max_queries": (300, ""),
     "precision": ("bf16", ""), "seed": (4, ""), "log_every": (3, ""), "eval_every": (50, ""),
-    "eval_images": (11, ""), "test_images": (12, ""), "sample_steps": (5, ""),
+    "eval_images": (11, ""), "test_images": (12, ""), "sample_steps": (6, ""),
     "num_workers": (2, ""), "min_workers": (1, ""), "use_gpu": (True, ""), "ray": (False, ""),
     "max_failures": (1, ""), "compile": ("on", ""),
 }  # fmt: skip
@@ -210,7 +211,9 @@ BAD_FLAGS = {
         "--d-model=17", "d_model (=17) must be divisible by num_heads (=2); use 16 or 18"),
     "odd layers": ("--num-layers=3", "num_layers (=3) must be even when bidirectional"),
     "a scan that mixes queries in": (
-        "--scan=joint", "start (='gaussian') needs a fill of the known pixels alone"),
+        "--scan=joint", "start (='process') needs a fill of the known pixels alone"),
+    "an amplitude that nothing trains": (
+        "--share-at-zero=0", "share_at_zero (=0.0) must be above 0 with start='process'"),
     "negative rate": ("--lr=-1", "lr (=-1.0) must be positive; use"),
     "no epochs": ("--epochs=0", "epochs (=0) must be positive; use 1 or more"),
     "a share above one": ("--ema-decay=1.5", "ema_decay (=1.5) must be in [0, 1]; use a share"),

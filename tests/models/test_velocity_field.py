@@ -10,7 +10,8 @@ from torch import Tensor
 from mambaflow.config import ARCHITECTURES, ModelConfig
 from mambaflow.kernels import attention_cpu
 from mambaflow.models import attention
-from mambaflow.models.velocity_field import VelocityField, gaussian_start, parameters
+from mambaflow.models.starts import GaussianStart
+from mambaflow.models.velocity_field import VelocityField, parameters
 
 SMALL = replace(ARCHITECTURES["v2"], d_model=32, num_layers=4, num_heads=4, frequencies=8)
 PLAIN = replace(ARCHITECTURES["v1"], d_model=32, num_layers=2, num_heads=4, frequencies=8)
@@ -43,17 +44,32 @@ def test_parameter_counts_are_the_architectures(arch, least, most):
     assert least <= parameters(VelocityField(ARCHITECTURES[arch])) <= most
 
 
+COUNTS = {
+    "v1": 13_991_939, "v2": 6_616_170, "v2, gaussian": 6_616_143, "v2, queries apart": 6_076_506,
+}  # fmt: skip
+
+
 def test_parameter_counts_do_not_move_unnoticed():
-    counts = {arch: parameters(VelocityField(c)) for arch, c in ARCHITECTURES.items()}
-    assert counts == {"v1": 13_991_939, "v2": 6_616_143}
+    v2 = ARCHITECTURES["v2"]
+    configs = {
+        **ARCHITECTURES,
+        "v2, gaussian": replace(v2, start="gaussian"),
+        "v2, queries apart": replace(v2, query_attention=False),
+    }
+    counts = {name: parameters(VelocityField(c)) for name, c in configs.items()}
+    assert counts == COUNTS
 
 
-@pytest.mark.parametrize("scan", ["known", "append", "joint"])
+SCANS = [("known", "gaussian"), ("known", "process"), ("append", "plain"), ("joint", "plain")]
+
+
+@pytest.mark.parametrize(("scan", "start"), SCANS)
 @pytest.mark.parametrize("readout", ["cross_attention", "perceiver"])
 @pytest.mark.parametrize("modulation", ["add", "adaln"])
-def test_every_combination_runs_and_is_blind_to_the_order_of_pixels(scan, readout, modulation):
-    fields = {"scan": scan, "readout": readout, "modulation": modulation}
-    fields["start"] = "gaussian" if scan == "known" else "plain"
+def test_every_combination_runs_and_is_blind_to_the_order_of_pixels(
+    scan, start, readout, modulation
+):
+    fields = {"scan": scan, "start": start, "readout": readout, "modulation": modulation}
     if (scan, readout, modulation) == ("known", "cross_attention", "adaln"):
         with pytest.raises(ValueError, match="would never hear the time; use modulation='add'"):
             replace(SMALL, **fields)
@@ -100,13 +116,19 @@ def replace_queries(given: Asked, query_xy: Tensor) -> Asked:
     return Asked(given.known_xy, given.known_rgb, query_xy)
 
 
-def test_a_sample_sees_its_neighbours_noise():
-    model, given = stirred(SMALL), asked()
-    x, t = torch.randn(2, 13, 3), torch.full((2,), 0.7)
+@pytest.mark.parametrize("start", ["gaussian", "process"])
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_sample_sees_its_neighbours_noise_unless_queries_are_kept_apart(heard, start):
+    model, given = stirred(replace(SMALL, start=start, query_attention=heard)), asked()
+    field, t = model.condition(given), torch.full((2,), 0.7)
+    x = field.noise(torch.randn)
     moved = x.clone()
-    moved[:, 0] += 1
-    change = (model.condition(given)(moved, t) - model.condition(given)(x, t)).abs().amax(-1)
-    assert (change[:, 1:] > 1e-5).all()
+    moved[:, 0] += x[:, 1]
+    # In units of what the network's output is multiplied by.
+    size = field.start.enter(x, t[:, None, None])[-1]
+    change = ((field(moved, t) - field(x, t)).abs() / size).amax(-1)
+    assert (change[:, 0] > 1e-2).all()
+    assert (change[:, 1:] > 1e-5).all() if heard else (change[:, 1:] < 1e-6).all()
 
 
 def test_v1_is_causal_queries_do_not_change_the_memory_of_known_pixels():
@@ -135,7 +157,7 @@ def test_the_start_is_the_exact_velocity_of_independent_gaussians():
     torch.manual_seed(3)
     x, fill, variance = torch.randn(4, 5, 3).double(), torch.randn(4, 5, 3).double(), 0.2
     t = torch.tensor([0.0, 0.2, 0.7, 0.999]).double()[:, None, None]
-    velocity, shown, factor = gaussian_start(x, t, fill, torch.tensor(variance).double())
+    velocity, shown, factor = GaussianStart(fill, torch.tensor(variance).double()).enter(x, t)
     spread = variance * t**2 + (1 - t) ** 2
     expected = fill + variance * t / spread * (x - t * fill)  # E[x_1 | x_t]
     torch.testing.assert_close(velocity, (expected - x) / (1 - t))

@@ -8,7 +8,8 @@ import torch
 
 from mambaflow.config import ModelConfig, TrainConfig
 from mambaflow.data.batches import PixelBatch
-from mambaflow.training.loop import Schedule, TrainState, fit, loss
+from mambaflow.training.loop import Schedule, TrainState, fit
+from mambaflow.training.objective import Objective, loss
 
 TINY = ModelConfig(d_model=32, num_layers=2, num_heads=4, frequencies=8, mlp_ratio=2)
 TRAIN = TrainConfig(batch_size=4, lr=2e-3, warmup_steps=2, ema_decay=0.9, share_at_zero=0.25)
@@ -65,11 +66,12 @@ def test_training_lowers_the_loss(arch):
     )  # fmt: skip
     state = TrainState(model, TRAIN, torch.device("cpu"))
     config = replace(TRAIN, lr=5e-3)
+    objective = Objective(state.ema, config)
     eval_set = [Stream()[step] for step in range(1000, 1010)]
 
     def score() -> float:
         with torch.no_grad():
-            return sum(loss(state.ema, batch, config).item() for batch in eval_set)
+            return sum(loss(objective, batch).item() for batch in eval_set)
 
     before = score()
     for _ in fit(state, Stream(), config, 80):
@@ -93,7 +95,7 @@ def test_every_parameter_of_both_architectures_gets_a_gradient():
         state = TrainState(model, TRAIN, torch.device("cpu"))
         for _ in fit(state, Stream(), TRAIN, 3):  # a zero head lets nothing through at first
             pass
-        loss(state.model, Stream()[9], TRAIN).backward()
+        loss(Objective(state.model, TRAIN), Stream()[9]).backward()
         dead = [n for n, p in state.model.named_parameters() if p.grad is None or not p.grad.any()]
         assert not dead
 
@@ -110,6 +112,6 @@ def test_gradients_are_clipped_to_the_norm():
 def test_bf16_autocast_stays_near_fp32():
     state = trained(3)
     batch = Stream()[7]
-    exact = loss(state.model, batch, TRAIN).item()
-    rounded = loss(state.model, batch, replace(TRAIN, precision="bf16")).item()
+    half = replace(TRAIN, precision="bf16")
+    exact, rounded = (loss(Objective(state.model, c), batch).item() for c in (TRAIN, half))
     assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact

@@ -47,11 +47,11 @@ class Scripted(ProcessGroup):
         super().__init__(0, 1, CPU)
         self.events, self.step = events, first
 
-    def wrap(self, model: nn.Module):
+    def wrap(self, objective: nn.Module):
         def forward(*args: torch.Tensor) -> torch.Tensor:
             self.step += 1
             self.events.get(self.step, lambda: None)()
-            return model(*args)
+            return objective(*args)
 
         return forward
 
@@ -460,8 +460,8 @@ stop_signal.STOP_POLL_S = -1.0
 batches = []
 
 class Scripted(ProcessGroup):
-    def wrap(self, model):
-        whole = super().wrap(model)
+    def wrap(self, objective):
+        whole = super().wrap(objective)
         def forward(batch, *more):
             batches.append(batch)
             if len(batches) == 11 and self.rank == 0:
