@@ -218,6 +218,25 @@ def test_the_mean_is_the_posterior_mean_in_one_call():
     assert velocity.calls == 1
 
 
+@pytest.mark.parametrize("field", [exact, two_peaks])
+def test_one_exponential_call_is_the_noise_around_the_posterior_mean(field):
+    """Whatever the velocity: the law of the answer is that of the noise."""
+    velocity = CountedVelocity(field)
+    noise = normal(0, 20)
+    found = exponential(velocity, noise, uniform_times(1))
+    assert velocity.calls == 1
+    torch.testing.assert_close(found, mean(field, noise) + noise)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 16])
+def test_exponential_calls_are_exact_where_the_noise_has_the_law_of_what_is_left(steps, grid):
+    """With the deviation of the noise its own, every path ends the noise away from the centre."""
+    noise, velocity = normal(0, 20), functools.partial(exact, deviation=1.0)
+    found = exponential(not_at_the_end(velocity), noise, times_for(grid, steps))
+    torch.testing.assert_close(found, CENTRE + noise, rtol=0, atol=1e-12)
+
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -356,6 +375,14 @@ REFUSED = {
     "calls of no steps": (lambda: SOLVERS["heun"].calls(0), r"steps \(=0\)"),
     "too few calls": (lambda: SOLVERS["heun"].steps_for(1), r"nfe \(=1\) must be at least 2"),
     "calls NaN": (lambda: SOLVERS["ddim"].steps_for(NAN), r"nfe \(=nan\)"),
+    "exponential from the middle": (
+        lambda: asking("exponential", times=(0.1, 0.5, 1)),
+        r"times \(=\[0.1\d*, 0.5, 1.0\]\) must go from 0 to 1: .*; use uniform_times\(steps\)",
+    ),
+    "exponential to the middle": (
+        lambda: asking("exponential", times=(0, 0.5)),
+        r"times \(=\[0.0, 0.5\]\) must go from 0",
+    ),
     "no draw": (lambda: asking("sde", noiseless_steps=1), r"draw \(=None\)"),
     **{
         f"times {times}, {name}": (lambda n=name, t=times: asking(n, times=t), "must rise|be a row")
