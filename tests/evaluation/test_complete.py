@@ -24,7 +24,7 @@ from mambaflow.evaluation.complete import EvalSet, complete, fill, score
 from mambaflow.evaluation.final_report import MEAN, QUICK_FILLS, SAMPLE, final_report, validate
 from mambaflow.evaluation.metrics import PERFECT_DB, VALIDATED, Scores
 from mambaflow.flow.samplers import SOLVERS, Solver, mean
-from mambaflow.models.velocity_field import VelocityField
+from mambaflow.models.velocity_field import ConditionedField, VelocityField
 
 
 class Oracle(VelocityField):
@@ -38,7 +38,7 @@ class Oracle(VelocityField):
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return (batch.query_rgb + self.error - x) / (1 - t[:, None, None])
 
-        return velocity
+        return ConditionedField(velocity, None, lambda normal, _: normal(*batch.query_rgb.shape))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,12 @@ def test_all_pixels_are_known_or_asked_and_none_is_both(eval_set):
     assert batch.query_xy.shape[1] == others.shape[1] == small.SIZE**2 - LAYOUT.known
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+# Their last step goes to where the velocity points; that of the exponential sampler is exact where
+# the noise has the residual's law, and here nothing is left over.
+STRAIGHT = {name: solver for name, solver in SOLVERS.items() if name != "exponential"}
+
+
+@pytest.mark.parametrize("solver", STRAIGHT.values(), ids=STRAIGHT)
 def test_a_perfect_velocity_scores_100_dB_and_1_by_every_solver(eval_set, solver):
     scores = scored(Oracle(), eval_set, solver, 3)
     assert scores["psnr"] == scores["psnr_unknown"] == PERFECT_DB
