@@ -23,7 +23,6 @@ from mambaflow.report.tables import Table
 QUERIES = (150, 300, 500, 820)
 # Solver and intervals: the law alone, two ways to ten calls, and as good as exact.
 WAYS = (("exponential", 1), ("exponential", 10), ("heun", 5), ("exponential", 100))
-FINE = 64
 
 
 @dataclass
@@ -110,23 +109,24 @@ def _finer(model: VelocityField, held_out: EvalSet) -> Table:
     pixels."""
     found, real = {way: Fine() for way in WAYS[:-1]}, Moments()
     coarse = held_out.layout.size
+    size = 2 * coarse
     for chunk in _chunks(held_out, images=1):
         batch, _ = chunk.batch()
         mean = _solve(_ask(model, batch), batch, SOLVERS["mean"], 1)[0]
         real = real.add((batch.query_rgb - mean)[_far(batch, coarse)].flatten())
-        fine = replace(batch, query_xy=grid(FINE)[None], query_rgb=torch.zeros(1, FINE**2, 3))
-        ask, where = _ask(model, fine), _far(fine, coarse).view(FINE, FINE)
+        fine = replace(batch, query_xy=grid(size)[None], query_rgb=torch.zeros(1, size**2, 3))
+        ask, where = _ask(model, fine), _far(fine, coarse).view(size, size)
         mean = _solve(ask, fine, SOLVERS["mean"], 1)[0]
         for (name, steps), sums in found.items():
             rgb, sums.calls = _solve(ask, fine, SOLVERS[name], steps)
-            sums.add((rgb - mean).view(FINE, FINE, 3), where, FINE // coarse)
+            sums.add((rgb - mean).view(size, size, 3), where, size // coarse)
     rows = [
         [SOLVERS[name].title, f"{sums.calls}", f"{sums.drawn.variance / real.variance:.2f}",
          f"{sums.products / sums.squares:.2f}"]
         for (name, _), sums in found.items()
     ]  # fmt: skip
     caption = (
-        f"Asked at {FINE} x {FINE} instead: variance of sample - mean over that of truth - mean at "
+        f"Asked at {size} x {size} instead: variance of sample - mean over that of truth - mean at "
         f"{coarse}, at places a pixel or more from a known one, and the correlation of places one "
         "such pixel apart."
     )
