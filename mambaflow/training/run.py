@@ -75,12 +75,13 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     # A checkpoint of the run's own goes first: other weights are where it began, not where it is.
     elif config.init_from:
         _init_from(state, config.init_from)
-    elif config.model.start == "process":
+    # Before DDP is made, which would hide it: it evens out the weights, not moments and steps.
+    _require_together(state.step, group)
+    # A collective too, which only those that begin anew enter: together, as is known by now.
+    if info is None and not config.init_from and config.model.start == "process":
         # All of each image's queries: as many for each of them.
         asked = replace(config.train, min_queries=config.train.max_queries)
         _fit_law(state, Batches(shards, layout, asked), group)
-    # Before DDP is made, which would hide it: it evens out the weights, not moments and steps.
-    _require_together(state.step, group)
     trainer = Trainer(config, group, state, layout, total_steps(config, len(shards)))
     try:
         return trainer.train(batches)
