@@ -5,6 +5,7 @@ ProcessGroup says who else there is.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import time
@@ -103,8 +104,11 @@ def _init_from(state: TrainState, run: str) -> None:
 def _fit_law(state: TrainState, batches: Batches, group: ProcessGroup) -> None:
     """Give the residual's law the numbers of the training images."""
     start = time.perf_counter()
-    # By the first worker, from whole batches: on other machines last bits would be others.
-    fitted = fit_law(residuals(state.ema, batches)).state_dict() if group.rank == 0 else {}
+    fitted: dict[str, torch.Tensor] = {}
+    # By the first worker, from whole batches: on other machines last bits would be others. On CPU,
+    # where the batches are.
+    if group.rank == 0:
+        fitted = fit_law(residuals(copy.deepcopy(state.ema).cpu(), batches)).state_dict()
     fitted = group.broadcast(fitted)
     for model in (state.model, state.ema):
         model.residual_law.load_state_dict(fitted)
