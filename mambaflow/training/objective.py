@@ -64,7 +64,9 @@ class Objective(nn.Module):
         # Weights, not a choice of rows: without a row at t = 0 the gradients are zeros, which DDP
         # waits for, and not missing.
         at_zero = (t == 0).to(surprise)[:, None, None]
-        return (at_zero * surprise).sum() / (at_zero.sum() * x_1.shape[1]).clamp(min=1)
+        # By the rows expected at t = 0, not by those counted: workers with other counts would
+        # average to another gradient than one worker's.
+        return (at_zero * surprise).mean() / (self.config.share_at_zero or 1.0)
 
 
 def loss(objective: Objective, batch: PixelBatch) -> Float[Tensor, ""]:

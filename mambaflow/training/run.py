@@ -5,6 +5,7 @@ ProcessGroup says who else there is.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import time
@@ -75,12 +76,13 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     # A checkpoint of the run's own goes first: other weights are where it began, not where it is.
     elif config.init_from:
         _init_from(state, config.init_from)
-    elif config.model.start == "process":
+    # Before DDP is made, which would hide it: it evens out the weights, not moments and steps.
+    _require_together(state.step, group)
+    # A collective too, which only those that begin anew enter: together, as is known by now.
+    if info is None and not config.init_from and config.model.start == "process":
         # All of each image's queries: as many for each of them.
         asked = replace(config.train, min_queries=config.train.max_queries)
         _fit_law(state, Batches(shards, layout, asked), group)
-    # Before DDP is made, which would hide it: it evens out the weights, not moments and steps.
-    _require_together(state.step, group)
     trainer = Trainer(config, group, state, layout, total_steps(config, len(shards)))
     try:
         return trainer.train(batches)
@@ -102,8 +104,11 @@ def _init_from(state: TrainState, run: str) -> None:
 def _fit_law(state: TrainState, batches: Batches, group: ProcessGroup) -> None:
     """Give the residual's law the numbers of the training images."""
     start = time.perf_counter()
-    # By the first worker, from whole batches: on other machines last bits would be others.
-    fitted = fit_law(residuals(state.ema, batches)).state_dict() if group.rank == 0 else {}
+    fitted: dict[str, torch.Tensor] = {}
+    # By the first worker, from whole batches: on other machines last bits would be others. On CPU,
+    # where the batches are.
+    if group.rank == 0:
+        fitted = fit_law(residuals(copy.deepcopy(state.ema).cpu(), batches)).state_dict()
     fitted = group.broadcast(fitted)
     for model in (state.model, state.ema):
         model.residual_law.load_state_dict(fitted)

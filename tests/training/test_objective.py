@@ -64,7 +64,7 @@ def test_the_likelihood_moves_the_law_alone_and_the_flow_all_else(monkeypatch):
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_the_value_is_the_flows_and_the_mean_surprise_of_rows_at_zero(start):
+def test_the_value_is_the_flows_and_the_surprise_of_rows_at_zero(start):
     objective, batch = Objective(stirred(start), CONFIG), Stream()[3]
     prior, _ = objective.draws(batch)
     with torch.no_grad():
@@ -81,7 +81,8 @@ def test_the_value_is_the_flows_and_the_mean_surprise_of_rows_at_zero(start):
                 torch.zeros(3), variance * (law.colours @ law.colours.T)
             )
             density = normal.log_prob(residual) + 1.5 * torch.tensor(2 * torch.pi).log()
-            expected = expected - LIKELIHOOD * density[[0, 2]].mean()
+            # As many rows as are expected there: one of the four, and not these two.
+            expected = expected - LIKELIHOOD * density[[0, 2]].mean(1).sum() / (0.25 * 4)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -108,6 +109,24 @@ def test_a_worker_draws_its_own_rows_of_the_whole_batch():
     mine = objective.draws(part)
     torch.testing.assert_close(mine.prior, whole.prior[2:], rtol=0, atol=1e-5)
     assert torch.equal(mine.t, whole.t[2:])
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_gradients_of_parts_of_a_batch_average_to_those_of_the_whole(start):
+    """Whatever the share of each part that is at t = 0: here all of one, and none of the other."""
+    batch, objective = Stream()[3], Objective(stirred(start), CONFIG)
+    prior, t = objective.draws(batch).prior, torch.tensor([0.0, 0.0, 0.4, 0.9])
+    names = ("known_xy", "known_rgb", "query_xy", "query_rgb", "number")
+
+    def slopes_of(rows: slice) -> list[Tensor]:
+        part = replace(batch, **{name: getattr(batch, name)[rows] for name in names})
+        value = objective(part, prior[rows], t[rows])
+        return list(torch.autograd.grad(value, list(objective.parameters())))
+
+    one, other = slopes_of(slice(0, 2)), slopes_of(slice(2, 4))
+    for whole, *parts in zip(slopes_of(slice(0, 4)), one, other, strict=True):
+        # Of windows' widths little is left by what cancels.
+        assert (sum(parts) / 2 - whole).norm() < 0.02 * whole.norm()
 
 
 def test_the_loss_of_a_batch_is_the_objective_of_its_draws():

@@ -214,13 +214,14 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     config = small.run_config(data, tmp_path, "damaged")
     start(config, {15: (folder(config) / "STOP").touch})
     run = at(folder(config))
-    assert weights.saved_steps(run) == [12, 15]
+    best, newest = weights.saved_steps(run)
+    assert best < newest == 15
     path = folder(config) / "step_0000015" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     # Stopped again before the damaged one's step: what is saved then must not be pruned away.
-    start(replace(config, resume=True), {13: (folder(config) / "STOP").touch}, after=12)
+    start(replace(config, resume=True), {13: (folder(config) / "STOP").touch}, after=best)
     assert "trying the one before" in caplog.text
-    assert weights.saved_steps(run) == [12, 13]
+    assert weights.saved_steps(run) == [best, 13]
     start(replace(config, resume=True))
     assert_same_run(config, straight)
 
@@ -233,7 +234,7 @@ def test_an_error_in_a_step_keeps_the_last_checkpoint_and_the_run_goes_on(straig
 
     with pytest.raises(OSError, match="No space left"):
         start(config, {14: full})
-    assert weights.saved_steps(at(folder(config))) == [12]
+    assert max(weights.saved_steps(at(folder(config)))) == 12
     start(replace(config, resume=True))
     assert_same_run(config, straight)
 
@@ -441,7 +442,7 @@ def test_a_failed_job_exits_1_with_a_traceback_and_keeps_its_last_checkpoint(dat
     )  # fmt: skip
     assert failed.returncode == 1
     assert "Traceback" in failed.stderr and "No space left on device" in failed.stderr
-    assert weights.saved_steps(at(folder(config))) == [12]
+    assert max(weights.saved_steps(at(folder(config)))) == 12
 
 
 PARTED = """
