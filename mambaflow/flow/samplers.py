@@ -287,7 +287,7 @@ def exponential(
     Lu et al. 2022; in the angle of TrigFlow: Lu & Song 2024). For fields whose noise has the law
     of the residual, and a budget of few calls; on others it is a method of order 2 as good as any.
 
-    Steps are even in the angle, and so `times` count the intervals: a grid from 0 to 1.
+    Steps are taken in that angle, atan(t / (1 - t)), at the times of a grid from 0 to 1.
     Arguments and refusals as of `heun`.
     """
     intervals = _intervals(times)
