@@ -39,8 +39,7 @@ Normal = Callable[..., Tensor]
 # Pixels on the side of a grid, for which a field of noise is drawn, at least.
 FINEST = 32
 # A draw has a mean square of 1 in units of its own law: above 25 once in 10^15 times, were all its
-# queries at one place. White noise has 130 at 204 known pixels and 40 at 100; at 50 and fewer it may
-# pass.
+# queries at one place. White noise has 130 at 204 known pixels and 40 at 100; at 50 it may pass.
 UNLIKELY = 25.0
 
 
