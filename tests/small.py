@@ -1,15 +1,18 @@
 """A training run in a second: a model of a few thousand numbers, photographs of 12 x 12 pixels."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mambaflow.config import ModelConfig, RunConfig, ScaleConfig, TrainConfig
 from mambaflow.data.batches import Layout
 from mambaflow.data.sources import open_source, photograph
 from mambaflow.data.staging import StageConfig, in_process, stage
+from mambaflow.models.velocity_field import VelocityField
 
 SIZE, TRAIN, VALIDATION, TEST = 12, 40, 8, 16
 MODEL = ModelConfig(
@@ -32,6 +35,25 @@ FLAGS = [
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(SIZE, known=28, target=28)  # a fifth of 144 each
+
+
+@dataclass
+class Asked:
+    """What a velocity field needs of a batch."""
+
+    known_xy: Tensor
+    known_rgb: Tensor
+    query_xy: Tensor
+
+
+def stirred(config: ModelConfig) -> VelocityField:
+    """A model none of whose weights is zero, as after training."""
+    torch.manual_seed(0)
+    model = VelocityField(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
 
 
 def images(folder: Path) -> Path:

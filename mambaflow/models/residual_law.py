@@ -86,17 +86,17 @@ class ResidualLaw(nn.Module):
             "length": self.length.item() / PIXEL, "exponent": self.exponent.item(), **named
         }  # fmt: skip
 
-    def log_amplitude(self, activity: Float[Tensor, "b n a"]) -> Float[Tensor, "b n 1"]:
-        """Of each query, from the variances of known colours around it: see `activity`."""
+    def log_amplitude(self, local_variances: Float[Tensor, "b n a"]) -> Float[Tensor, "b n 1"]:
+        """Of each query, from the variances of known colours around it: see `local_variances`."""
         # Half the logarithm, of a deviation as the amplitude is; around 0 for usual images.
-        seen = 0.5 * (activity.detach().clamp(min=0) + FLOOR).log() + 3
+        seen = 0.5 * (local_variances.detach().clamp(min=0) + FLOOR).log() + 3
         raw = self.amplitude(torch.cat((seen, seen.square()), -1)).float()
         # Known colours like none in training must not make noise of any size.
         return LARGEST * torch.tanh(raw / LARGEST)
 
 
 @torch.no_grad()
-def activity(
+def local_variances(
     unexplained: Float[Tensor, "b n h"],
     known_xy: Float[Tensor, "b k 2"],
     known_rgb: Float[Tensor, "b k 3"],

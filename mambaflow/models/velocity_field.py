@@ -27,8 +27,8 @@ from mambaflow.models.readouts import READOUTS
 from mambaflow.models.residual_law import (
     ProcessStart,
     ResidualLaw,
-    activity,
     kriging,
+    local_variances,
     stationary,
 )
 from mambaflow.models.starts import INITIAL_ERROR_VARIANCE, GaussianStart, Start
@@ -231,7 +231,7 @@ class VelocityField(nn.Module):
         missed = self.missed(known_xy, known_rgb, known_xy, known_rgb)
         with _in_full(missed):
             fill = smooth.fill + weights @ missed
-        seen = activity(smooth.unexplained, known_xy, known_rgb, query_xy)
+        seen = local_variances(smooth.unexplained, known_xy, known_rgb, query_xy)
         return ProcessStart(fill, weights, left, law.log_amplitude(seen), law.colours)
 
     def smooth(

@@ -23,8 +23,8 @@ from mambaflow.models.residual_law import (
     NUGGET,
     ProcessStart,
     ResidualLaw,
-    activity,
     kriging,
+    local_variances,
 )
 from mambaflow.models.velocity_field import VelocityField
 
@@ -53,7 +53,7 @@ class Residuals:
     query_xy: Float[Tensor, "b n 2"]
     known: Float[Tensor, "b k 3"]
     query: Float[Tensor, "b n 3"]
-    activity: Float[Tensor, "b n a"]
+    local_variances: Float[Tensor, "b n a"]
     """At the queries: what the amplitude is read from."""
 
     def under(
@@ -84,20 +84,20 @@ def _missed(model: VelocityField, batch: PixelBatch) -> tuple[Tensor, ...]:
     known = batch.known_xy, batch.known_rgb
     query = model.smooth(*known, xy)
     missed = model.missed(*known, *known), rgb - query.fill
-    return known[0], xy, *missed, activity(query.unexplained, *known, xy)
+    return known[0], xy, *missed, local_variances(query.unexplained, *known, xy)
 
 
 def fit_law(given: Residuals) -> ResidualLaw:
     """The law that residuals have; a function of them alone."""
     with torch.random.fork_rng(devices=[]):  # a layer draws its weights even if they are made zero
-        law = ResidualLaw(given.activity.shape[-1] - 1)
+        law = ResidualLaw(given.local_variances.shape[-1] - 1)
     correlation = _fit_correlation(given)
     residual, left = given.under(correlation)
     left = left.diagonal(dim1=-2, dim2=-1)[..., None].clamp(min=NUGGET)
     law.set(correlation, _covariance(residual, left))
     _fit_amplitude(law, given, residual, left)
     # Again, now that places of small amplitude have their say.
-    amplitude = law.log_amplitude(given.activity).detach().exp()
+    amplitude = law.log_amplitude(given.local_variances).detach().exp()
     law.set(correlation, _covariance(residual, left * amplitude.square()))
     return law
 
@@ -175,7 +175,7 @@ def _fit_amplitude(
 
     def surprise() -> Tensor:
         optimiser.zero_grad()
-        amplitude = law.log_amplitude(given.activity)
+        amplitude = law.log_amplitude(given.local_variances)
         # The start of this law around 0, as in training.
         start = ProcessStart(zero, zero, left, amplitude, law.colours.detach())
         value = start.surprise(residual).mean() + RIDGE * layer.weight.square().sum()

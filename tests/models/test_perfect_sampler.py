@@ -6,11 +6,12 @@ many places; that they have the truth's law is told by what the issue of density
 coherence, and the colours' covariance, each within 4 standard errors over independent images.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
+from small import Asked
 from torch import Tensor
 
 from mambaflow.config import ARCHITECTURES
@@ -33,13 +34,6 @@ from mambaflow.models.velocity_field import ConditionedField, VelocityField
 SMALL = replace(ARCHITECTURES["v2"], d_model=32, num_layers=2, num_heads=4, frequencies=8)
 COVARIANCE = torch.tensor([[0.1, 0.06, 0.02], [0.06, 0.09, 0.05], [0.02, 0.05, 0.08]])
 KNOWN, ERRORS = 204, 4.0
-
-
-@dataclass
-class Asked:
-    known_xy: Tensor
-    known_rgb: Tensor
-    query_xy: Tensor
 
 
 def seeded(seed: int):

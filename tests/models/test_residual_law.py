@@ -6,15 +6,16 @@ exactly: no random number is drawn for it.
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from small import Asked, stirred
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from mambaflow.config import ARCHITECTURES, ModelConfig
+from mambaflow.config import ARCHITECTURES
 from mambaflow.flow.samplers import SOLVERS, CountedVelocity, uniform_times
 from mambaflow.models.random_field import PIXEL, TORUS, Correlation, RandomField
 from mambaflow.models.residual_law import (
@@ -23,8 +24,8 @@ from mambaflow.models.residual_law import (
     NUGGET,
     ProcessStart,
     ResidualLaw,
-    activity,
     kriging,
+    local_variances,
     stationary,
 )
 from mambaflow.models.velocity_field import ConditionedField, VelocityField
@@ -329,10 +330,10 @@ def test_the_colours_are_a_factor_of_the_covariance_and_any_numbers_are_of_one()
 # --- The amplitude ------------------------------------------------------------------------------
 
 
-def test_activity_is_the_variance_under_a_window_as_wide_as_the_nearest_are_far():
+def test_a_local_variance_is_that_under_a_window_as_wide_as_the_nearest_are_far():
     known, rgb, query = rand(1, 20, 2), randn(1, 20, 3), rand(1, 5, 2, seed=1)
     unexplained = rand(1, 5, 4)
-    found = activity(unexplained, known, rgb, query)
+    found = local_variances(unexplained, known, rgb, query)
     torch.testing.assert_close(found[..., :4], unexplained)
     for i in range(5):
         squares = (known[0] - query[0, i]).square().sum(-1)
@@ -347,7 +348,7 @@ def test_activity_is_the_variance_under_a_window_as_wide_as_the_nearest_are_far(
 @pytest.mark.parametrize("known", [1, 3, 20])
 def test_one_colour_everywhere_has_no_variance(known):
     rgb = torch.tensor([0.3, -0.7, 0.9]).double().expand(1, known, 3)
-    seen = activity(rand(1, 5, 0), rand(1, known, 2), rgb, rand(1, 5, 2, seed=1))
+    seen = local_variances(rand(1, 5, 0), rand(1, known, 2), rgb, rand(1, 5, 2, seed=1))
     assert seen.abs().max() < 1e-12
 
 
@@ -361,26 +362,9 @@ def test_the_log_amplitude_is_bounded_whatever_is_seen_and_learned():
     assert torch.equal(ResidualLaw(4).log_amplitude(seen), torch.zeros(1, 7, 1))
 
 
-@dataclass
-class Asked:
-    known_xy: Tensor
-    known_rgb: Tensor
-    query_xy: Tensor
-
-
 def asked(b: int = 2, k: int = 20, n: int = 13) -> Asked:
     xy, rgb = rand(b, k + n, 2).float(), 2 * rand(b, k, 3, seed=1).float() - 1
     return Asked(xy[:, :k], rgb, xy[:, k:])
-
-
-def stirred(config: ModelConfig) -> VelocityField:
-    """A model none of whose weights is zero, as after training."""
-    torch.manual_seed(0)
-    model = VelocityField(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
 
 
 def law_at(model: VelocityField, given: Asked, query_xy: Tensor) -> ProcessStart:

@@ -1,13 +1,14 @@
 """The velocity field: its size, its symmetries, and what its answers may depend on."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from small import Asked, stirred
 from torch import Tensor
 
-from mambaflow.config import ARCHITECTURES, ModelConfig
+from mambaflow.config import ARCHITECTURES
 from mambaflow.kernels import attention_cpu
 from mambaflow.models import attention
 from mambaflow.models.starts import GaussianStart
@@ -15,23 +16,6 @@ from mambaflow.models.velocity_field import VelocityField, parameters
 
 SMALL = replace(ARCHITECTURES["v2"], d_model=32, num_layers=4, num_heads=4, frequencies=8)
 PLAIN = replace(ARCHITECTURES["v1"], d_model=32, num_layers=2, num_heads=4, frequencies=8)
-
-
-@dataclass
-class Asked:
-    known_xy: Tensor
-    known_rgb: Tensor
-    query_xy: Tensor
-
-
-def stirred(config: ModelConfig) -> VelocityField:
-    """A model none of whose weights is zero, as after training."""
-    torch.manual_seed(0)
-    model = VelocityField(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
 
 
 def asked(b: int = 2, k: int = 20, n: int = 13) -> Asked:

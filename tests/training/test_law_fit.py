@@ -105,7 +105,7 @@ def surprise(of: ResidualLaw, given: Residuals) -> float:
     residual, left = given.under(of.correlation)
     left = left.diagonal(dim1=-2, dim2=-1)[..., None].clamp(min=NUGGET)
     zero = torch.zeros_like(residual)
-    start = ProcessStart(zero, zero, left, of.log_amplitude(given.activity), of.colours)
+    start = ProcessStart(zero, zero, left, of.log_amplitude(given.local_variances), of.colours)
     with torch.no_grad():
         return start.surprise(residual).mean().item()
 
@@ -128,7 +128,7 @@ def test_amplitude_and_colours_are_as_likely_as_the_true_ones_at_least(weight):
 def test_the_amplitude_comes_back():
     given = drawn(3.0, 1.8, 0.4)
     found, true = (
-        of.log_amplitude(given.activity).flatten().detach()
+        of.log_amplitude(given.local_variances).flatten().detach()
         for of in (fitted(3.0, 1.8, 0.4), law(3.0, 1.8, 0.4))
     )
     assert true.std() > 0.2
@@ -137,7 +137,7 @@ def test_the_amplitude_comes_back():
 
 
 def test_without_an_amplitude_none_is_found():
-    assert fitted(*LAWS[1]).log_amplitude(drawn(*LAWS[1]).activity).std() < 0.05
+    assert fitted(*LAWS[1]).log_amplitude(drawn(*LAWS[1]).local_variances).std() < 0.05
 
 
 def test_two_fits_are_bitwise_equal_whatever_the_global_generator_holds():
@@ -154,7 +154,7 @@ def test_two_fits_are_bitwise_equal_whatever_the_global_generator_holds():
 def of_few(change) -> Residuals:
     """A few of the images, changed."""
     given = drawn(*LAWS[1])
-    names = ("known_xy", "query_xy", "known", "query", "activity")
+    names = ("known_xy", "query_xy", "known", "query", "local_variances")
     return change(replace(given, **{name: getattr(given, name)[:6] for name in names}))
 
 
@@ -165,7 +165,7 @@ ODD = {
         query=r.query.mean(-1, keepdim=True).expand(-1, -1, 3),
     ),
     "one colour": lambda r: replace(
-        r, known=0 * r.known, query=0 * r.query, activity=0 * r.activity
+        r, known=0 * r.known, query=0 * r.query, local_variances=0 * r.local_variances
     ),
     "tiny residuals": lambda r: replace(r, known=1e-6 * r.known, query=1e-6 * r.query),
     "huge residuals": lambda r: replace(r, known=1e3 * r.known, query=1e3 * r.query),
@@ -200,7 +200,7 @@ def test_residuals_are_what_the_smooth_fill_misses_of_the_first_images(tmp_path)
     model = VelocityField(replace(small.MODEL, start="process"))
     batches = Batches(shards, small.LAYOUT, TrainConfig(batch_size=8))
     found = residuals(model, batches, images=12)
-    assert len(found.known) == len(found.query) == len(found.activity) == 12
+    assert len(found.known) == len(found.query) == len(found.local_variances) == 12
     for i in (0, 11):
         batch = batches[i // 8]
         row = slice(i % 8, i % 8 + 1)
