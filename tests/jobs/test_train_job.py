@@ -90,9 +90,9 @@ def test_an_architecture_brings_its_own_defaults(arch):
     assert parse(["--arch", arch]) == parse([f"--arch={arch}"]) == mission(arch)
     assert parse(["--arch", arch]).model == ARCHITECTURES[arch]
     assert parse(["--arch", arch, "--recipe", "first-run"]) == first_run(arch)
-    changed = parse(["--recipe=first-run", "--arch", arch, "--d-model=64", "--epochs=2"])
+    changed = parse(["--recipe=first-run", "--arch", arch, "--d-model=64", "--epochs=5"])
     assert changed.model == replace(first_run(arch).model, d_model=64)
-    assert changed.train == replace(first_run(arch).train, epochs=2)
+    assert changed.train == replace(first_run(arch).train, epochs=5)
 
 
 def test_the_default_run_is_the_described_one():
