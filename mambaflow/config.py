@@ -141,6 +141,8 @@ class TrainConfig:
     # The optimiser. Epochs, batch and rate are those of `mission`.
     epochs: int = 1000
     """Passes over the training images."""
+    max_steps: int = 0
+    """Steps after which the run ends even so, and its learning rate is 0; 0: when epochs end."""
     batch_size: int = 64
     """Images in a step, over all workers together."""
     lr: float = 1e-4
@@ -191,7 +193,7 @@ class TrainConfig:
         require_positive(self, "eval_images", "sample_steps")
         require_share(self, "ema_decay", "share_at_zero")
         require_not_negative(self, "warmup_steps", "weight_decay", "min_queries", "max_queries")
-        require_not_negative(self, "test_images")
+        require_not_negative(self, "test_images", "max_steps")
         require_seed(self, "seed")
         require(
             # Also where max_queries is 0: how many targets that stands for is not known here.
@@ -347,7 +349,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 # not named here is refused: filled in with today's default, it would silently be another run.
 RENAMED = {"model": {"surroundings": "local_linear"}}
 # Part -> field -> what a configuration without it meant.
-ADDED: dict[str, dict[str, Any]] = {"a run": {"init_from": ""}, "model": {"query_attention": True}}
+ADDED: dict[str, dict[str, Any]] = {
+    "a run": {"init_from": ""},
+    "model": {"query_attention": True},
+    "train": {"max_steps": 0},
+}
 PARTS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
 
 

@@ -55,19 +55,27 @@ def _places(index: Int[np.ndarray, " n"], width: int) -> Float[np.ndarray, "n 2"
     return np.stack((index // width, index % width), -1).astype(np.float64)
 
 
-def sextiles(
+def sextile_edges(
     active: Float[np.ndarray, "m h w"], known: Int[np.ndarray, "m k"]
-) -> UInt8[np.ndarray, "m h w"]:
-    """The sixth of all unknown pixels, over all images, that each pixel falls in by its activity:
-    0 is the calmest, 5 the busiest.
+) -> Float[np.ndarray, " edges"]:
+    """The five activities that part all unknown pixels, over all images, into sixths.
 
-    Pixels as active as one another share a sextile, the calmest that one of them falls in: the
-    calmest is never empty. Known pixels have the sextile of their activity and are in no edge.
+    Known pixels are in no edge. None where all pixels are known: there is nothing to tell apart.
     """
     unknown = np.ones((len(active), active[0].size if len(active) else 0), bool)
     np.put_along_axis(unknown, known, False, 1)
     ordered = np.sort(active.reshape(unknown.shape)[unknown])
     # The last of each sixth, rounded up: the edge belongs to the calmer side.
     last = -(-len(ordered) * np.arange(1, SEXTILES) // SEXTILES) - 1
-    edges = ordered[last] if len(ordered) else ordered  # all known: nothing to be told apart
+    return ordered[last] if len(ordered) else ordered
+
+
+def sextiles(
+    active: Float[np.ndarray, "m h w"], edges: Float[np.ndarray, " edges"]
+) -> UInt8[np.ndarray, "m h w"]:
+    """The sixth that each pixel falls in by its activity: 0 is the calmest, 5 the busiest.
+
+    Pixels as active as one another share a sextile, the calmest that one of them falls in: of the
+    pixels that the edges were made of, the calmest sextile is never empty.
+    """
     return np.searchsorted(edges, active, side="left").astype(np.uint8)

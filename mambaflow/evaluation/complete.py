@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -17,10 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from mambaflow.checks import require
 from mambaflow.data.batches import Layout, PixelBatch, RowReader
-from mambaflow.data.pixels import copy_known, unknown
-from mambaflow.data.random_bits import normal
-from mambaflow.evaluation.activity import activity, sextiles
+from mambaflow.data.pixels import choose, copy_known, unknown
+from mambaflow.data.random_bits import normal, uniform
+from mambaflow.data.shard_reader import ShardSet
+from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
 from mambaflow.evaluation.baselines import fill_images
 from mambaflow.evaluation.metrics import Completion, Scores
 from mambaflow.flow.samplers import CountedVelocity, Solver, times_for
@@ -33,7 +35,7 @@ Images = Float[Tensor, "m h w 3"]
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out images with their staged masks."""
+    """Held-out images with their masks."""
 
     layout: Layout
     images: UInt8[Tensor, "m h w 3"]
@@ -42,25 +44,69 @@ class EvalSet:
     sextile: UInt8[Tensor, "m h w"]
     """How busy the known pixels around each pixel are, in sixths of the set that was read: a part
     of it, such as one worker's, keeps the edges of the whole."""
+    asked: Int[Tensor, "m n"] | None = None
+    """The pixels that are asked; None: all that are not known."""
 
     @classmethod
     def read(cls, reader: RowReader, layout: Layout, count: int) -> "EvalSet":
-        """The first `count` images, or all if there are fewer."""
-        rows = reader.rows(np.arange(min(count, len(reader))))
-        if rows.images is None:
+        """The first `count` images with their staged masks, or all if there are fewer."""
+        return cls._of(reader, layout, np.arange(min(count, len(reader))), None, None)
+
+    @classmethod
+    def of_rows(
+        cls,
+        split: ShardSet,
+        layout: Layout,
+        rows: Int[np.ndarray, " m"],
+        edges: Float[np.ndarray, " edges"] | None = None,
+    ) -> "EvalSet":
+        """Some rows of a split, in the order given.
+
+        Args:
+            layout: may hold another number of known pixels than was staged. Masks are nested: of
+                two shares of one image, the pixels of the smaller are among those of the larger.
+            edges: of the sextiles (evaluation.activity); by default of these rows.
+        """
+        spec = split.spec
+        ids = torch.from_numpy(split.rows(rows, pixels=False, images=False).ids)
+        known = choose(spec.mask_seed, spec.split, ids, spec.size, layout.known, 0)
+        return cls._of(split, layout, rows, known, edges)
+
+    @classmethod
+    def _of(
+        cls, reader: RowReader, layout: Layout, rows: np.ndarray, known: Tensor | None,
+        edges: np.ndarray | None,
+    ) -> "EvalSet":  # fmt: skip
+        held = reader.rows(rows)
+        if held.images is None:
             raise ValueError("held-out shards must hold whole images; stage the data again")
-        images = torch.from_numpy(rows.images).view(-1, layout.size, layout.size, 3)
-        # A row's known pixels come first; those after them are targets of training.
-        index = torch.from_numpy(rows.index.astype(np.int64))[:, : layout.known]
-        sixths = sextiles(activity(images.numpy(), index.numpy()), index.numpy())
-        return cls(layout, images, index, torch.from_numpy(rows.ids), torch.from_numpy(sixths))
+        images = torch.from_numpy(held.images).view(-1, layout.size, layout.size, 3)
+        if known is None:
+            # A row's known pixels come first; those after them are targets of training.
+            known = torch.from_numpy(held.index.astype(np.int64))[:, : layout.known]
+        active = activity(images.numpy(), known.numpy())
+        edges = sextile_edges(active, known.numpy()) if edges is None else edges
+        sixths = torch.from_numpy(sextiles(active, edges))
+        return cls(layout, images, known, torch.from_numpy(held.ids), sixths)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> "EvalSet":
         held = (self.images, self.known, self.ids, self.sextile)
-        return EvalSet(self.layout, *(of_each[rows] for of_each in held))
+        asked = None if self.asked is None else self.asked[rows]
+        return EvalSet(self.layout, *(of_each[rows] for of_each in held), asked)
+
+    def asking(self, count: int) -> "EvalSet":
+        """The same, with `count` of the unknown pixels asked: another choice for each image, which
+        its id alone decides."""
+        others = unknown(self.known, self.layout.size)
+        require(
+            0 < count <= others.shape[1],
+            f"asked (={count}) must be in [1, {others.shape[1]}], the unknown pixels; use fewer",
+        )
+        words = uniform(0, "asked", count, self.ids, others.shape[1])
+        return replace(self, asked=others.gather(1, words.argsort(dim=-1, stable=True)[:, :count]))
 
     def chunk(self, number: int) -> "EvalSet":
         """A few of the images, as many as are completed at a time."""
@@ -78,20 +124,28 @@ class EvalSet:
         return flat.scatter(1, self.known, True).view(self.images.shape[:3])
 
     @property
+    def _copied(self) -> Bool[Tensor, "m h w"]:
+        # What is not asked either is copied from the truth too, and scored no more than the known.
+        if self.asked is None:
+            return self.is_known
+        flat = torch.ones(len(self), self.layout.size**2, dtype=torch.bool)
+        return flat.scatter(1, self.asked, False).view(self.images.shape[:3])
+
+    @property
     def mask_hash(self) -> str:
         """What two results must share to be compared."""
         # As shards hold them, in 16 bits: the hash is of the masks, not of today's dtype.
         return hashlib.sha256(self.known.numpy().astype(np.uint16).tobytes()).hexdigest()[:12]
 
     def batch(self) -> tuple[PixelBatch, Int[Tensor, "m n"]]:
-        """The known pixels, and all others as queries; and which those are."""
-        others = unknown(self.known, self.layout.size)
-        index = torch.cat((self.known, others), 1)  # (m, size^2), the known first: see Layout.batch
+        """The known pixels, and those asked as queries; and which those are."""
+        others = unknown(self.known, self.layout.size) if self.asked is None else self.asked
+        index = torch.cat((self.known, others), 1)  # (m, k + n), the known first: see Layout.batch
         colours = self.images.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 3))
         return self.layout.batch(index, colours, self.ids), others
 
     def assemble(self, others: Int[Tensor, "m n"], rgb: Float[Tensor, "m n 3"]) -> Images:
-        """Whole images in [0, 1] from the colours of the unknown pixels."""
+        """Whole images in [0, 1] from the colours of the pixels asked."""
         return self._whole(others, self.layout.image(rgb.cpu()))
 
     def unclipped(self, others: Int[Tensor, "m n"], rgb: Float[Tensor, "m n 3"]) -> Images:
@@ -116,14 +170,21 @@ class EvalSet:
         """
         mean = None if around is None else around.answer
         return Completion(
-            images, self.truth, self.is_known, mean, calls, seconds, self.sextile, unclipped
+            images, self.truth, self._copied, mean, calls, seconds, self.sextile, unclipped
         )
 
 
-def numbers(ids: Int[Tensor, " m"], stream: int, *shape: int) -> Float[Tensor, "m ..."]:
-    """Standard normal numbers of a shape that begins with the images."""
+def numbers(
+    ids: Int[Tensor, " m"], stream: int, *shape: int, sample: int = 0
+) -> Float[Tensor, "m ..."]:
+    """Standard normal numbers of a shape that begins with the images.
+
+    Args:
+        stream: 0 where a path starts, from 1 on for the noise of its steps.
+        sample: of several of an image, which.
+    """
     # By the image's id, on CPU: the same noise in any chunk, on any worker and any device.
-    return normal(0, "evaluation", stream, ids, math.prod(shape[1:])).view(shape)
+    return normal(sample, "evaluation", stream, ids, math.prod(shape[1:])).view(shape)
 
 
 def complete(
@@ -134,6 +195,7 @@ def complete(
     *,
     grid: str = "uniform",
     around: Completion | None = None,
+    sample: int = 0,
     **settings: float,
 ) -> Completion:
     """What a solver makes of noise, all images at once; all noise is a function of their ids.
@@ -142,6 +204,7 @@ def complete(
         solver: of the registry flow.samplers.SOLVERS.
         steps: intervals of the grid.
         around: the posterior mean, where the solver draws a sample around it.
+        sample: of several of each image, which.
         settings: of the solver, such as its temperature.
     """
     # The time is of all that an answer takes, reading the known pixels included.
@@ -155,7 +218,7 @@ def complete(
         velocity = CountedVelocity(field)
 
         def draw(stream: int) -> Float[Tensor, "m n 3"]:
-            return field.noise(partial(numbers, eval_set.ids, stream))
+            return field.noise(partial(numbers, eval_set.ids, stream, sample=sample))
 
         # Stream 0 is where paths start, those from 1 on are the noise of the solver's steps.
         rgb = solver(velocity, draw(0), times_for(grid, steps), lambda i: draw(i + 1), **settings)

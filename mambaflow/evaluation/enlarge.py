@@ -45,17 +45,39 @@ def enlarge(
         len(sizes) > 0 and not bad,
         f"sizes (={list(sizes)}) must be one or more, each in [1, {LARGEST}]; use [32, 64, 128]",
     )
-    times, finest = times_for(grid, steps), max(sizes)
+    finest = max(sizes)
+    return {
+        size: paint(model, eval_set, size, finest, solver, steps, grid=grid, **settings).clamp(0, 1)
+        for size in sizes
+    }
 
-    def painted(size: int) -> Iterator[Tensor]:
+
+def paint(
+    model: VelocityField,
+    eval_set: EvalSet,
+    size: int,
+    finest: int,
+    solver: Solver,
+    steps: int = 1,
+    *,
+    grid: str = "uniform",
+    sample: int = 0,
+    **settings: float,
+) -> Images:
+    """Images of one size on the scale of [0, 1], with colours beyond it as they were answered.
+
+    Args:
+        finest: the largest size that shows the same noise.
+        sample: of several of each image, which.
+    """
+    times, found = times_for(grid, steps), []
+    with torch.no_grad():
         for batch in _asked(eval_set, size):  # one by one: an image of 256 x 256 is large enough
             field = model.condition(batch.to(next(model.parameters()).device))
-            draw = partial(_noise, field, batch, finest)
+            draw = partial(_noise, field, batch, finest, sample)
             rgb = solver(field, draw(0), times, partial(_later, draw), **settings)
-            yield eval_set.layout.image(rgb.cpu()).view(size, size, 3)
-
-    with torch.no_grad():
-        return {size: torch.stack(list(painted(size))) for size in sizes}
+            found.append(eval_set.layout.unclipped(rgb.cpu()).view(size, size, 3))
+    return torch.stack(found)
 
 
 def _asked(eval_set: EvalSet, size: int) -> Iterator[PixelBatch]:
@@ -66,8 +88,10 @@ def _asked(eval_set: EvalSet, size: int) -> Iterator[PixelBatch]:
         yield replace(batch, query_xy=places, query_rgb=torch.zeros(1, size * size, 3))
 
 
-def _noise(field: ConditionedField, batch: PixelBatch, finest: int, stream: int) -> Tensor:
-    return field.noise(partial(numbers, batch.number, stream), finest)
+def _noise(
+    field: ConditionedField, batch: PixelBatch, finest: int, sample: int, stream: int
+) -> Tensor:
+    return field.noise(partial(numbers, batch.number, stream, sample=sample), finest)
 
 
 def _later(draw: Callable[[int], Tensor], step: int) -> Tensor:

@@ -20,13 +20,16 @@ from mambaflow.storage import Storage, at
 # What may change when a run goes on: how long, how often it is looked at, not what it learns.
 # With other epochs the learning rate goes on along the other cosine from the step it is at: a
 # finished run with more epochs starts again at a higher rate, and ends where no straight run does.
-MAY_CHANGE = ("epochs", "log_every", "eval_every", "eval_images", "test_images", "sample_steps")
+MAY_CHANGE = (
+    "epochs", "max_steps", "log_every", "eval_every", "eval_images", "test_images", "sample_steps",
+)  # fmt: skip
 log = logging.getLogger(__name__)
 
 
 def total_steps(config: RunConfig, rows: int) -> int:
     """Steps of the whole run, at least one."""
-    return config.train.epochs * rows // config.train.batch_size or 1
+    steps = config.train.epochs * rows // config.train.batch_size or 1
+    return min(steps, config.train.max_steps or steps)
 
 
 def settle(config: RunConfig, command: str) -> RunConfig:
@@ -235,18 +238,20 @@ def _require_not_longer(config: RunConfig, run: Storage) -> None:
     rows, batch_size = len(ShardSet(config.data, "train")), config.train.batch_size
     steps, newest = total_steps(config, rows), max(saved_steps(run), default=0)
     # The cure is rounded up: the fewest epochs that hold the newest checkpoint's step.
+    name, value, cure = "epochs", config.train.epochs, -(-newest * batch_size // rows)
+    if steps == config.train.max_steps:
+        name, value, cure = "max_steps", steps, newest
     require(
         newest <= steps,
-        f"epochs (={config.train.epochs}) end at step {steps}, and run_name "
+        f"{name} (={value}) end at step {steps}, and run_name "
         f"(={config.run_name!r}) is already at step {newest}; "
-        f"use --epochs {-(-newest * batch_size // rows)} or more",
+        f"use --{name.replace('_', '-')} {cure} or more",
     )
 
 
 def _warn_of_another_cosine(config: RunConfig, before: RunConfig) -> None:
-    if before.train.epochs != config.train.epochs:
-        log.warning(
-            "epochs: %d -> %d; the learning rate goes on along the other cosine",
-            before.train.epochs,
-            config.train.epochs,
-        )
+    for name in ("epochs", "max_steps"):
+        old, new = getattr(before.train, name), getattr(config.train, name)
+        if old != new:
+            text = "%s: %d -> %d; the learning rate goes on along the other cosine"
+            log.warning(text, name, old, new)

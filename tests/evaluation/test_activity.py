@@ -5,9 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambaflow.evaluation.activity import activity, sextiles
+from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
 
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+def of_their_own(active, index):
+    return sextiles(active, sextile_edges(active, index))
 
 
 def pictures(count, height, width, known, seed):
@@ -78,7 +82,7 @@ def test_no_known_pixel_is_refused_and_no_images_have_none():
         activity(images, index.astype(int))
     images, index = pictures(2, 4, 4, 3, 0)
     nothing = activity(images[:0], index[:0])
-    assert nothing.shape == sextiles(nothing, index[:0]).shape == (0, 4, 4)
+    assert nothing.shape == of_their_own(nothing, index[:0]).shape == (0, 4, 4)
 
 
 def unknown(known, pixels):
@@ -99,7 +103,7 @@ def test_sextiles_are_equal_sixths_of_the_unknown_pixels_in_the_order_of_activit
     active = np.random.default_rng(seed).permutation(count * size**2) / 100.0
     active = active.reshape(count, size, size)
     mask = unknown(index, size**2)
-    found = sextiles(active, index).reshape(count, -1)[mask]
+    found = of_their_own(active, index).reshape(count, -1)[mask]
     sizes = np.bincount(found, minlength=6)
     assert len(sizes) == 6 and sizes.max() - sizes.min() <= 1
     assert np.array_equal(np.sort(found), found[np.argsort(active.reshape(count, -1)[mask])])
@@ -107,14 +111,23 @@ def test_sextiles_are_equal_sixths_of_the_unknown_pixels_in_the_order_of_activit
 
 def test_pixels_as_active_as_one_another_share_the_calmest_sextile_that_is_theirs():
     _, index = pictures(2, 6, 6, 7, 0)
-    assert not sextiles(np.full((2, 6, 6), 0.3), index).any()
+    assert not of_their_own(np.full((2, 6, 6), 0.3), index).any()
     mask = unknown(index, 36)
     active = np.zeros((2, 36))
     active[mask] = np.arange(mask.sum()) > 0.4 * mask.sum()  # two fifths are equally calm
-    found = sextiles(active.reshape(2, 6, 6), index).reshape(2, -1)[mask]
+    found = of_their_own(active.reshape(2, 6, 6), index).reshape(2, -1)[mask]
     assert set(found[active[mask] == 0]) == {0} and set(found[active[mask] == 1]) == {2}
 
 
 def test_where_all_is_known_no_pixel_is_told_from_another():
     images, index = pictures(2, 4, 4, 16, 0)
-    assert not sextiles(activity(images, index), index).any()
+    assert not of_their_own(activity(images, index), index).any()
+
+
+def test_the_sextiles_of_some_images_are_those_that_they_have_among_all():
+    images, index = pictures(6, 8, 8, 12, seed=5)
+    active = activity(images, index)
+    edges = sextile_edges(active, index)
+    assert len(edges) == 5 and (np.diff(edges) > 0).all()
+    for i in range(6):
+        assert np.array_equal(sextiles(active[i : i + 1], edges)[0], of_their_own(active, index)[i])

@@ -19,7 +19,7 @@ from mambaflow.data.sources import open_source
 from mambaflow.data.staging import StageConfig, in_process, stage
 from mambaflow.evaluation import complete as complete_module
 from mambaflow.evaluation import final_report as report_module
-from mambaflow.evaluation.activity import activity, sextiles
+from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
 from mambaflow.evaluation.complete import EvalSet, complete, fill, score
 from mambaflow.evaluation.final_report import MEAN, QUICK_FILLS, SAMPLE, final_report, validate
 from mambaflow.evaluation.metrics import PERFECT_DB, VALIDATED, Scores
@@ -110,7 +110,8 @@ def test_any_number_of_workers_score_bitwise_as_one(model, eval_set, monkeypatch
 
 def test_sextiles_are_of_the_set_that_was_read_and_a_part_keeps_its_edges(data, eval_set):
     images, known = eval_set.images.numpy(), eval_set.known.numpy()
-    expected = torch.from_numpy(sextiles(activity(images, known), known))
+    active = activity(images, known)
+    expected = torch.from_numpy(sextiles(active, sextile_edges(active, known)))
     assert torch.equal(eval_set.sextile, expected)
     sizes = eval_set.sextile[~eval_set.is_known].bincount(minlength=6)
     assert sizes.min() > 0.9 * sizes.float().mean()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from mambaflow.evaluation.activity import activity, sextiles
+from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
 from mambaflow.evaluation.metrics import (
     COLUMNS,
     SAMPLED,
@@ -195,7 +195,7 @@ class Process:
         self.known = torch.zeros(count, size * size, dtype=torch.bool)
         self.known.scatter_(1, torch.tensor(index), True)
         self.known = self.known.view(count, size, size)
-        self.sextile = torch.tensor(sextiles(active, index))
+        self.sextile = torch.tensor(sextiles(active, sextile_edges(active, index)))
 
     def draw(self, seed, blur=0.8):
         noise, _ = fields(seed, blur, *self.known.shape[:2])

@@ -47,7 +47,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "modulation": ("add", ""), "residual": (False, ""), "windows": (False, ""),
     "local_linear": (False, ""),
     "start": ("plain", ""), "coordinates": ("corner", ""), "rgb_low": (0.0, ""),
-    "epochs": (7, ""), "batch_size": (32, ""), "lr": (3e-4, ""), "warmup_steps": (9, ""),
+    "epochs": (7, ""), "max_steps": (40, ""), "batch_size": (32, ""), "lr": (3e-4, ""), "warmup_steps": (9, ""),
     "weight_decay": (0.1, ""), "grad_clip": (0.5, ""), "ema_decay": (0.9, ""),
     "share_at_zero": (0.3, ""), "time_law": ("logit_normal", ""), "weighting": ("velocity", ""),
     "masks": ("fresh", ""), "min_queries": (100, "--max-queries 300"), "max_queries": (300, ""),
@@ -215,6 +215,7 @@ BAD_FLAGS = {
     "an amplitude that nothing trains": (
         "--share-at-zero=0", "share_at_zero (=0.0) must be above 0 with start='process'"),
     "negative rate": ("--lr=-1", "lr (=-1.0) must be positive; use"),
+    "steps below none": ("--max-steps=-1", "max_steps (=-1) must not be negative; use 0 or more"),
     "no epochs": ("--epochs=0", "epochs (=0) must be positive; use 1 or more"),
     "a share above one": ("--ema-decay=1.5", "ema_decay (=1.5) must be in [0, 1]; use a share"),
     "negative seed": ("--seed=-1", "seed (=-1) must be in [0, 2^32); use 0"),
@@ -349,6 +350,10 @@ BAD_DATA: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "resume of a run that is already longer": (
         None, "--run-name=done --resume --epochs=2",
         "epochs (=2) end at step 10, and run_name (='done') is already at step 20; use --epochs 4"),
+    "resume of a run that has gone beyond": (
+        None, "--run-name=done --resume --max-steps=7",
+        "max_steps (=7) end at step 7, and run_name (='done') is already at step 20; use "
+        "--max-steps 20"),
     "resume of another version's run": (
         lambda p: (p.storage / "done/config.json").write_text('{"model": {"warp": 1}}'),
         "--run-name=done --resume",

@@ -284,6 +284,15 @@ def test_a_finished_run_with_more_epochs_goes_on_and_says_that_its_rate_changes(
         open_run(replace(config, resume=True, train=replace(config.train, epochs=5)))
 
 
+def test_a_run_ends_at_its_last_step_with_a_learning_rate_of_nothing(data, tmp_path):
+    config = small.run_config(data, tmp_path, "cut")
+    config = replace(config, train=replace(config.train, max_steps=7, log_every=1))
+    assert total_steps(config, rows=80) == 7 and config.train.epochs * 80 > 7
+    assert start(config) == Outcome("finished", 7)
+    rates = {line["step"]: line["train/lr"] for line in lines(config) if "train/lr" in line}
+    assert max(rates) == 7 and rates[7] < 0.1 * max(rates.values())
+
+
 def test_a_resume_as_another_run_is_refused_with_each_difference_named(straight, data, tmp_path):
     before = (folder(straight) / "config.json").read_bytes()
     other = replace(

@@ -1,0 +1,199 @@
+"""Rows of an evaluation, and where they are kept.
+
+    manifest.json                   what every row depends on besides its key; written once
+    requests/HASH.json              what was asked for, one file for each set of flags
+    rows/CELL/GROUP-HASH.parquet    rows of some images by one way of answering
+
+A file of rows appears whole and is never changed: its name says which rows it holds, so that two
+actors that make the same ones write the same file. Reading drops rows that are there twice.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mambaflow.checks import require
+from mambaflow.evaluation.cells import CELL_FIELDS, Cell, Key, Unit
+from mambaflow.storage import Storage
+
+MANIFEST = "manifest.json"
+THREADS = 16
+# Of one image, each a column. What an enlarged answer has is told in evaluation.super_resolution;
+# its psnr, ssim and lpips are against a real image of its size, where there is one.
+COMPLETED = ("psnr", "psnr_unknown", "ssim", "lpips", "mse", "mae")
+ENLARGED = (
+    "psnr_reduced", "psnr_self", "psnr_bicubic", "rival_psnr_reduced", "rival_psnr_self",
+    "rival_psnr_bicubic", "rival_psnr", "rival_ssim", "rival_lpips",
+)  # fmt: skip
+NUMBERS = (*COMPLETED, *ENLARGED)
+# Of several images by adding them up, number by number: see evaluation.metrics.
+SUMS = ("scores", "fine", "reliability")
+KEY = (*CELL_FIELDS, "image", "sample")
+_TEXT = ("checkpoint", "sampler", "settings", "error")
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string() if name in _TEXT else pa.int64()) for name in KEY),
+        *((name, pa.float64()) for name in NUMBERS),
+        *((name, pa.list_(pa.float64())) for name in SUMS),
+        ("seconds", pa.float64()),
+        ("error", pa.string()),  # empty where there is none, never null
+        ("picture", pa.binary()),  # a PNG, or null
+        ("deviation", pa.list_(pa.float32())),  # of each pixel, of the samples of an image
+    ]
+)
+Row = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+class ResultsError(ValueError):
+    """Results that do not go with what is asked now; the message names what differs."""
+
+
+def row(key: Key, error: str = "", **values: Any) -> Row:
+    """A row with all of its columns; what is not given is null."""
+    found: Row = dict.fromkeys(SCHEMA.names)
+    return found | dict(zip(KEY, key.flat, strict=True)) | {"error": error} | values
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """The key of a row."""
+    return Key(Cell(*(row[name] for name in CELL_FIELDS)), row["image"], row["sample"])
+
+
+class Results:
+    """The rows of an evaluation in a storage, local or s3://."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def claim(self, fingerprint: Mapping[str, Any]) -> None:
+        """Make the place these results' own, or find that it holds the same.
+
+        What a fingerprint adds by name to what is there (a checkpoint, a number of known pixels)
+        is no other fingerprint: it is written down beside it.
+
+        Raises:
+            ResultsError: rows there depend on something else; nothing was written.
+        """
+        ours = json.loads(json.dumps(fingerprint))  # as it will be read: lists, and text for keys
+        if self.storage.create(MANIFEST, _json(ours)):
+            return
+        theirs = self.manifest()
+        changed = list(_contradictions(theirs, ours))
+        if changed:
+            raise ResultsError(
+                f"out (={self.storage.uri}) holds results of something else "
+                f"({'; '.join(changed)}); use another --out"
+            )
+        merged = _merged(theirs, ours)
+        if merged != theirs:
+            self.storage.write(MANIFEST, _json(merged))
+
+    def manifest(self) -> dict[str, Any]:
+        """What `claim` has written.
+
+        Raises:
+            ResultsError: there is nothing, or it cannot be read.
+        """
+        where = f"{self.storage.uri}/{MANIFEST}"
+        try:
+            found: dict[str, Any] = json.loads(self.storage.read(MANIFEST))
+        except FileNotFoundError as error:
+            raise ResultsError(
+                f"{where} is not there: no evaluation was started here; run jobs/evaluate.py "
+                "--out with this address"
+            ) from error
+        except ValueError as error:
+            raise ResultsError(f"{where} is damaged: {error}; use another --out") from error
+        return found
+
+    def ask(self, request: Mapping[str, Any]) -> None:
+        """Write down what is asked for, for who looks from elsewhere (see `requests`)."""
+        # By its contents: the same flags again are the same request.
+        self.storage.write(f"requests/{_hash(request)}.json", _json(request))
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Everything that was asked for."""
+        return [json.loads(self.storage.read(key)) for key in self.storage.list("requests/")]
+
+    def write(self, unit: Unit, rows: Sequence[Row]) -> None:
+        """Keep the rows that a unit came to."""
+        failed = sum(bool(row["error"]) for row in rows)
+        keys = [str(key_of(row).flat) for row in rows]
+        # Rows that failed are another file than those that did not: a later try adds to it.
+        name = f"{unit.group:06d}-{_hash([keys, failed])}.parquet"
+        table = pa.Table.from_pylist(list(rows), SCHEMA)
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.storage.write(f"rows/{_hash(asdict(unit.cell))}/{name}", sink.getvalue())
+
+    def read(self, columns: Iterable[str] | None = None) -> pa.Table:
+        """All rows, each key once: of a key's rows one without an error, if there is one.
+
+        Args:
+            columns: those wanted besides the key and `error`; all by default.
+        """
+        wanted = None if columns is None else [*KEY, "error", *columns]
+        keys = self.storage.list("rows/")
+        with ThreadPoolExecutor(THREADS) as pool:
+            tables = [t for t in pool.map(lambda key: self._part(key, wanted), keys) if t]
+        schema = SCHEMA if wanted is None else pa.schema([SCHEMA.field(n) for n in wanted])
+        return _each_once(pa.concat_tables(tables) if tables else schema.empty_table())
+
+    def _part(self, key: str, columns: list[str] | None) -> pa.Table | None:
+        data = self.storage.read(key)
+        try:
+            return pq.read_table(io.BytesIO(data), columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            # Its rows are as good as missing, and are made again; the new file has its name.
+            log.warning("%s/%s is damaged: %s; its rows count as missing", self.storage.uri, key, error)
+            return None
+
+
+def _each_once(table: pa.Table) -> pa.Table:
+    columns = [table[name].to_pylist() for name in KEY]
+    failed = [bool(error) for error in table["error"].to_pylist()]
+    best: dict[tuple[object, ...], int] = {}
+    for place, key in enumerate(zip(*columns, strict=True)):
+        if key not in best or (failed[best[key]] and not failed[place]):
+            best[key] = place
+    # Sorted by key: the same rows make the same report, in whatever order they were made.
+    return table.take(pa.array([best[key] for key in sorted(best)], pa.int64()))
+
+
+def _contradictions(theirs: Any, ours: Any, name: str = "") -> Iterable[str]:
+    """Where two fingerprints say different things of the same."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in theirs.keys() & ours.keys():
+            yield from _contradictions(theirs[key], ours[key], f"{name}.{key}".strip("."))
+    elif theirs != ours:
+        yield f"{name}: {theirs} -> {ours}"
+
+
+def _merged(theirs: Any, ours: Any) -> Any:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return {**ours, **{k: _merged(v, ours.get(k, v)) for k, v in theirs.items()}}
+    return theirs
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_results(storage: Storage) -> Results:
+    """The results at an address where there are some."""
+    results = Results(storage)
+    require(bool(results.manifest()), f"{storage.uri} holds no results; run jobs/evaluate.py")
+    return results
