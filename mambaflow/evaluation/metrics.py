@@ -107,7 +107,7 @@ class Moments(Sums):
         return math.sqrt(self.variance / self.count) if self.count else math.nan
 
 
-def _require_same_shape(**images: Tensor) -> None:
+def require_same_shape(**images: Tensor) -> None:
     """Refuse images that would be broadcast against one another."""
     # Without channels, which a mask does not have.
     shapes = {name: tuple(image.shape[:3]) for name, image in images.items()}
@@ -116,7 +116,7 @@ def _require_same_shape(**images: Tensor) -> None:
         raise ValueError(f"{told} must agree in images, height and width; score like with like")
 
 
-def _require_in_range(**images: Tensor) -> None:
+def require_in_range(**images: Tensor) -> None:
     for name, image in images.items():
         # No images are in range: min() would raise.
         low, high = (image.min().item(), image.max().item()) if image.numel() else (0.0, 1.0)
@@ -139,7 +139,7 @@ def psnr(prediction: Images, truth: Images, where: Mask | None = None) -> Float[
     """
     if where is None:
         where = torch.ones(truth.shape[:3], dtype=torch.bool, device=truth.device)
-    _require_same_shape(prediction=prediction, truth=truth, where=where)
+    require_same_shape(prediction=prediction, truth=truth, where=where)
     count = where.sum((1, 2))
     if not count.all():
         raise ValueError("where (=no pixel in some image) must leave a pixel to score in each")
@@ -157,7 +157,7 @@ def ssim(prediction: Images, truth: Images) -> Float[Tensor, " b"]:
     Raises:
         ValueError: shapes that differ; images smaller than a window.
     """
-    _require_same_shape(prediction=prediction, truth=truth)
+    require_same_shape(prediction=prediction, truth=truth)
     if min(truth.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
             f"image size (={tuple(truth.shape[1:3])}) must be at least {SSIM_WINDOW} a side "
@@ -187,7 +187,7 @@ class Quality(Sums):
     def add(self, prediction: Images, truth: Images, known: Mask) -> "Quality":
         """With these images counted in; `known` is True where the colour was given."""
         # The model's own colours are in [-1, 1], and would be scored without a word.
-        _require_in_range(prediction=prediction, truth=truth)
+        require_in_range(prediction=prediction, truth=truth)
         if not len(truth):
             return self
         return Quality(
@@ -235,8 +235,8 @@ class Speckle(Sums):
 
     def add(self, prediction: Images, truth: Images) -> "Speckle":
         """With these images counted in; an image below 3 x 3 has no value off its border."""
-        _require_same_shape(prediction=prediction, truth=truth)
-        _require_in_range(prediction=prediction, truth=truth)
+        require_same_shape(prediction=prediction, truth=truth)
+        require_in_range(prediction=prediction, truth=truth)
         if not len(truth) or min(truth.shape[1:3]) < 3:
             return self
         around, around_truth = _neighbourhoods(prediction), _neighbourhoods(truth)
@@ -279,8 +279,8 @@ class FairSpeckle(Sums):
         self, prediction: Images, truth: Images, known: Mask, sextile: Sextile
     ) -> "FairSpeckle":
         """With these images counted in; an image below 3 x 3 has no value off its border."""
-        _require_same_shape(prediction=prediction, truth=truth, known=known, sextile=sextile)
-        _require_in_range(prediction=prediction, truth=truth)
+        require_same_shape(prediction=prediction, truth=truth, known=known, sextile=sextile)
+        require_in_range(prediction=prediction, truth=truth)
         if not len(truth) or min(truth.shape[1:3]) < 3:
             return self
         calm = (~known & (sextile == 0))[:, 1:-1, 1:-1]  # (b, h - 2, w - 2)
@@ -345,7 +345,7 @@ def _residuals(
     Raises:
         ValueError: shapes that differ; an unknown pixel that is no number.
     """
-    _require_same_shape(sample=sample, mean=mean, truth=truth, known=known)
+    require_same_shape(sample=sample, mean=mean, truth=truth, known=known)
     centre = mean.double()
     drawn, real = sample.double() - centre, truth.double() - centre
     # One that is no number would spoil the sums over all images. Known pixels are copies, and
@@ -425,7 +425,7 @@ class SextileSpread(Sums):
         self, sample: Images, mean: Images, truth: Images, known: Mask, sextile: Sextile
     ) -> "SextileSpread":
         """With these images counted in, as by Calibration."""
-        _require_same_shape(truth=truth, sextile=sextile)
+        require_same_shape(truth=truth, sextile=sextile)
         drawn, real = _residuals(sample, mean, truth, known)
         found = []
         for number, key in enumerate(SEXTILE_SPREADS):
