@@ -24,15 +24,16 @@ from dataclasses import replace
 from types import FrameType
 
 import tyro
+from mambaflow.evaluation.evaluation_report import write_report
 from tqdm import tqdm
 
 from mambaflow.data.shards import MANIFEST
 from mambaflow.data.sources import EMBEDDED, open_source
-from mambaflow.data.staging import StageConfig, in_process as stage_here, stage, stage_once
+from mambaflow.data.staging import StageConfig, stage, stage_once
+from mambaflow.data.staging import in_process as stage_here
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.evaluation.cells import EvaluateConfig
 from mambaflow.evaluation.evaluate import Progress, Run, evaluate, in_process, status
-from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
 from mambaflow.storage import at
@@ -51,7 +52,11 @@ def staged(config: EvaluateConfig) -> str:
     # Beside the results, whose masks they are; of the training images no more than one is wanted.
     out = at(config.out).child("data").uri
     source = open_source(config.data)
-    log.info("staged %s: %s", out, stage(StageConfig(source=config.data, out=out, limit=1), source, stage_here(source)))
+    log.info(
+        "staged %s: %s",
+        out,
+        stage(StageConfig(source=config.data, out=out, limit=1), source, stage_here(source)),
+    )
     return out
 
 

@@ -135,14 +135,25 @@ def without_shape_checks(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+def _real(folder: str, file: str) -> Path:
+    """A folder of real data, which holds a file; the test is skipped, loudly, where it does not."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    found = Path(os.environ.get("MAMBAFLOW_REAL_DATA", beside)) / folder
+    if not (found / file).is_file():
+        pytest.skip(
+            f"NO REAL DATA: {found}/{file} is not there; set MAMBAFLOW_REAL_DATA to the folder "
+            f"that holds {folder}/{file}"
+        )
+    return found
+
+
 @pytest.fixture(scope="session")
 def real_cifar() -> Path:
     """A folder with real CIFAR-10: train.parquet, test.parquet, train_jpeg50k.parquet."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("MAMBAFLOW_REAL_DATA", beside)) / "cifar10"
-    if not (folder / "train.parquet").is_file():
-        pytest.skip(
-            f"NO REAL DATA: {folder}/train.parquet is not there; set MAMBAFLOW_REAL_DATA to the "
-            "folder that holds cifar10/train.parquet and cifar10/test.parquet"
-        )
-    return folder
+    return _real("cifar10", "train.parquet")
+
+
+@pytest.fixture(scope="session")
+def real_lpips() -> Path:
+    """A folder with AlexNet's alexnet_features.pth, and ex_ref.png, ex_p0.png, ex_p1.png."""
+    return _real("lpips", "alexnet_features.pth")

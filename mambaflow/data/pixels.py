@@ -1,5 +1,8 @@
 """An image and its sparse pixels: which are known, where they are, in which order they are read."""
 
+import math
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -74,6 +77,25 @@ def coordinates(index: Int[Tensor, "*m"], size: int) -> Float[Tensor, "*m 2"]:
 def grid(size: int) -> Float[Tensor, "pixels 2"]:
     """The pixel centres of an image, row by row."""
     return coordinates(torch.arange(size * size), size)
+
+
+def reduced(image: UInt8[np.ndarray, "height width 3"], reduce: int) -> UInt8[np.ndarray, "h w 3"]:
+    """An image made smaller by area: the mean of each reduce x reduce block, halves rounded up.
+
+    Raises:
+        ValueError: `reduce` does not divide height and width.
+    """
+    height, width, _ = image.shape
+    common = math.gcd(height, width)
+    if reduce < 1 or common % reduce:
+        raise ValueError(
+            f"reduce (={reduce}) must divide height (={height}) and width (={width}); use a "
+            f"divisor of {common}"
+        )
+    blocks = image.reshape(height // reduce, reduce, width // reduce, reduce, 3)
+    # In whole numbers: floor(sum / area + 1/2), the same bytes on every machine.
+    area, sums = reduce * reduce, blocks.sum((1, 3), dtype=np.int64)
+    return ((2 * sums + area) // (2 * area)).astype(np.uint8)
 
 
 def to_rgb(colours: UInt8[Tensor, "*m"]) -> Float[Tensor, "*m"]:

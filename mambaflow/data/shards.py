@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,12 +46,24 @@ class ShardSpec:
     mask_seed: int
     full_images: bool
     rows_per_shard: int
+    reduce: int = 1
+    """How many times smaller, by area, the images are than those of the source."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields by name, as whatever is written holds them."""
+        named = asdict(self)
+        # Younger than the format: a spec without it is of images as their source has them, whose
+        # hashes and bytes stay what they were.
+        if self.reduce == 1:
+            del named["reduce"]
+        return named
 
     @property
     def hash(self) -> str:
         """Equal specs, equal hash."""
         # By name and sorted: the order of the fields here may change, the hash may not.
-        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        text = json.dumps({"format": FORMAT, **self.fields}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -148,7 +161,7 @@ def to_bytes(rows: Rows, spec: ShardSpec) -> bytes:
             flat = pa.array(np.ascontiguousarray(values).ravel())
             columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     # In the file itself, so that a shard without its manifest still says what it is.
-    about = json.dumps({"format": FORMAT, "hash": spec.hash, **asdict(spec)}, sort_keys=True)
+    about = json.dumps({"format": FORMAT, "hash": spec.hash, **spec.fields}, sort_keys=True)
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: about.encode()})
     sink = io.BytesIO()
     # Parquet knows no integers below 32 bits: split into byte streams, the empty ones vanish.
@@ -256,7 +269,7 @@ def write_manifest(split: Storage, manifest: Manifest) -> None:
         "format": FORMAT,
         "hash": manifest.spec.hash,
         "rows": manifest.rows,
-        "recipe": asdict(manifest.spec),  # as format 1 calls it
+        "recipe": manifest.spec.fields,  # as format 1 calls it
         "shards": [asdict(shard) for shard in manifest.shards],
     }
     # One write, which appears whole: from here on the split is there.

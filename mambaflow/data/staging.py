@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mambaflow.checks import require
+from mambaflow.data.pixels import reduced
 from mambaflow.data.shards import (
     MANIFEST,
     Manifest,
@@ -51,7 +52,10 @@ class StageConfig:
     out: str = "data/sample"
     """Where to: a folder or s3://bucket/prefix."""
     size: int = 32
-    """Side of the images in pixels; an image of another shape is refused by name."""
+    """Side of the images in pixels, once reduced; an image of another shape is refused by name."""
+    reduce: int = 1
+    """Reduce every image by area first, this many times on a side: 2 makes 16 x 16 of 32 x 32. Ids
+    stay those of the images as the source has them."""
     known_ratio: float = 0.2
     """Share of the pixels that are known."""
     target_ratio: float = 0.2
@@ -94,7 +98,7 @@ class StageConfig:
             0 <= self.mask_seed < 2**32,
             f"mask_seed (={self.mask_seed}) must be in [0, 2^32); use 42",
         )
-        for name in ("rows_per_shard", "validation"):
+        for name in ("rows_per_shard", "validation", "reduce"):
             value = getattr(self, name)
             require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
         require(self.limit >= 0, f"limit (={self.limit}) must not be negative; use 0 for all")
@@ -137,7 +141,7 @@ class SplitPlan:
         # The images themselves stand for the source's address, which may change. How corrupt images
         # are met is left out: no byte of a shard hangs on it.
         about = {"images": self.images, "count": len(self.places), "places": places}
-        return asdict(self.spec) | about
+        return self.spec.fields | about
 
     def tasks(self) -> Iterator["ShardTask"]:
         """Its shards."""
@@ -201,6 +205,7 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
             # Held-out images are scored whole.
             full_images=config.full_images or split != "train",
             rows_per_shard=config.rows_per_shard,
+            reduce=config.reduce,
         )
         # The first of the training images; the held-out splits stay as they are.
         if split == "train" and config.limit:
@@ -222,7 +227,7 @@ def stake_claim(out: str, parts: list[SplitPlan]) -> None:
     for part in parts:
         try:
             # A published split without its claim, which somebody deleted, is in the way too.
-            theirs = asdict(read_manifest(part.storage).spec)
+            theirs = read_manifest(part.storage).spec.fields
         except ShardError as error:
             log.debug("no manifest that could be in the way: %s", error)
         else:
@@ -237,6 +242,8 @@ def stake_claim(out: str, parts: list[SplitPlan]) -> None:
 
 
 def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    # Who says nothing of a reduction has reduced nothing.
+    theirs, ours = {"reduce": 1} | theirs, {"reduce": 1} | ours
     # Over their fields: a manifest has fewer than a claim.
     changes = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if v != ours.get(k)]
     require(
@@ -257,8 +264,8 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     """Make one shard, or find it made; the whole of a worker's job.
 
     Raises:
-        SourceError: a corrupt image, with on_corrupt="stop"; one of another size; a label beyond
-            an int8.
+        SourceError: a corrupt image, with on_corrupt="stop"; one of another size, or that cannot
+            be reduced; a label beyond an int8.
         ValueError: a shard of another staging is in the way.
     """
     # It is found made where a staging goes on, and where Ray repeats a task whose worker died.
@@ -311,7 +318,7 @@ def _read(source: Source, task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.n
             corrupt.append(item.fault)
             _stop_at(corrupt, task.on_corrupt)
         else:
-            kept.append(_checked(item, task.spec.size))
+            kept.append(_checked(item, task.spec))
             labels.append(item.label)
             ids.append(item.id)
     # A shard of corrupt images alone is a shard without rows; np.stack takes no empty list.
@@ -325,22 +332,31 @@ def _stop_at(corrupt: list[str], on_corrupt: str) -> None:
         raise SourceError(f"corrupt image {corrupt[0]}; mend it, or use --on-corrupt count")
 
 
-def _checked(item: Item, size: int) -> Pixels:
-    """The pixels of an image that fits the shards."""
-    # Callers looked: one without pixels was counted as corrupt.
-    assert item.pixels is not None
-    height, width, _ = item.pixels.shape
+def _checked(item: Item, spec: ShardSpec) -> Pixels:
+    """The pixels, reduced as the spec says, of an image that fits the shards."""
+    pixels, size = _reduced(item, spec.reduce), spec.size
+    height, width, _ = pixels.shape
     if (height, width) != (size, size):
         cure = f"it, or use --size {width} for all" if width == height else "all to that square"
+        again = f", reduced {spec.reduce} times," if spec.reduce > 1 else ""
         raise SourceError(
-            f"image {item.where} is {width} x {height} pixels, and size (={size}) says "
+            f"image {item.where}{again} is {width} x {height} pixels, and size (={size}) says "
             f"{size} x {size}; crop or reduce {cure}"
         )
     if item.label not in LABELS:
         raise SourceError(
             f"image {item.where} has label {item.label}; labels must be in [-1, 127], an int8"
         )
-    return item.pixels
+    return pixels
+
+
+def _reduced(item: Item, reduce: int) -> Pixels:
+    # Callers looked: one without pixels was counted as corrupt.
+    assert item.pixels is not None
+    try:
+        return reduced(item.pixels, reduce)
+    except ValueError as error:
+        raise SourceError(f"image {item.where}: {error}") from error
 
 
 Run = Callable[[list[ShardTask]], Iterable[ShardResult]]
@@ -375,7 +391,7 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
     parts = plan(config, source)
     for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
         if item.pixels is not None:
-            _checked(item, config.size)
+            _checked(item, parts[0].spec)
     stake_claim(config.out, parts)
     done: dict[str, list[ShardResult]] = {part.spec.split: [] for part in parts}
     # Shards come in any order. Their notes, not this list, are what a staging goes on from.

@@ -201,9 +201,7 @@ def _fills(config: EvaluateConfig, spec: ShardSpec) -> Iterator[Cell]:
         yield Cell(NO_CHECKPOINT, fill, "", 0, spec.size, known, 0)
 
 
-def _of_sampler(
-    config: EvaluateConfig, name: str, sampler: str, spec: ShardSpec
-) -> Iterator[Cell]:
+def _of_sampler(config: EvaluateConfig, name: str, sampler: str, spec: ShardSpec) -> Iterator[Cell]:
     for nfe, *point in _points(config, spec):
         calls = _calls(sampler, nfe)
         if calls:  # a sampler that takes two calls a step has no answer of one

@@ -93,9 +93,11 @@ class EvalSet:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> "EvalSet":
-        held = (self.images, self.known, self.ids, self.sextile)
         asked = None if self.asked is None else self.asked[rows]
-        return EvalSet(self.layout, *(of_each[rows] for of_each in held), asked)
+        return EvalSet(
+            self.layout, self.images[rows], self.known[rows], self.ids[rows], self.sextile[rows],
+            asked,
+        )  # fmt: skip
 
     def asking(self, count: int) -> "EvalSet":
         """The same, with `count` of the unknown pixels asked: another choice for each image, which

@@ -46,10 +46,8 @@ def enlarge(
         f"sizes (={list(sizes)}) must be one or more, each in [1, {LARGEST}]; use [32, 64, 128]",
     )
     finest = max(sizes)
-    return {
-        size: paint(model, eval_set, size, finest, solver, steps, grid=grid, **settings).clamp(0, 1)
-        for size in sizes
-    }
+    at = partial(paint, grid=grid, **settings)
+    return {size: at(model, eval_set, size, finest, solver, steps).clamp(0, 1) for size in sizes}
 
 
 def paint(

@@ -10,7 +10,7 @@ import torch
 
 from mambaflow.evaluation.answers import Answerer, Job
 from mambaflow.evaluation.cells import Cell, Key, Unit
-from mambaflow.evaluation.plan import Plan, request
+from mambaflow.evaluation.plan import Plan, keys_of, request
 from mambaflow.evaluation.rows import Results, key_of
 from mambaflow.storage import at
 
@@ -132,8 +132,6 @@ class Status:
     asked: int
     done: int
     failed: int
-    doubled: int = 0
-    """Rows that were read twice and dropped once."""
 
     @property
     def whole(self) -> bool:
@@ -159,3 +157,10 @@ def status(results: Results, keys: Iterable[Key] | None = None) -> Status:
     wanted = set(_asked(results) if keys is None else keys)
     failed = sum(bool(errors[key]) for key in wanted if key in errors)
     return Status(len(wanted), sum(key in errors for key in wanted) - failed, failed)
+
+
+def _asked(results: Results) -> Iterator[Key]:
+    size = int(results.manifest()["data"]["size"])
+    for wanted in results.requests():
+        for values in wanted["cells"]:
+            yield from keys_of(Cell(**values), wanted["images"], wanted["samples"], size)

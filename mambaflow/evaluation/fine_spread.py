@@ -10,9 +10,7 @@ from torch import Tensor
 from mambaflow.evaluation.metrics import Moments, Sums
 
 
-def far(
-    xy: Float[Tensor, "n 2"], known_xy: Float[Tensor, "k 2"], size: int
-) -> Bool[Tensor, " n"]:
+def far(xy: Float[Tensor, "n 2"], known_xy: Float[Tensor, "k 2"], size: int) -> Bool[Tensor, " n"]:
     """Which places are a pixel of an image of `size` or more from every known one."""
     # A hair less than a pixel: neighbours in a row are exactly one apart, but for rounding.
     return torch.cdist(xy[None], known_xy[None])[0].amin(-1) >= 0.99 / size

@@ -535,11 +535,11 @@ class Completion:
     def image(self, i: int) -> "Completion":
         """One of the images, by itself, with its share of the seconds."""
         one = slice(i, i + 1)
-        parts = {
+        parts: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[one]
             for name in ("prediction", "truth", "known", "mean", "sextile", "unclipped")
         }
-        return replace(self, **parts, calls=self.calls, seconds=self.seconds / len(self.truth))
+        return replace(self, **parts, seconds=self.seconds / len(self.truth))
 
     @property
     def answer(self) -> Images:

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import mambaflow
 from mambaflow.checks import require
@@ -28,7 +31,6 @@ from mambaflow.evaluation.cells import (
     Unit,
     cells,
     group_size,
-    known_counts,
     order,
 )
 from mambaflow.evaluation.complete import EvalSet
@@ -63,24 +65,13 @@ class Plan:
 
     def keys_of(self, cell: Cell) -> Iterator[Key]:
         """Of a cell's rows."""
-        for image in self.images:
-            yield from (Key(cell, image, sample) for sample in self._samples(cell))
-
-    def _samples(self, cell: Cell) -> list[int]:
-        if not cell.is_sample or self.samples == 1:
-            return [0]
-        # What they come to together is of the size that the truth has.
-        plain = cell.resolution == self.size and not cell.asked
-        return [*range(self.samples), *([-self.samples] if plain else [])]
-
-    @property
-    def size(self) -> int:
-        """Pixels on a side of the data."""
-        return int(self.job.fingerprint["data"]["size"])
+        size = int(self.job.fingerprint["data"]["size"])
+        return keys_of(cell, self.images, self.samples, size)
 
     def units(self, done: Iterable[Key]) -> list[Unit]:
         """What is left to do, first all cells of the first images, then of the next."""
-        have, found = set(done), []
+        have: set[Key] = set(done)
+        found: list[Unit] = []
         for cell in self.cells:
             wanted: dict[int, list[Key]] = defaultdict(list)
             for key in self.keys_of(cell):
@@ -90,12 +81,23 @@ class Plan:
                 found += _units(cell, group, keys)
         # By the place of the first image: samplers of one group follow one another, and have its
         # mean in common; and all kinds of work are timed soon.
-        return sorted(found, key=lambda unit: (unit.group * group_size(unit.cell.resolution)))
+        return sorted(found, key=lambda unit: unit.group * group_size(unit.cell.resolution))
 
     @property
     def place(self) -> Mapping[int, int]:
         """Of each image in the order."""
         return {image: place for place, image in enumerate(self.images)}
+
+
+def keys_of(cell: Cell, images: Iterable[int], samples: int, size: int) -> Iterator[Key]:
+    """Of a cell's rows, of images whose data have `size` pixels on a side."""
+    numbers = [0]
+    if cell.is_sample and samples > 1:
+        # What samples come to together is compared with a truth of all pixels.
+        plain = cell.resolution == size and not cell.asked
+        numbers = [*range(samples), *([-samples] if plain else [])]
+    for image in images:
+        yield from (Key(cell, image, number) for number in numbers)
 
 
 def _units(cell: Cell, group: int, keys: list[Key]) -> Iterator[Unit]:
@@ -106,8 +108,8 @@ def _units(cell: Cell, group: int, keys: list[Key]) -> Iterator[Unit]:
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for image, samples in lacking.items():
         alike[tuple(samples)].append(image)
-    for samples, images in alike.items():
-        yield Unit(cell, group, tuple(images), samples)
+    for wanted, images in alike.items():
+        yield Unit(cell, group, tuple(images), wanted)
 
 
 def plan(config: EvaluateConfig) -> Plan:
@@ -143,9 +145,7 @@ def plan(config: EvaluateConfig) -> Plan:
         device="cuda" if config.use_gpu else "cpu",
     )
     fingerprint = _fingerprint(job, infos, split)
-    return Plan(
-        replace(job, fingerprint=fingerprint), asked, images, config.samples, len(split)
-    )
+    return Plan(replace(job, fingerprint=fingerprint), asked, images, config.samples, len(split))
 
 
 def named(checkpoints: Iterable[str]) -> dict[str, str]:
@@ -178,16 +178,21 @@ def _check_truth(split: ShardSet, truth: ShardSet, rows: np.ndarray) -> None:
         f"(={split.spec.size}); stage data with --reduce",
     )
     small = split.rows(rows, pixels=False)
-    large = truth.rows(rows_of(truth, small.ids), pixels=False).images
-    large = torch.from_numpy(large).view(len(rows), truth.spec.size, truth.spec.size, 3).float()
-    reduced = area_reduce(large, factor).reshape(len(rows), -1)
-    off = (reduced - torch.from_numpy(small.images).reshape(len(rows), -1)).abs().amax(1)
+    large = truth.rows(rows_of(truth, small.ids), pixels=False)
+    real, given = (_as_images(held.images, len(rows)) for held in (large, small))
+    off = (area_reduce(real, factor) - given).abs().amax((1, 2, 3))
     require(
         bool((off <= 0.51).all()),  # bytes are rounded
         f"truth (={truth.storage.uri}) does not hold the images of data (={split.storage.uri}) "
         f"before they were reduced: image {int(small.ids[off.argmax()])} differs by "
         f"{off.max():.0f} of 255; stage both from one source, data with --reduce",
     )
+
+
+def _as_images(flat: np.ndarray | None, count: int) -> Float[Tensor, "m h w 3"]:
+    assert flat is not None  # held-out shards hold whole images: `split.rows` has said so
+    size = math.isqrt(flat.size // (3 * count))
+    return torch.from_numpy(flat).view(count, size, size, 3).float()
 
 
 def _edges(split: ShardSet, known: int, rows: np.ndarray) -> tuple[float, ...]:
@@ -197,9 +202,7 @@ def _edges(split: ShardSet, known: int, rows: np.ndarray) -> tuple[float, ...]:
     return tuple(sextile_edges(active, held.known.numpy()).tolist())
 
 
-def _fingerprint(
-    job: Job, infos: Mapping[str, CheckpointInfo], split: ShardSet
-) -> dict[str, Any]:
+def _fingerprint(job: Job, infos: Mapping[str, CheckpointInfo], split: ShardSet) -> dict[str, Any]:
     """What rows depend on besides their keys."""
     measure = perceptual(job.lpips)
     shards = [shard.sha256 for shard in split.manifest.shards]
@@ -213,9 +216,7 @@ def _fingerprint(
             "shards": hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16],
         },
         # By name: another checkpoint beside those that are there is no contradiction.
-        "weights": {
-            name: info.files[info.file("ema")][:16] for name, info in infos.items()
-        },
+        "weights": {name: info.files[info.file("ema")][:16] for name, info in infos.items()},
         "sextile edges": {str(known): list(edges) for known, edges in job.edges.items()},
         "lpips": "none" if measure is None else measure.sha256[:16],
         "truth": job.truth and ShardSet(job.truth, job.split).spec.hash,
@@ -254,7 +255,6 @@ def request(plan: Plan, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "cells": [asdict(cell) for cell in plan.cells],
-        "images": len(plan.images),
+        "images": plan.images,
         "samples": plan.samples,
-        "rows": len(plan.keys),
     }

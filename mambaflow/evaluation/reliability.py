@@ -65,9 +65,7 @@ class Reliability(Sums):
         for i in range(len(EDGES) + 1):
             of_bin = number == i
             found.append(
-                _Bin(
-                    int(of_bin.sum()), variance[of_bin].sum().item(), squared[of_bin].sum().item()
-                )
+                _Bin(int(of_bin.sum()), variance[of_bin].sum().item(), squared[of_bin].sum().item())
             )
         return self + Reliability(*found)
 

@@ -154,7 +154,9 @@ class Results:
             return pq.read_table(io.BytesIO(data), columns=columns)
         except (pa.ArrowException, OSError) as error:
             # Its rows are as good as missing, and are made again; the new file has its name.
-            log.warning("%s/%s is damaged: %s; its rows count as missing", self.storage.uri, key, error)
+            log.warning(
+                "%s/%s is damaged: %s; its rows count as missing", self.storage.uri, key, error
+            )
             return None
 
 

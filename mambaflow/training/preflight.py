@@ -11,6 +11,7 @@ from mambaflow.checks import require
 from mambaflow.config import RunConfig, ScaleConfig, differences, from_json, to_json
 from mambaflow.data.batches import Batches, Layout, require_queries
 from mambaflow.data.shard_reader import ShardSet
+from mambaflow.data.shards import ShardSpec
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import StageConfig
 from mambaflow.models.weights import read_best, saved_steps
@@ -125,13 +126,19 @@ def _check_held_out(config: RunConfig, train: ShardSet, split: str, count: int) 
     spec, held_out = train.spec, ShardSet(config.data, split)
     other = held_out.spec
     require(
-        len(held_out) > 0 and (other.size, other.known) == (spec.size, spec.known),
+        len(held_out) > 0
+        and (other.size, other.known, other.reduce) == (spec.size, spec.known, spec.reduce),
         f"data (={config.data}) must hold {split} images, staged as the training ones "
-        f"({spec.known} known pixels of {spec.size} x {spec.size}), and holds "
-        f"{len(held_out)} ({other.known} of {other.size} x {other.size}); stage it again",
+        f"({spec.known} known pixels of {spec.size} x {spec.size}{_reduction(spec)}), and holds "
+        f"{len(held_out)} ({other.known} of {other.size} x {other.size}{_reduction(other)}); "
+        "stage it again",
     )
     # All that will be scored is read and verified once now.
     held_out.rows(np.arange(min(count, len(held_out))))
+
+
+def _reduction(spec: ShardSpec) -> str:
+    return f", reduced {spec.reduce} times" if spec.reduce > 1 else ""
 
 
 def _resolve_init_from(config: RunConfig) -> RunConfig:

@@ -1,5 +1,8 @@
 """Masks and orders by their properties, colours and places by arithmetic."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from mambaflow.data.pixels import (
     coordinates,
     copy_known,
     grid,
+    reduced,
     to_rgb,
     unknown,
 )
@@ -210,3 +214,28 @@ def test_known_and_unknown_pixels_are_the_image(sizes, id):
     assert rest[0].tolist() == sorted(rest[0].tolist())
     painted = copy_known(torch.zeros(1, size**2, 3), index, torch.ones(1, count, 3))
     assert (painted[0, index[0]] == 1).all() and (painted[0, rest[0]] == 0).all()
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 12])
+def test_a_reduced_image_is_the_mean_of_its_blocks_with_halves_rounded_up(factor):
+    image = np.random.default_rng(0).integers(0, 256, (12, 24, 3), np.uint8)
+    found = reduced(image, factor)
+    assert found.shape == (12 // factor, 24 // factor, 3) and found.dtype == np.uint8
+    for i, j, channel in np.ndindex(found.shape):
+        block = image[factor * i :, factor * j :, channel][:factor, :factor]
+        mean = Fraction(int(block.astype(int).sum()), factor**2)
+        assert found[i, j, channel] == math.floor(mean + Fraction(1, 2))
+
+
+def test_a_half_is_rounded_up_and_white_stays_white():
+    # To even, as numpy rounds, 2.5 would be 2.
+    image = np.repeat(np.array([[2, 3], [3, 2]], np.uint8)[..., None], 3, -1)
+    assert reduced(image, 2).tolist() == [[[3, 3, 3]]]
+    assert (reduced(np.full((256, 256, 3), 255, np.uint8), 256) == 255).all()
+
+
+@pytest.mark.parametrize("reduce", [-2, 0, 3, 8])
+def test_a_reduction_that_leaves_pixels_over_is_refused(reduce):
+    message = rf"reduce \(={reduce}\) must divide height \(=4\) and width \(=8\); .* of 4"
+    with pytest.raises(ValueError, match=message):
+        reduced(np.zeros((4, 8, 3), np.uint8), reduce)

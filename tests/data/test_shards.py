@@ -38,6 +38,7 @@ def specs(draw):
         mask_seed=draw(st.integers(0, 2**32 - 1)),
         full_images=draw(st.booleans()),
         rows_per_shard=draw(st.integers(1, 2000)),
+        reduce=draw(st.integers(1, 4)),
     )
 
 
@@ -81,6 +82,14 @@ def test_the_hash_of_a_spec_is_of_every_field(field):
     value = getattr(SPEC, field)
     other = (not value) if isinstance(value, bool) else value + type(value)(1)
     assert replace(SPEC, **{field: other}).hash != SPEC.hash
+
+
+def test_a_spec_of_images_as_they_are_has_the_hash_and_the_fields_of_before_there_was_a_reduction():
+    assert SPEC.hash == "7c1f0b2754d2d4fe"
+    about = pq.read_schema(pa.BufferReader(to_bytes(rows_of(SPEC), SPEC))).metadata[b"mambaflow"]
+    fields = ("source", "split", "size", "known", "target", "mask_seed", "full_images",
+              "rows_per_shard")  # fmt: skip
+    assert set(json.loads(about)) == {"format", "hash", *fields}
 
 
 def test_every_truncation_of_a_shard_is_refused_by_name():

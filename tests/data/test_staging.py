@@ -1,5 +1,6 @@
 """Staging: what is staged is what was there, whoever dies half-way; and the job's refusals."""
 
+import json
 import re
 import subprocess
 import sys
@@ -218,6 +219,7 @@ CHANGES = [
     ({"full_images": True}, "full_images: False -> True"),
     ({"limit": 5}, "count: 52 -> 5"),
     ({"validation": 4}, "count: 52 -> 56"),
+    ({"reduce": 2, "size": 4, "known_ratio": 0.75, "target_ratio": 0.25}, "reduce: 1 -> 2"),
 ]
 
 
@@ -299,6 +301,94 @@ def test_two_processes_staging_to_one_place_never_mix(source, tmp_path, seeds):
     for split in SPLITS:
         assert everything(tmp_path / "out", split) is not None
         assert ShardSet(str(tmp_path / "out"), split).spec.mask_seed == winner
+
+
+# Reduced images
+
+
+def reducing(source, out, **changes):
+    return config_of(source, out, reduce=2, size=SIZE // 2, **changes)
+
+
+def without_reduction(value):
+    """What staging wrote before it could reduce: its fields by name."""
+    assert "reduce" not in json.dumps(value)
+    return value
+
+
+def test_a_reduced_staging_holds_the_area_means_under_the_ids_of_the_whole_images(source, tmp_path):
+    staged(config_of(source, tmp_path / "whole", full_images=True))
+    staged(reducing(source, tmp_path / "half", full_images=True))
+    for split in SPLITS:
+        whole, half = everything(tmp_path / "whole", split), everything(tmp_path / "half", split)
+        assert half.ids.tolist() == whole.ids.tolist()
+        assert half.labels.tolist() == whole.labels.tolist()
+        blocks = whole.images.reshape(-1, SIZE // 2, 2, SIZE // 2, 2, 3).astype(int)
+        means = np.floor(blocks.mean((2, 4)) + 0.5)  # sums of 4 bytes are exact in float64
+        assert np.array_equal(half.images.reshape(means.shape), means)
+        spec = ShardSet(str(tmp_path / "half"), split).spec
+        assert (spec.size, spec.known, spec.reduce) == (4, 3, 2)
+        assert ShardSet(str(tmp_path / "whole"), split).spec.reduce == 1
+
+
+def test_a_staging_that_reduces_nothing_says_nothing_of_it(source, tmp_path):
+    """Hence its claim, and the hash in every shard, are those of before there was the field."""
+    staged(config_of(source, tmp_path / "out", reduce=1))
+    claim = without_reduction(json.loads(at(tmp_path / "out").read(CLAIM)))
+    assert set(claim["train"]) == {
+        "source", "split", "size", "known", "target", "mask_seed", "full_images",
+        "rows_per_shard", "images", "count", "places",
+    }  # fmt: skip
+    for split in SPLITS:
+        without_reduction(json.loads(at(tmp_path / "out").read(f"{split}/{MANIFEST}")))
+
+
+def test_the_claims_and_hashes_of_the_sample_are_those_of_before_there_was_a_reduction(tmp_path):
+    parts = plan(StageConfig(out=str(tmp_path)), open_source("sample"))
+    hashes = ["6dc0ca92a5d9c7ea", "a4bda9e159a12ddc", "e0e5dc719e4f8aba"]
+    assert [part.spec.hash for part in parts] == hashes
+    claimed = "2c64fc16106e8d1076b387dfa03552952319c54586054712daa1648e253e796a"
+    assert next(parts[0].tasks()).claim_hash == claimed
+
+
+def test_a_reduced_staging_goes_on_and_is_reused(source, tmp_path):
+    config = reducing(source, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        staged(config, dying(after=3))
+    assert staged(config)["reused"] == 3
+    assert staged(config)["reused"] == 8
+
+
+def test_whole_images_do_not_take_the_place_of_reduced_ones_of_the_same_size(source, tmp_path):
+    """The first image is corrupt, and so no size is told before the claim."""
+    images = [encoded(i) for i in pictures(TRAIN, SIZE)]
+    places = plan(config_of(source, tmp_path), open_source(str(source)))[0].places
+    images[places[0]] = b""
+    write_parquet(source / "train.parquet", images, np.zeros(TRAIN, int))
+    config = reducing(source, tmp_path / "out", on_corrupt="count")
+    staged(config)
+    message = r"holds another staging of train \(reduce: 2 -> 1\)"
+    with pytest.raises(ValueError, match=message):
+        staged(replace(config, reduce=1))
+    at(tmp_path / "out").delete(CLAIM)  # the manifest alone says it too
+    with pytest.raises(ValueError, match=message):
+        staged(replace(config, reduce=1))
+
+
+def test_a_size_that_is_not_that_of_the_reduced_images_is_refused(source, tmp_path):
+    message = r"reduced 2 times, is 4 x 4 pixels, and size \(=8\) says 8 x 8; .*--size 4 for all"
+    with pytest.raises(SourceError, match=message):
+        staged(config_of(source, tmp_path / "out", reduce=2))
+    assert at(tmp_path / "out").list() == []
+
+
+def test_an_image_that_cannot_be_reduced_is_refused_by_name(source, tmp_path):
+    images = [encoded(i) for i in pictures(TRAIN, SIZE)]
+    images[33] = encoded(np.zeros((8, 9, 3), np.uint8))
+    write_parquet(source / "train.parquet", images, np.zeros(TRAIN, int))
+    message = r"images, train row 33: reduce \(=2\) must divide height \(=8\) and width \(=9\)"
+    with pytest.raises(SourceError, match=message):
+        staged(reducing(source, tmp_path / "out"))
 
 
 # Images that are not as they should be
@@ -470,6 +560,9 @@ BAD = [
     ("--mask-seed -1", r"mask_seed \(=-1\) must be in \[0, 2\^32\)"),
     ("--rows-per-shard 0", r"rows_per_shard \(=0\) must be positive"),
     ("--validation 0", r"validation \(=0\) must be positive"),
+    ("--reduce 0", r"reduce \(=0\) must be positive; use 1 or more"),
+    ("--reduce 3", r"image sample, train 0: reduce \(=3\) must divide .* use a divisor of 32"),
+    ("--reduce 2", r"image sample, train 0, reduced 2 times, is 16 x 16 .* use --size 16 for all"),
     ("--validation 1000", r"validation \(=1000\) must be at most 256"),
     ("--limit -3", r"limit \(=-3\) must not be negative"),
     ("--size 48", r"image sample, train 0 is 32 x 32 pixels, and size \(=48\) says 48 x 48"),

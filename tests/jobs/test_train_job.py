@@ -28,7 +28,7 @@ from mambaflow.config import (
     from_json,
     mission,
 )
-from mambaflow.data.shards import MANIFEST
+from mambaflow.data.shards import MANIFEST, read_manifest, write_manifest
 from mambaflow.models import weights
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import at
@@ -277,6 +277,12 @@ def another_split(place: Place) -> None:
     shutil.rmtree(place.shards.parent / "other")
 
 
+def a_reduced_split(place: Place) -> None:
+    split = at(str(place.shards / "validation"))
+    found = read_manifest(split)
+    write_manifest(split, replace(found, spec=replace(found.spec, reduce=2)))
+
+
 def without_images(place: Place) -> None:
     shutil.rmtree(place.shards)
     small.staged(place.shards.parent / "other", full_images=False)
@@ -313,6 +319,8 @@ BAD_DATA: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "a shard of another spec": (another_spec, "", "train/shard-00000.parquet"),
     "splits of two stagings": (
         another_split, "", "must hold validation images, staged as the training ones (28 known"),
+    "a split of reduced images": (
+        a_reduced_split, "", "(28 known pixels of 12 x 12), and holds 8 (28 of 12 x 12, reduced 2"),
     "a manifest that contradicts itself": (
         lambda p: p.manifest(lambda about: about.update(rows=41)), "",
         "train/manifest.json contradicts itself; stage the data again"),
