@@ -4,11 +4,13 @@ What goes through Ray Data are units of work, not images: an actor reads the few
 needs, and keeps its rows itself, in files whose names follow from what they hold. So what Ray does
 twice is written twice with the same bytes, and a row that is there is never lost. Ray Data's own
 checkpoint of finished ids was left aside: it knows no fingerprint, so that rows of other weights
-would count as done; it reads all input again; its writer names files anew at each run; and its actor
-wants a gibibyte.
+would count as done; it reads all input again; its writer names files anew at each run; and its
+actor wants a gibibyte.
 """
 
+import logging
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +28,8 @@ from mambaflow.storage import at
 
 # Ray Data would wait without a word where nothing moves any more: no core for its actors, say.
 NO_PROGRESS_S = 1800
-# Times that an actor may be started anew, and that a unit may be tried again elsewhere, where the
-# first died under it.
+# Times that an actor may be started anew, and that a unit may be tried again where the first died
+# under it. Ray Data's own are without limit: a unit that takes all memory would go round for ever.
 RESTARTS, RETRIES = 3, 2
 
 
@@ -74,17 +76,23 @@ def on_ray(config: EvaluateConfig, workers: int) -> Run:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the job has a bar of its own, in rows
         context.execution_no_progress_timeout_s = NO_PROGRESS_S
+        # It tells of each start, and that bars are off.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = [{"unit": pickle.dumps(unit)} for unit in units]
         # A block for each unit: an actor is given one when it is free.
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            Worker,
-            fn_constructor_args=(pickle.dumps(job), out),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
-            max_restarts=RESTARTS,
-            max_task_retries=RETRIES,
-            **wants,
-        )
+        blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
+        with warnings.catch_warnings():
+            # The two bounds have no other way in yet.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            done = blocks.map_batches(
+                Worker,
+                fn_constructor_args=(pickle.dumps(job), out),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
+                max_restarts=RESTARTS,
+                max_task_retries=RETRIES,
+                **wants,
+            )
         for row in done.iter_rows():
             yield pickle.loads(row["done"])
 

@@ -46,8 +46,14 @@ def enlarge(
         f"sizes (={list(sizes)}) must be one or more, each in [1, {LARGEST}]; use [32, 64, 128]",
     )
     finest = max(sizes)
-    at = partial(paint, grid=grid, **settings)
-    return {size: at(model, eval_set, size, finest, solver, steps).clamp(0, 1) for size in sizes}
+
+    def at(size: int) -> Images:
+        found = paint(
+            model, eval_set, size, finest, solver, steps, grid=grid, sample=0, **settings
+        )  # fmt: skip
+        return found.clamp(0, 1)
+
+    return {size: at(size) for size in sizes}
 
 
 def paint(
