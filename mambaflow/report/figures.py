@@ -263,15 +263,15 @@ def differences(
             axes.plot([low, high], [place] * 2, color=look.colour, linewidth=2)
             axes.plot([row.gain / end], [place], look.marker, color=look.colour, markersize=9)
             axes.text(0.96, place - 0.08, _plain(end), color=GREY, fontsize=10.5, ha="right")
-            axes.text(
-                1.1, place, str(row), va="center", color=INK if look.colour == GREY else look.colour
-            )
+            colour = INK if look.colour == GREY else look.colour
+            axes.text(1.1, place, _wrapped(str(row), 28), va="center", color=colour)
         axes.set_yticks(range(len(rows)), [_wrapped(name, 26) for name in rows])
         axes.set(xlim=(-1.05, 1.05), ylim=(len(rows) - 0.5, -0.5), xticks=[])
         axes.grid(True, axis="y")
         axes.spines["bottom"].set_visible(False)
-        axes.text(-0.04, 1.02, f"← {second} better", **_over(axes, styles[second], "right"))
-        axes.text(0.04, 1.02, f"{first} better →", **_over(axes, styles[first], "left"))
+        worse, better = _wrapped(f"← {second} better", 26), _wrapped(f"{first} better →", 26)
+        axes.text(-0.04, 1.02, worse, **_over(axes, styles[second], "right"))
+        axes.text(0.04, 1.02, better, **_over(axes, styles[first], "left"))
         return _svg(figure)
 
 
@@ -388,8 +388,8 @@ def _ticks(axes: Axes, values: Iterable[Number], log: bool) -> None:
 
 def _label(axes: Axes, x: str, y: str) -> None:
     """Both labels level, as one reads: y stands over its axis."""
-    axes.set_title(y)
-    axes.set_xlabel(x)
+    axes.set_title(_wrapped(y, 60))
+    axes.set_xlabel(_wrapped(x, 60))
     axes.grid(True, axis="y")
     axes.yaxis.set_major_formatter(PLAIN)
 

@@ -13,19 +13,19 @@ class Shade(NamedTuple):
     dark: str
 
 
-# Hues after Okabe and Ito (2008), "Color universal design", darkened until each stands out from
-# white by 4 to 1 or more: what differs still differs to eyes that confuse red with green.
+# The hues of Okabe and Ito (2008), "Color universal design", at lightnesses of their own: they
+# differ to eyes that confuse red with green too, and stand out from their ground.
 SHADES: dict[str, Shade] = {
     "paper": Shade("#ffffff", "#15181c"),
     "mark": Shade("#e3eaf1", "#2d3640"),
     "rule": Shade("#dde2e8", "#343b44"),
     "grey": Shade("#6b7684", "#98a3b0"),
     "ink": Shade("#1f2429", "#e4e7eb"),
-    "blue": Shade("#0068a8", "#56aee6"),
-    "vermilion": Shade("#c44e00", "#f0894a"),
-    "green": Shade("#00805f", "#3dc29a"),
-    "purple": Shade("#8a4f9e", "#c592d9"),
-    "ochre": Shade("#8f6a00", "#d8b140"),
+    "blue": Shade("#117bbb", "#5bbdff"),
+    "vermilion": Shade("#bd5700", "#e0763a"),
+    "green": Shade("#1d7e5c", "#24c08a"),
+    "purple": Shade("#4b2e67", "#a554db"),
+    "ochre": Shade("#4e4009", "#fabb2d"),
 }
 HUES = ("blue", "vermilion", "green", "purple", "ochre")
 PAPER, RULE, GREY, INK = (SHADES[name].light for name in ("paper", "rule", "grey", "ink"))
