@@ -316,7 +316,7 @@ def calibration(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(PLAIN)
         of = f", {unit}" if unit else ""
-        _label(axes, f"predicted: standard deviation of the samples{of}", f"observed: error{of}")
+        _label(axes, f"predicted: deviation of the samples{of}", f"observed: error{of}")
         axes.annotate(
             "right", (end, end), (4, 0), textcoords="offset points", va="center", color=GREY
         )
@@ -419,7 +419,7 @@ def _apart(names: Mapping[str, Number], line: float) -> list[float]:
     top = -math.inf
     for name, height in names.items():
         half = line * (name.count("\n") + 1) / 2
-        moved.append(max(height, top + half))
+        moved.append(max(float(height), top + half))
         top = moved[-1] + half
     return moved
 

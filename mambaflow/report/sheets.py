@@ -132,12 +132,12 @@ class ImageSheet:
     def cells(self) -> list[list[tuple[str, str, bool]]]:
         """By row, each image's address (a PNG in itself), what is read out in its place, and
         whether it has as many pixels as the page has for it, or more."""
-        lines = []
+        lines, wide = [], self.width
         for number, images in enumerate(zip(*self.columns.values(), strict=True)):
             row = self.rows[number] if self.rows else f"image {number + 1}"
             lines.append(
                 [
-                    (_address(image), f"{title}, {row}", image.shape[1] >= self.width)
+                    (_address(image), f"{title}, {row}", image.shape[1] >= wide)
                     for title, image in zip(self.columns, images, strict=True)
                 ]
             )

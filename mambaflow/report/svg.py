@@ -45,8 +45,9 @@ def inline(svg: str, name: str, label: str) -> Markup:
         f"chart {label!r} (={root.tag}) must be an svg with a viewBox; draw it by "
         "mambaflow.report.figures",
     )
-    for element in root.iter():
+    for element in list(root.iter()):  # a list: a walk does not bear that elements go
         _drop(element)
+    for element in root.iter():
         _enter(element, name, label)
     for key in ("height", "version"):
         root.attrib.pop(key, None)

@@ -99,7 +99,9 @@ def test_charts_drawn_at_once_are_those_drawn_one_after_another():
 @pytest.mark.parametrize("kind", CHARTS)
 def test_a_users_settings_are_neither_heard_nor_changed(kind):
     chart = CHARTS[kind]("V2")
-    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.hashsalt": None}):
+    # Some that a chart sets for itself, and some that it must not take over.
+    own = {"font.size": 30, "svg.hashsalt": None, "lines.marker": "x", "savefig.bbox": "tight"}
+    with mpl.rc_context(own | {"patch.linewidth": 9, "axes.grid.axis": "x"}):
         before = dict(mpl.rcParams)
         assert CHARTS[kind]("V2") == chart
         assert dict(mpl.rcParams) == before
