@@ -31,7 +31,7 @@ def picture(
     counts = {title: len(images) for title, images in columns.items()}
     if not columns or len(set(counts.values())) != 1:
         raise ValueError(f"columns (={counts}) must hold the same number of images, at least one")
-    tile = _whole_multiple(columns.values(), tile)
+    tile = whole_multiple(columns.values(), tile)
     height = max(12, tile // 7)
     font = ImageFont.load_default(size=height)
     titles = [_wrap(title, font, tile) for title in columns]
@@ -54,7 +54,7 @@ def picture(
     return np.asarray(sheet)
 
 
-def _whole_multiple(images: Iterable[np.ndarray], tile: int) -> int:
+def whole_multiple(images: Iterable[np.ndarray], tile: int) -> int:
     """The least width from `tile` up in which every pixel of every column is a whole square."""
     every = math.lcm(*(column.shape[1] for column in images))
     return -(-tile // every) * every  # rounded up
