@@ -5,8 +5,6 @@
                                               ours against torch's, in training and sampling
     python jobs/benchmark.py --what step      where a training step's time goes, and its floor
     python jobs/benchmark.py --what sample    every sampler, at growing sizes
-    python jobs/benchmark.py --what density --checkpoint RUN --data URI
-                                              whether samples keep their law at any density
     python jobs/benchmark.py --what loader    making batches, against the usual way
     python jobs/benchmark.py --what stall     waiting for shards (s3://…), fetched ahead or not
     python jobs/benchmark.py --what memory    peak memory and time up to a 256 x 256 query
@@ -27,7 +25,6 @@ import tyro
 
 from mambaflow.benchmarks import (
     attention,
-    density,
     loader,
     memory,
     ray_cost,
@@ -47,7 +44,6 @@ PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
     "attention": attention.measure,
     "step": step.measure,
     "sample": sample.measure,
-    "density": density.measure,
     "loader": loader.measure,
     "stall": stall.measure,
     "memory": memory.measure,
@@ -81,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         provenance(
             " ".join(["python", *sys.argv]),
             # Which parts read data; the others make up their input from fixed seeds.
-            config.data if config.what in ("density", "loader", "stall", "ray") else "made up",
+            config.data if config.what in ("loader", "stall", "ray") else "made up",
             0,
             threads=torch.get_num_threads(),
             torch=torch.__version__,

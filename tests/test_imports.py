@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "report": set(),
     "evaluation": {"data", "flow", "models", "report"},
     "training": {"data", "evaluation", "flow", "models", "report"},
-    "distributed": {"data", "models", "training"},
+    "distributed": {"data", "evaluation", "models", "training"},
     "benchmarks": {"kernels", "data", "models", "flow", "report", "evaluation", "training"},
 }
 # What the wings may import of the ground: kernels know numbers alone, and flow nothing at all.

@@ -28,7 +28,7 @@ class BenchmarkConfig:
     """What to measure, and on what."""
 
     what: Literal[
-        "scan", "attention", "step", "sample", "density", "loader", "stall", "memory", "ray",
+        "scan", "attention", "step", "sample", "loader", "stall", "memory", "ray",
         "reference",
     ] = "scan"  # fmt: skip
     """The part to measure."""
@@ -55,11 +55,7 @@ class BenchmarkConfig:
     steps: int = 8
     """Intervals of every sampler in `sample`."""
     data: str = "data/sample"
-    """Staged shards that `density`, `loader`, `stall` and `ray` read."""
-    checkpoint: str = ""
-    """A run, or one of its checkpoints, whose samples `density` looks at."""
-    images: int = 128
-    """Test images of `density`."""
+    """Staged shards that `loader`, `stall` and `ray` read."""
     reference: str = ""
     """Checkout of github.com/colpark/MambaFlowMatching that `reference` races; its code is run."""
     out: str = ""
@@ -67,16 +63,12 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         lookup(ARCHITECTURES, self.arch, "arch")
-        for name in ("batch_size", "queries", "repeats", "steps", "images"):
+        for name in ("batch_size", "queries", "repeats", "steps"):
             value = getattr(self, name)
             require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
         require(
             self.device == "cpu" or torch.cuda.is_available(),
             f"device (={self.device!r}) is not here: torch sees no GPU; use --device cpu",
-        )
-        require(
-            self.what != "density" or bool(self.checkpoint),
-            "checkpoint (='') must name a run for --what density; use --checkpoint runs/NAME",
         )
         require(
             self.compile == "off" or self.what == "step",

@@ -24,7 +24,7 @@ from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.cells import Key, Unit, group_size, order
 from mambaflow.evaluation.complete import EvalSet, Images, complete, fill
 from mambaflow.evaluation.enlarge import paint
-from mambaflow.evaluation.fine_spread import FineSpread, far
+from mambaflow.evaluation.fine_spread import FineSpread
 from mambaflow.evaluation.metrics import Completion, Scores, psnr
 from mambaflow.evaluation.perceptual import Perceptual
 from mambaflow.evaluation.reliability import Reliability
@@ -70,11 +70,12 @@ class Group:
     size: int
 
     @classmethod
-    def of(cls, unit: Unit) -> "Group":
-        """The images of a unit."""
+    def of(cls, unit: Unit, size: int) -> "Group":
+        """The images of a unit, of data with `size` pixels on a side."""
         cell = unit.cell
         checkpoint = "" if cell.is_fill else cell.checkpoint
-        return cls(checkpoint, cell.known, cell.asked, unit.group, group_size(cell.resolution))
+        together = group_size(cell.resolution, size)
+        return cls(checkpoint, cell.known, cell.asked, unit.group, together)
 
 
 class Answerer:
@@ -83,6 +84,7 @@ class Answerer:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.held_out = ShardSet(job.data, job.split)
+        self.size = self.held_out.spec.size
         self.order = order(len(self.held_out))
         self.perceptual = perceptual(job.lpips)
         self._model = lru_cache(maxsize=None)(self._load)
@@ -104,7 +106,7 @@ class Answerer:
             return [row(key, error) for key in unit.keys]
 
     def _rows(self, unit: Unit) -> Iterator[tuple[Key, Row]]:
-        if unit.cell.resolution == self.held_out.spec.size:
+        if unit.cell.resolution == self.size:
             return self._completed(unit)
         return self._enlarged(unit)
 
@@ -127,7 +129,7 @@ class Answerer:
 
     def _completed(self, unit: Unit) -> Iterator[tuple[Key, Row]]:
         """Answers at the size of the data: unknown pixels are asked, known ones are copied."""
-        images, answers = self._images(Group.of(unit)), {}
+        images, answers = self._images(Group.of(unit, self.size)), {}
         for number in _drawn(unit.samples):
             answers[number] = self._answer(unit, images, number)
             if number in unit.samples:
@@ -138,7 +140,7 @@ class Answerer:
                 yield from self._together(unit, images, number, drawn)
 
     def _answer(self, unit: Unit, images: EvalSet, number: int) -> Completion:
-        cell, group = unit.cell, Group.of(unit)
+        cell, group = unit.cell, Group.of(unit, self.size)
         if cell.is_fill:
             return fill(cell.sampler, images)
         if not cell.is_sample:
@@ -170,7 +172,7 @@ class Answerer:
 
     def _enlarged(self, unit: Unit) -> Iterator[tuple[Key, Row]]:
         """Answers on a finer grid: all of its places are asked, and none is copied."""
-        images = self._images(Group.of(unit))
+        images = self._images(Group.of(unit, self.size))
         real = self._real(images, unit.cell.resolution)
         for number in unit.samples:
             start = time.perf_counter()
@@ -205,9 +207,10 @@ class Answerer:
         found = []
         for i in range(len(images)):
             known = grid(size)[images.known[i]]
-            where, at = far(grid(fine), known, size), far(grid(size), known, size)
-            rest, real = answers[i] - means[i], left[i].flatten(0, 1)[at]
-            found.append(FineSpread().add(rest, where.view(fine, fine), fine // size, real))
+            # In pixels of the coarse grid, whose places are in [0, 1].
+            there, here = (size * torch.cdist(grid(n), known).amin(-1) for n in (fine, size))
+            rest, real = (answers[i] - means[i]).flatten(0, 1), left[i].flatten(0, 1)
+            found.append(FineSpread().add(rest, there, real, here))
         return found
 
     def _real(self, images: EvalSet, resolution: int) -> Images | None:

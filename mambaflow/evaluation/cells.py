@@ -16,7 +16,7 @@ from mambaflow.evaluation.baselines import FILLS
 from mambaflow.flow.samplers import GRIDS, SOLVERS
 
 ORDER_SEED = 0
-# Pixels that are answered together. The images of a group follow from this and from the resolution
+# Pixels that are answered together. The images of a group follow from this and from their size
 # alone: what else is computed beside an image may move its last bits.
 GROUP_PIXELS = 32 * 32 * 32
 NO_CHECKPOINT = "classical"
@@ -268,9 +268,10 @@ def order(rows: int) -> Int[np.ndarray, " rows"]:
     return words.argsort(stable=True).numpy()
 
 
-def group_size(resolution: int) -> int:
-    """Images that are answered together."""
-    return max(1, GROUP_PIXELS // resolution**2)
+def group_size(resolution: int, size: int) -> int:
+    """Images that are answered together, of data with `size` pixels on a side."""
+    # A larger one is painted by itself: alone it fills a core.
+    return 1 if resolution > size else max(1, GROUP_PIXELS // size**2)
 
 
 @dataclass(frozen=True)

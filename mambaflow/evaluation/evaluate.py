@@ -10,7 +10,7 @@ import torch
 
 from mambaflow.evaluation.answers import Answerer, Job
 from mambaflow.evaluation.cells import Cell, Key, Unit
-from mambaflow.evaluation.plan import Plan, keys_of, request
+from mambaflow.evaluation.plan import Plan, keys_of, request, truths
 from mambaflow.evaluation.rows import Results, key_of
 from mambaflow.storage import at
 
@@ -88,6 +88,7 @@ def evaluate(
         ResultsError: the place holds results of something else.
     """
     results.claim(plan.job.fingerprint)
+    results.keep_truths(truths(plan))
     results.ask(request(plan, command))
     units = plan.units(finished(results, retry_errors))
     progress = Progress.of(units, workers)

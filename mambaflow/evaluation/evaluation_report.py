@@ -1,4 +1,122 @@
-"""stub"""
-from mambaflow.evaluation.rows import Results
+"""The report of an evaluation, made of all rows that are kept: a table, numbers, a page, curves.
+
+report/index.html    the page, which needs nothing else
+report/table.md      the table of the terminal
+report/summary.json  every number, for programs
+tensorboard/         the sheets of images and the numbers, by TensorBoard
+"""
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from mambaflow.checks import require
+from mambaflow.evaluation.evaluation_page import ANSWERED, EvaluationPage, Picture, Pictures
+from mambaflow.evaluation.rows import Results, key_of
+from mambaflow.evaluation.summary import Summary, Way
+from mambaflow.report.page import render
+from mambaflow.report.pictures import picture
+from mambaflow.report.run_log import StoredRunLog
+from mambaflow.report.tables import results_table
+
+PAGE, TABLE, JSON = "report/index.html", "report/table.md", "report/summary.json"
+
+
 def write_report(results: Results) -> str:
-    return "report"
+    """Make the report of every row at an address, and put it there; returns the table and where
+    the page is.
+
+    Raises:
+        ResultsError: no evaluation was started there.
+        ValueError: no row is there yet.
+    """
+    table, manifest = results.read(), results.manifest()
+    require(
+        table.num_rows > 0,
+        f"out (={results.storage.uri}) holds no rows yet; start the evaluation first",
+    )
+    page = evaluation_page(results, table, manifest)
+    ways = page.plain or list(page.summary.entries)
+    text = str(results_table(page.rows(ways), ANSWERED, page.about))
+    summary = {
+        "facts": dict(page.facts),
+        "entries": [entry.json() for entry in page.summary.entries.values()],
+    }
+    results.storage.write(TABLE, text.encode())
+    results.storage.write(JSON, (json.dumps(summary, indent=2) + "\n").encode())
+    results.storage.write(PAGE, render(page.page()).encode())
+    _log(results, page)
+    return f"\n{text}\npage         {results.storage.uri}/{PAGE}"
+
+
+def evaluation_page(
+    results: Results, table: pa.Table, manifest: Mapping[str, Any]
+) -> EvaluationPage:
+    """What there is to show of the rows of an evaluation."""
+    data, requests = manifest["data"], results.requests()
+    days = sorted(request["date"] for request in requests)
+    newest = max(requests, key=lambda request: request["date"])
+    facts = {
+        "command": newest["command"],
+        "data": f"{newest['data']}, split {data['split']}, shards {data['shards']}",
+        "masks": f"staged as {data['staged as']}, {data['known']} of {data['size'] ** 2} known",
+        **{f"checkpoint {name}": f"weights {sha}" for name, sha in manifest["weights"].items()},
+        "noise": "seed 0, by image and sample",
+        "code": manifest["code"],
+        "LPIPS": manifest["lpips"],
+        "date": days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}",
+    }
+    images = len(set(table["image"].to_pylist()))
+    about = (
+        f"`{facts['command']}`; {images} images, data {data['shards']}, masks {data['staged as']}, "
+        f"code {facts['code']}, {facts['date']}; "
+        + ", ".join(f"{name} {sha}" for name, sha in manifest["weights"].items())
+    )
+    return EvaluationPage(
+        Summary(table), _pictures(results, table), data["size"], data["known"], about, facts
+    )
+
+
+def _pictures(results: Results, table: pa.Table) -> Pictures:
+    truth: dict[int, Picture] = {}
+    known: dict[int, list[int]] = {}
+    for row in results.truths():
+        truth[row["image"]] = np.asarray(Image.open(io.BytesIO(row["truth"])).convert("RGB"))
+        known[row["image"]] = row["known"]
+    answers, deviations = {}, {}
+    kept = table.filter(pc.is_valid(table["picture"])).drop_columns(
+        ["scores", "fine", "reliability"]
+    )
+    for row in kept.to_pylist():
+        key = key_of(row)
+        answers[Way.of(key), key.image] = row["picture"]
+        if row["deviation"] is not None:
+            deviations[Way.of(key), key.image] = row["deviation"]
+    return Pictures(truth, known, answers, deviations)
+
+
+def _log(results: Results, page: EvaluationPage) -> None:
+    """The same for TensorBoard: a sheet of images, and numbers under the names of the ways."""
+    results.storage.delete_tree("tensorboard/")  # one report, made anew, and not a second line
+    log = StoredRunLog(results.storage.child("tensorboard"), 0)
+    try:
+        images = list(page.pictures.truth)[:8]
+        if images:
+            columns = {k: np.stack(v) for k, v in page.columns(images).items()}
+            log.image(0, "evaluation/answers", picture(columns))
+        for way, entry in page.summary.entries.items():
+            cell = way.cell
+            name = f"{page.label(way)} {cell.resolution} {cell.known} {cell.asked}"
+            log.scalars(0, {f"evaluation/{name}/{k}": v for k, v in _plain(entry.numbers)})
+    finally:
+        log.close()
+
+
+def _plain(numbers: Mapping[str, float]) -> Iterable[tuple[str, float]]:
+    return ((key, value) for key, value in numbers.items() if not key.endswith("_se"))

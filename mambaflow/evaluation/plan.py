@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,7 @@ from mambaflow.evaluation.cells import (
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.super_resolution import area_reduce
 from mambaflow.models.weights import CheckpointInfo, load_model, read_best
+from mambaflow.report.pictures import to_png
 from mambaflow.storage import at
 
 # The sextiles of activity are of the first images of the order, as many as this, whatever the
@@ -65,28 +67,28 @@ class Plan:
 
     def keys_of(self, cell: Cell) -> Iterator[Key]:
         """Of a cell's rows."""
-        size = int(self.job.fingerprint["data"]["size"])
-        return keys_of(cell, self.images, self.samples, size)
+        return keys_of(cell, self.images, self.samples, self.size)
+
+    @property
+    def size(self) -> int:
+        """Pixels on a side of the data."""
+        return int(self.job.fingerprint["data"]["size"])
 
     def units(self, done: Iterable[Key]) -> list[Unit]:
         """What is left to do, first all cells of the first images, then of the next."""
-        have: set[Key] = set(done)
+        have, place = set(done), {image: place for place, image in enumerate(self.images)}
         found: list[Unit] = []
         for cell in self.cells:
             wanted: dict[int, list[Key]] = defaultdict(list)
+            together = group_size(cell.resolution, self.size)
             for key in self.keys_of(cell):
                 if key not in have:
-                    wanted[self.place[key.image] // group_size(cell.resolution)].append(key)
+                    wanted[place[key.image] // together].append(key)
             for group, keys in wanted.items():
                 found += _units(cell, group, keys)
         # By the place of the first image: samplers of one group follow one another, and have its
         # mean in common; and all kinds of work are timed soon.
-        return sorted(found, key=lambda unit: unit.group * group_size(unit.cell.resolution))
-
-    @property
-    def place(self) -> Mapping[int, int]:
-        """Of each image in the order."""
-        return {image: place for place, image in enumerate(self.images)}
+        return sorted(found, key=lambda u: u.group * group_size(u.cell.resolution, self.size))
 
 
 def keys_of(cell: Cell, images: Iterable[int], samples: int, size: int) -> Iterator[Key]:
@@ -212,6 +214,7 @@ def _fingerprint(job: Job, infos: Mapping[str, CheckpointInfo], split: ShardSet)
         "data": {
             "split": job.split,
             "size": split.spec.size,
+            "known": split.spec.known,
             "staged as": split.spec.hash,
             "shards": hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16],
         },
@@ -250,10 +253,25 @@ def _meaning(path: Path) -> str:
     return ast.dump(tree)
 
 
+def truths(plan: Plan) -> list[dict[str, Any]]:
+    """What answers are shown beside (`Results.keep_truths`)."""
+    split = ShardSet(plan.job.data, plan.job.split)
+    rows = order(len(split))[: len(plan.job.pictures)]  # the first of the order
+    layout = Layout(split.spec.size, split.spec.known, split.spec.target)
+    held = EvalSet.of_rows(split, layout, rows, np.zeros(0))
+    return [
+        {"image": int(held.ids[i]), "truth": to_png(held.images[i].numpy()),
+         "known": held.known[i].tolist()}
+        for i in range(len(held))
+    ]  # fmt: skip
+
+
 def request(plan: Plan, command: str) -> dict[str, Any]:
     """What is asked for, as it is written down for who looks from elsewhere."""
     return {
         "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "data": plan.job.data,
         "cells": [asdict(cell) for cell in plan.cells],
         "images": plan.images,
         "samples": plan.samples,

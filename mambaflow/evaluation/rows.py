@@ -2,6 +2,7 @@
 
     manifest.json                   what every row depends on besides its key; written once
     requests/HASH.json              what was asked for, one file for each set of flags
+    truths/HASH.parquet             images whose answers are shown, and their known pixels
     rows/CELL/GROUP-HASH.parquet    rows of some images by one way of answering
 
 A file of rows appears whole and is never changed: its name says which rows it holds, so that two
@@ -20,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mambaflow.checks import require
 from mambaflow.evaluation.cells import CELL_FIELDS, Cell, Key, Unit
 from mambaflow.storage import Storage
 
@@ -49,6 +49,7 @@ SCHEMA = pa.schema(
         ("deviation", pa.list_(pa.float32())),  # of each pixel, of the samples of an image
     ]
 )
+TRUTHS = pa.schema([("image", pa.int64()), ("truth", pa.binary()), ("known", pa.list_(pa.int32()))])
 Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,21 @@ class Results:
         """Everything that was asked for."""
         return [json.loads(self.storage.read(key)) for key in self.storage.list("requests/")]
 
+    def keep_truths(self, truths: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what answers are shown beside: `image` (an id), `truth` (a PNG) and `known` (places
+        of the known pixels). So a report needs no data but these results."""
+        name = _hash([row["image"] for row in truths])
+        table = pa.Table.from_pylist(list(truths), TRUTHS)
+        self.storage.write(f"truths/{name}.parquet", _parquet(table))
+
+    def truths(self) -> list[dict[str, Any]]:
+        """Everything that `keep_truths` has kept, each image once."""
+        found: dict[int, dict[str, Any]] = {}
+        for key in self.storage.list("truths/"):
+            for row in pq.read_table(io.BytesIO(self.storage.read(key))).to_pylist():
+                found.setdefault(row["image"], row)
+        return list(found.values())
+
     def write(self, unit: Unit, rows: Sequence[Row]) -> None:
         """Keep the rows that a unit came to."""
         failed = sum(bool(row["error"]) for row in rows)
@@ -131,9 +147,7 @@ class Results:
         # Rows that failed are another file than those that did not: a later try adds to it.
         name = f"{unit.group:06d}-{_hash([keys, failed])}.parquet"
         table = pa.Table.from_pylist(list(rows), SCHEMA)
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        self.storage.write(f"rows/{_hash(asdict(unit.cell))}/{name}", sink.getvalue())
+        self.storage.write(f"rows/{_hash(asdict(unit.cell))}/{name}", _parquet(table))
 
     def read(self, columns: Iterable[str] | None = None) -> pa.Table:
         """All rows, each key once: of a key's rows one without an error, if there is one.
@@ -186,16 +200,15 @@ def _merged(theirs: Any, ours: Any) -> Any:
     return theirs
 
 
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def require_results(storage: Storage) -> Results:
-    """The results at an address where there are some."""
-    results = Results(storage)
-    require(bool(results.manifest()), f"{storage.uri} holds no results; run jobs/evaluate.py")
-    return results

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import jobs.benchmark as job
 from mambaflow.benchmarks import (
     attention,
-    density,
     loader,
     ray_cost,
     reference,
@@ -121,34 +120,6 @@ def test_a_sampler_is_charged_for_every_call_it_makes():
     ways = sample.solvers(8)
     found = {name.split(",")[0]: sample.calls(solve) for name, solve in ways.items()}
     assert found == {solver.title: solver.calls(8) for solver in SOLVERS.values()}
-
-
-def test_samples_by_density_are_counted_as_the_metrics_count_them(tmp_path, monkeypatch, capsys):
-    """The row of all queries is what `complete` and its metrics say of the same sampler."""
-    torch.manual_seed(3)
-    model = VelocityField(MODEL).eval()
-    torch.nn.init.normal_(model.head.weight, std=0.3)
-    info = SimpleNamespace(step=7)
-    monkeypatch.setattr(density, "load_model", lambda *_, **__: (model, info))
-    data = str(staged(tmp_path))
-    held_out = EvalSet.read(ShardSet(data, "test"), LAYOUT, 8)
-    asked = held_out.layout.size**2 - held_out.layout.known
-    monkeypatch.setattr(density, "QUERIES", (20, asked, 10**6))
-    flags = ["--what=density", "--checkpoint=runs/any", "--data", data, "--images=8"]
-    assert job.main(flags) == 0
-    printed = [[c.strip() for c in line.split("|")] for line in capsys.readouterr().out.split("\n")]
-    whole = [row for row in printed if row[1:3] == [f"{asked}", "Heun"]]
-    mean = complete(model, held_out, SOLVERS["mean"])
-    one = complete(model, held_out, SOLVERS["heun"], 5, around=mean)
-    found = Scores().add(one).report()
-    want = [found[key] for key in ("nfe", "spread", "coherence", "coherence_truth")]
-    [row] = whole
-    assert [float(x) for x in row[3:7]] == pytest.approx(want, abs=0.0051)
-    assert float(row[8]) == pytest.approx(found["psnr_unknown"], abs=0.0051)
-    assert sum(row[1:2] == ["20"] for row in printed) == len(density.WAYS)
-    assert not any("1000000" in cell for row in printed for cell in row), "more than there are"
-    with pytest.raises(ValueError, match="must name a run"):
-        BenchmarkConfig(what="density")
 
 
 def test_the_usual_way_gives_the_pixels_of_the_same_images(tmp_path):
