@@ -24,7 +24,6 @@ from dataclasses import replace
 from types import FrameType
 
 import tyro
-from mambaflow.evaluation.evaluation_report import write_report
 from tqdm import tqdm
 
 from mambaflow.data.shards import MANIFEST
@@ -34,6 +33,7 @@ from mambaflow.data.staging import in_process as stage_here
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.evaluation.cells import EvaluateConfig
 from mambaflow.evaluation.evaluate import Progress, Run, evaluate, in_process, status
+from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
 from mambaflow.storage import at
@@ -139,7 +139,7 @@ def run(config: EvaluateConfig, command: str) -> int:
 def finish(planned: Plan, results: Results) -> int:
     """Count what is there against what was asked for, and report; returns the exit code."""
     counts = status(results, planned.keys)
-    print(f"{counts}: {'complete' if counts.whole else 'NOT complete'}")
+    print(counts)
     print(write_report(results))
     if not counts.whole:
         return FAILED
