@@ -93,7 +93,7 @@ def test_rows_are_the_same_for_any_number_of_actors_and_whichever_of_them_die(
     assert rows(out) == alone, "to the bit"
     summary = json.loads(at(out).read("report/summary.json"))
     assert sum(entry["images"] for entry in summary["entries"]) >= 16
-    assert at(out).read("report/index.html").startswith(b"<!doctype html>")
+    assert at(out).read("report/index.html").startswith(b"<!DOCTYPE html>")
 
 
 def _alive(pid: int) -> bool:
