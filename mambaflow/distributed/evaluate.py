@@ -18,16 +18,19 @@ import numpy as np
 import ray
 import ray.data
 import torch
+from ray.data.exceptions import ExecutionTimeoutError
 
 from mambaflow.checks import require
+from mambaflow.distributed.progress import last_line
 from mambaflow.evaluation.answers import Answerer, Job
 from mambaflow.evaluation.cells import EvaluateConfig, Unit
 from mambaflow.evaluation.evaluate import Done, Run, work
 from mambaflow.evaluation.rows import Results
 from mambaflow.storage import at
 
-# Ray Data would wait without a word where nothing moves any more: no core for its actors, say.
-NO_PROGRESS_S = 1800
+# Ray Data would wait without a word where nothing moves any more: no core for its actors, say. The
+# longest unit, hundreds of calls at 256 x 256 on a core, takes hours.
+NO_PROGRESS_S = 6 * 3600
 # Times that an actor may be started anew, and that a unit may be tried again where the first died
 # under it. Ray Data's own are without limit: a unit that takes all memory would go round for ever.
 RESTARTS, RETRIES = 3, 2
@@ -93,7 +96,10 @@ def on_ray(config: EvaluateConfig, workers: int) -> Run:
                 max_task_retries=RETRIES,
                 **wants,
             )
-        for row in done.iter_rows():
-            yield pickle.loads(row["done"])
+        try:
+            for row in done.iter_rows():
+                yield pickle.loads(row["done"])
+        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
+            raise RuntimeError(f"an actor failed: {last_line(error)}") from error
 
     return run

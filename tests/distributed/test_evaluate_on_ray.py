@@ -11,8 +11,19 @@ import pytest
 from processes import kill, processes, wait_for
 from small import FLAGS, staged
 
+from mambaflow.distributed.environment import set_ray_environment
+from mambaflow.evaluation.cells import EvaluateConfig
+from mambaflow.evaluation.evaluate import evaluate
+from mambaflow.evaluation.plan import plan
 from mambaflow.evaluation.rows import Results
 from mambaflow.storage import at
+
+set_ray_environment()
+
+from deadly import Deadly  # noqa: E402
+
+from mambaflow.distributed import evaluate as on_ray_module  # noqa: E402
+from mambaflow.distributed.cluster import connect  # noqa: E402
 
 pytestmark = pytest.mark.ray
 
@@ -116,3 +127,21 @@ def test_more_actors_than_cores_are_refused_before_anything_is_made(
     assert done.returncode == 2, done.stderr
     assert "num_workers (=3) must be in [1, 2]" in done.stderr
     assert not list(out.rglob("*.parquet"))
+
+
+def test_a_unit_that_kills_its_actors_ends_the_job_and_keeps_what_others_made(
+    shards, run, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Where actors import the deadly one from: a private Ray has its driver's environment.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setattr(on_ray_module, "Worker", Deadly)
+    asked = EvaluateConfig(
+        checkpoint=(f"a={run}",), data=str(shards), out=str(tmp_path / "out"), limit=4, nfe=(2,),
+        lpips="none", num_workers=1,
+    )  # fmt: skip
+    results = Results(at(asked.out))
+    with connect(), pytest.raises(RuntimeError, match="an actor failed: "):
+        evaluate(plan(asked), results, on_ray_module.on_ray(asked, 1))
+    samplers = {row["sampler"] for row in results.read(columns=()).to_pylist()}
+    assert "heun" not in samplers and {"linear", "mean"} <= samplers
