@@ -8,6 +8,7 @@ tensorboard/         the sheets of images and the numbers, by TensorBoard
 
 import io
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,8 +18,14 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from mambaflow.checks import require
-from mambaflow.evaluation.evaluation_page import ANSWERED, EvaluationPage, Picture, Pictures
-from mambaflow.evaluation.rows import Results, key_of
+from mambaflow.evaluation.evaluation_page import (
+    ANSWERED,
+    EvaluationPage,
+    Failure,
+    Picture,
+    Pictures,
+)
+from mambaflow.evaluation.rows import KEY, Results, key_of
 from mambaflow.evaluation.summary import Summary, Way
 from mambaflow.report.page import render
 from mambaflow.report.pictures import picture
@@ -42,7 +49,7 @@ def write_report(results: Results) -> str:
         f"out (={results.storage.uri}) holds no rows yet; start the evaluation first",
     )
     page = evaluation_page(results, table, manifest)
-    ways = page.plain or list(page.summary.entries)
+    ways = page.ways.plain or list(page.summary.entries)
     text = str(results_table(page.rows(ways), ANSWERED, page.about))
     summary = {
         "facts": dict(page.facts),
@@ -61,26 +68,44 @@ def evaluation_page(
     """What there is to show of the rows of an evaluation."""
     data, requests = manifest["data"], results.requests()
     days = sorted(request["date"] for request in requests)
-    newest = max(requests, key=lambda request: request["date"])
+    # Flags that came later add to those before: the rows are of all of them.
+    commands = dict.fromkeys(r["command"] for r in sorted(requests, key=_by_date) if r["command"])
+    date = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    weights = {name: f"weights {sha}" for name, sha in manifest["weights"].items()}
     facts = {
-        "command": newest["command"],
-        "data": f"{newest['data']}, split {data['split']}, shards {data['shards']}",
+        "command": "; ".join(commands),
+        "data": f"{requests[0]['data']}, split {data['split']}, shards {data['shards']}",
         "masks": f"staged as {data['staged as']}, {data['known']} of {data['size'] ** 2} known",
-        **{f"checkpoint {name}": f"weights {sha}" for name, sha in manifest["weights"].items()},
+        **{f"checkpoint {name}": sha for name, sha in weights.items()},
         "noise": "seed 0, by image and sample",
         "code": manifest["code"],
-        "LPIPS": manifest["lpips"],
-        "date": days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}",
+        "LPIPS": f"weights {manifest['lpips']}" if manifest["lpips"] != "none" else "none",
+        "device": manifest["device"],
+        "date": date,
     }
     images = len(set(table["image"].to_pylist()))
-    about = (
-        f"`{facts['command']}`; {images} images, data {data['shards']}, masks {data['staged as']}, "
-        f"code {facts['code']}, {facts['date']}; "
-        + ", ".join(f"{name} {sha}" for name, sha in manifest["weights"].items())
-    )
+    about = ", ".join(
+        [*(f"`{command}`" for command in commands), f"{images} images", f"data {data['shards']}",
+         f"masks {data['staged as']}", *(f"{name} {sha}" for name, sha in weights.items()),
+         "seed 0", f"code {manifest['code']}", date]
+    )  # fmt: skip
     return EvaluationPage(
-        Summary(table), _pictures(results, table), data["size"], data["known"], about, facts
-    )
+        Summary(table), _pictures(results, table), data["size"], data["known"], about, facts,
+        _failures(table),
+    )  # fmt: skip
+
+
+def _by_date(request: Mapping[str, Any]) -> tuple[str, str]:
+    return request["date"], request["command"]
+
+
+def _failures(table: pa.Table) -> list[Failure]:
+    """Of each way, as its rows are sorted."""
+    failed = table.select([*KEY, "error"]).filter(pc.not_equal(table["error"], ""))
+    errors: dict[Way, list[str]] = defaultdict(list)
+    for row in failed.to_pylist():
+        errors[Way.of(key_of(row))].append(row["error"])
+    return [Failure(way, len(found), found[0]) for way, found in errors.items()]
 
 
 def _pictures(results: Results, table: pa.Table) -> Pictures:
@@ -111,8 +136,7 @@ def _log(results: Results, page: EvaluationPage) -> None:
             columns = {k: np.stack(v) for k, v in page.columns(images).items()}
             log.image(0, "evaluation/answers", picture(columns))
         for way, entry in page.summary.entries.items():
-            cell = way.cell
-            name = f"{page.label(way)} {cell.resolution} {cell.known} {cell.asked}"
+            name = page.ways.label(way)
             log.scalars(0, {f"evaluation/{name}/{k}": v for k, v in _plain(entry.numbers)})
     finally:
         log.close()
