@@ -208,7 +208,7 @@ class EvaluationPage:
         if blocks:
             text = (
                 "Differences image by image: what images have in common cancels out. A bar is the "
-                "95 % interval; one that crosses the line tells nothing."
+                "95\N{NO-BREAK SPACE}% interval; one that crosses the line tells nothing."
             )
             yield Section(f"Is {second} better than {first}?", text, blocks)
 
@@ -226,7 +226,7 @@ class EvaluationPage:
 
     def looked_at(self) -> Iterator[Section]:
         """The first images, side by side."""
-        images = list(self.pictures.truth)[:SHOWN]
+        images = self.pictured(self.answered, SHOWN)
         if images:
             text = "The first images of the order in which they were drawn, not chosen by eye."
             sheet = ImageSheet(columns=self.columns(images), rows=[f"image {i}" for i in images])
@@ -238,19 +238,31 @@ class EvaluationPage:
             "truth": [self.pictures.truth[i] for i in images],
             "known pixels": [self.pictures.given(i) for i in images],
         }
+        return found | self.answers(self.answered, images)
+
+    @property
+    def answered(self) -> list[Way]:
+        """The best fill, and of each model its mean and a sample."""
         kinds = (self.ways.mean, self.ways.sample)
         models = [kind(name) for name in self.ways.checkpoints for kind in kinds]
-        return found | self.answers([self.ways.best_fill, *models], images)
+        return [way for way in (self.ways.best_fill, *models) if way is not None]
 
-    def answers(
-        self, ways: Iterable[Way | None], images: Sequence[int]
-    ) -> dict[str, list[Picture]]:
+    def pictured(self, ways: Iterable[Way], count: int) -> list[int]:
+        """The first images of which every way has a picture that has any: an evaluation may be
+        under way, and a row may have failed."""
+        have: dict[Way, set[int]] = {way: set() for way in ways}
+        for way, image in self.pictures.answers:
+            if way in have:
+                have[way].add(image)
+        of_all = set(self.pictures.truth).intersection(*(found for found in have.values() if found))
+        return [image for image in self.pictures.truth if image in of_all][:count]
+
+    def answers(self, ways: Iterable[Way], images: Sequence[int]) -> dict[str, list[Picture]]:
         """A column for each way that has a picture of every image."""
         found = {}
         for way in ways:
-            shown = [] if way is None else [self.pictures.of(way, i) for i in images]
-            kept = [one for one in shown if one is not None]
-            if way is not None and kept and len(kept) == len(images):
+            kept = [one for i in images if (one := self.pictures.of(way, i)) is not None]
+            if kept and len(kept) == len(images):
                 found[self.ways.label(way)] = kept
         return found
 
@@ -394,10 +406,10 @@ class EvaluationPage:
 
     def larger_pictures(self, size: int) -> list[Block]:
         """The first images at a larger size, whole and in part."""
-        images = list(self.pictures.truth)[: SHOWN // 2]
-        ways = [way for name in self.ways.checkpoints
-                for way in (self.ways.mean(name, resolution=size),
-                            self.ways.sample(name, resolution=size))]  # fmt: skip
+        kinds = (self.ways.mean, self.ways.sample)
+        found = [kind(name, resolution=size) for name in self.ways.checkpoints for kind in kinds]
+        ways = [way for way in found if way is not None]
+        images = self.pictured(ways, SHOWN // 2)
         answers = self.answers(ways, images)
         if not answers:
             return []
@@ -430,15 +442,15 @@ class EvaluationPage:
         blocks = [Drawing(chart, "predicted and observed error"), *self.deviations(ways)]
         yield Section("Do samples know how sure they are?", text, blocks, "On the diagonal.")
 
-    def deviations(self, ways: Iterable[Way]) -> list[Block]:
+    def deviations(self, ways: Sequence[Way]) -> list[Block]:
         """Maps of how much samples deviate, on one scale for all models."""
-        images = list(self.pictures.truth)[:SHOWN]
+        images = self.pictured(ways, SHOWN)
         maps: dict[Way, list[np.ndarray]] = {}
         for way in ways:
             kept = [self.pictures.deviations.get((way, i)) for i in images]
-            found = [np.array(one).reshape(self.size, -1) for one in kept if one is not None]
-            if found and len(found) == len(images):
-                maps[way] = found
+            arrays = [np.array(one).reshape(self.size, -1) for one in kept if one is not None]
+            if arrays and len(arrays) == len(images):
+                maps[way] = arrays
         if not maps:
             return []
         high = max(float(one.max()) for found in maps.values() for one in found)
@@ -457,7 +469,8 @@ class EvaluationPage:
         if way is None:
             return
         values = self.summary.values(way, "psnr_unknown")
-        ranked = sorted((i for i in self.pictures.truth if i in values), key=lambda i: values[i])
+        kept = self.pictured(self.answered, len(self.pictures.truth))
+        ranked = sorted((i for i in kept if i in values), key=lambda i: values[i])
         if len(ranked) < SHOWN:
             return
         middle = len(ranked) // 2
