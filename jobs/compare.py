@@ -3,7 +3,7 @@
     python jobs/compare.py --v1 runs/A --v2 runs/B --out results/v1-v2
 
 Runs jobs/evaluate.py with the flags that answer it, which it prints; more flags are passed on and
-win over these: --data, --limit, --num-workers, … (see jobs/evaluate.py --help; exit codes as there).
+win over these: --data, --limit, --num-workers, … (jobs/evaluate.py --help; exit codes as there).
 """
 
 import argparse
@@ -22,8 +22,11 @@ FLAGS = (
 def main() -> None:
     """Become jobs/evaluate.py, so that signals and exit codes are its own."""
     # No abbreviations: --v is nobody's, and --data would be found in --d.
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name in ("v1", "v2"):
         parser.add_argument(f"--{name}", required=True, metavar="URI", help="a run or checkpoint")
     given, more = parser.parse_known_args()

@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FrameType
 
+import numpy as np
 import tyro
-from mambaflow.evaluation.evaluation_report import write_report
 from tqdm import tqdm
 
+from mambaflow.checks import require
 from mambaflow.data.shards import MANIFEST
 from mambaflow.data.sources import EMBEDDED, open_source
 from mambaflow.data.staging import StageConfig, stage, stage_once
@@ -34,6 +35,7 @@ from mambaflow.data.staging import in_process as stage_here
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.evaluation.cells import EvaluateConfig
 from mambaflow.evaluation.evaluate import Progress, Run, evaluate, in_process, status
+from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
 from mambaflow.storage import at
@@ -50,13 +52,13 @@ def staged(config: EvaluateConfig) -> str:
     if config.data in EMBEDDED:
         return stage_once(config.data)
     # Beside the results, whose masks they are; of the training images no more than one is wanted.
-    out = at(config.out).child("data").uri
-    source = open_source(config.data)
-    log.info(
-        "staged %s: %s",
-        out,
-        stage(StageConfig(source=config.data, out=out, limit=1), source, stage_here(source)),
-    )
+    source, out = open_source(config.data), at(config.out).child("data").uri
+    held = max(1, min(256, source.count("train") // 10))
+    (first,) = source.items("train", np.zeros(1, np.int64))
+    require(first.pixels is not None, f"data (={config.data}): {first.fault}; mend it")
+    size = 0 if first.pixels is None else len(first.pixels)
+    asked = StageConfig(source=config.data, out=out, limit=1, validation=held, size=size)
+    log.info("staged %s: %s", out, stage(asked, source, stage_here(source)))
     return out
 
 
@@ -139,7 +141,7 @@ def run(config: EvaluateConfig, command: str) -> int:
 def finish(planned: Plan, results: Results) -> int:
     """Count what is there against what was asked for, and report; returns the exit code."""
     counts = status(results, planned.keys)
-    print(f"{counts}: {'complete' if counts.whole else 'NOT complete'}")
+    print(counts)
     print(write_report(results))
     if not counts.whole:
         return FAILED

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import jaxtyping
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
+from processes import kill
 from tensorboard.summary.writer import event_file_writer
 
 KEY, SECRET = "TESTKEYID", "TESTSECRET"
@@ -157,3 +159,15 @@ def real_cifar() -> Path:
 def real_lpips() -> Path:
     """A folder with AlexNet's alexnet_features.pth, and ex_ref.png, ex_p0.png, ex_p1.png."""
     return _real("lpips", "alexnet_features.pth")
+
+
+@pytest.fixture
+def marked(monkeypatch) -> Iterator[str]:
+    """A mark in the environment of all that a test starts; whatever is left ends with it."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("MAMBAFLOW_TEST_MARK", mark)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    yield mark
+    kill(mark)

@@ -140,7 +140,10 @@ class Status:
         return self.asked == self.done + self.failed
 
     def __str__(self) -> str:
-        return f"{self.asked} rows asked = {self.done} done + {self.failed} failed, all unique"
+        if self.whole:
+            return f"{self.asked} rows asked = {self.done} done + {self.failed} failed, all unique"
+        missing = self.asked - self.done - self.failed
+        return f"{self.asked} rows asked: {self.done} done, {self.failed} failed, {missing} missing"
 
 
 def status(results: Results, keys: Iterable[Key] | None = None) -> Status:

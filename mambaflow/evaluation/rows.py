@@ -25,7 +25,7 @@ from mambaflow.evaluation.cells import CELL_FIELDS, Cell, Key, Unit
 from mambaflow.storage import Storage
 
 MANIFEST = "manifest.json"
-THREADS = 16
+THREADS = 8
 # Of one image, each a column. What an enlarged answer has is told in evaluation.super_resolution;
 # its psnr, ssim and lpips are against a real image of its size, where there is one.
 COMPLETED = ("psnr", "psnr_unknown", "ssim", "lpips", "mse", "mae")

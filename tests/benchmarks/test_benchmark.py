@@ -4,12 +4,11 @@ import json
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from small import FLAGS, LAYOUT, MODEL, staged
+from small import FLAGS, staged
 from torch.utils.flop_counter import FlopCounterMode
 
 import jobs.benchmark as job
@@ -23,13 +22,9 @@ from mambaflow.benchmarks import (
     step,
 )
 from mambaflow.benchmarks.bench import REFERENCE, BenchmarkConfig, against, race, random_batch
-from mambaflow.data.shard_reader import ShardSet
-from mambaflow.evaluation.complete import EvalSet, complete
-from mambaflow.evaluation.metrics import Scores
 from mambaflow.flow.samplers import SOLVERS
 from mambaflow.kernels.build import library
 from mambaflow.models.mamba import Mamba
-from mambaflow.models.velocity_field import VelocityField
 
 SMALL = ["--batch-size=1", "--queries=4", "--repeats=1"]
 LOOP = """

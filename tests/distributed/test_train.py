@@ -3,7 +3,6 @@
 A cluster starts in about ten seconds, so that each test here carries several claims.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -11,12 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import kill, processes, wait_for
 from small import FLAGS, staged
 
 from mambaflow.config import RunConfig, ScaleConfig
@@ -44,51 +42,6 @@ WEIGHTS = "ema.safetensors"
 @pytest.fixture
 def shards(tmp_path) -> Path:
     return staged(tmp_path)
-
-
-@pytest.fixture
-def marked(monkeypatch) -> Iterator[str]:
-    """A mark in the environment of all that a test starts; whatever is left ends with it."""
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv("MAMBAFLOW_TEST_MARK", mark)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    yield mark
-    kill(mark)
-
-
-def kill(mark: str) -> list[str]:
-    """SIGKILL to the processes with a mark; the titles of those that there were."""
-    found = processes(mark)
-    for pid, _ in found:
-        with contextlib.suppress(ProcessLookupError):  # ended with one before it
-            os.kill(pid, signal.SIGKILL)
-    return [title for _, title in found]
-
-
-def processes(mark: str) -> list[tuple[int, str]]:
-    """(pid, title) of the processes with a mark, this one apart."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (
-                mark.encode() in (folder / "environ").read_bytes()
-                and int(folder.name) != os.getpid()
-            ):
-                found.append((int(folder.name), (folder / "cmdline").read_text()))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it has just ended
-    return found
-
-
-def wait_for(what, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing after {seconds} s")
 
 
 def finish(command: list[str], code: int = 0) -> str:

@@ -28,7 +28,7 @@ from mambaflow.models import weights
 from mambaflow.storage import at
 from mambaflow.training import run as run_module
 from mambaflow.training import stop_signal
-from mambaflow.training.preflight import open_run
+from mambaflow.training.preflight import open_run, total_steps
 from mambaflow.training.process_group import ProcessGroup
 from mambaflow.training.run import Outcome, reported_steps, train_and_score
 
