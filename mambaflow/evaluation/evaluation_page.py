@@ -25,6 +25,8 @@ Picture = UInt8[np.ndarray, "h w 3"]
 # What is told of answers of the size of the data: in the terminal, and on the page, where eleven
 # columns would be wider than a window.
 ANSWERED = {
+    # Where ways are of different ones: else every caption tells how many.
+    "images": Column("images", 0),
     "psnr": COLUMNS["psnr"],
     "psnr_unknown": COLUMNS["psnr_unknown"],
     "ssim": COLUMNS["ssim"],
@@ -38,6 +40,7 @@ SEEN = {key: column for key, column in ANSWERED.items() if key != "coherence"} |
     "seconds": Column("s / image", 3),
 }
 LAW = {
+    "images": Column("images", 0),
     "spread": COLUMNS["spread"],
     **{key: Column(f"sixth {number}", 2) for number, key in enumerate(SEXTILE_SPREADS, 1)},
     "coherence": COLUMNS["coherence"],
@@ -45,6 +48,7 @@ LAW = {
     "fair_speckle": COLUMNS["fair_speckle"],
 }
 LARGER = {
+    "images": Column("images", 0),
     "psnr_reduced": Column("reduced", 2, "psnr_reduced_se"),
     "rival_psnr_reduced": Column("rival reduced", 2),
     "psnr_self": Column("against its own", 2),
@@ -53,6 +57,7 @@ LARGER = {
     "seconds": Column("s / image", 2),
 }
 REAL = {
+    "images": Column("images", 0),
     "psnr": Column("PSNR", 2, "psnr_se"),
     "rival_psnr": Column("rival's PSNR", 2),
     "ssim": Column("SSIM", 3),
@@ -157,10 +162,14 @@ class EvaluationPage:
 
     def rows(self, ways: Iterable[Way]) -> dict[str, dict[str, float]]:
         """The numbers of some ways, by what tables call them."""
-        found = {}
+        entries, found = self.summary.entries, {}
+        # An evaluation may be under way, and rows may have failed.
+        differ = len({entry.images for entry in entries.values()}) > 1
         for way in ways:
-            calls = {} if way.cell.is_fill else {"nfe": way.cell.nfe * max(1, way.together)}
-            found[self.ways.label(way)] = self.summary.entries[way].numbers | calls
+            more = {"images": entries[way].images} if differ else {}
+            if not way.cell.is_fill:
+                more["nfe"] = way.cell.nfe * max(1, way.together)
+            found[self.ways.label(way)] = entries[way].numbers | more
         return found
 
     def completion(self) -> Iterator[Section]:

@@ -100,12 +100,12 @@ def _by_date(request: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _failures(table: pa.Table) -> list[Failure]:
-    """Of each way, as its rows are sorted."""
+    """Of each way with rows that failed."""
     failed = table.select([*KEY, "error"]).filter(pc.not_equal(table["error"], ""))
     errors: dict[Way, list[str]] = defaultdict(list)
     for row in failed.to_pylist():
         errors[Way.of(key_of(row))].append(row["error"])
-    return [Failure(way, len(found), found[0]) for way, found in errors.items()]
+    return [Failure(way, len(found), found[0]) for way, found in sorted(errors.items())]
 
 
 def _pictures(results: Results, table: pa.Table) -> Pictures:
