@@ -25,7 +25,7 @@ Picture = UInt8[np.ndarray, "h w 3"]
 # What is told of answers of the size of the data: in the terminal, and on the page, where eleven
 # columns would be wider than a window.
 ANSWERED = {
-    # Where ways are of different ones: else every caption tells how many.
+    # Where a way has fewer than the caption tells.
     "images": Column("images", 0),
     "psnr": COLUMNS["psnr"],
     "psnr_unknown": COLUMNS["psnr_unknown"],
@@ -162,11 +162,12 @@ class EvaluationPage:
 
     def rows(self, ways: Iterable[Way]) -> dict[str, dict[str, float]]:
         """The numbers of some ways, by what tables call them."""
-        entries, found = self.summary.entries, {}
+        entries, found, ways = self.summary.entries, {}, list(ways)
         # An evaluation may be under way, and rows may have failed.
-        differ = len({entry.images for entry in entries.values()}) > 1
+        most = max(entry.images for entry in entries.values())
+        fewer = any(entries[way].images < most for way in ways)
         for way in ways:
-            more = {"images": entries[way].images} if differ else {}
+            more = {"images": entries[way].images} if fewer else {}
             if not way.cell.is_fill:
                 more["nfe"] = way.cell.nfe * max(1, way.together)
             found[self.ways.label(way)] = entries[way].numbers | more

@@ -83,7 +83,9 @@ class Ways:
 
     def sampler(self, cell: Cell) -> str:
         """A model's sampler, whatever its calls."""
-        settings = f" ({cell.settings})" if cell.settings else ""
+        # Such as "eta=0,grid=quadratic"; a table may break a line at a blank.
+        told = cell.settings.replace("=", " ").replace(",", ", ")
+        settings = f" ({told})" if told else ""
         return f"{cell.checkpoint} {SOLVERS[cell.sampler].title}{settings}"
 
     def label(self, way: Way) -> str:
