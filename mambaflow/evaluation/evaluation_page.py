@@ -117,14 +117,15 @@ class EvaluationPage:
         known: known pixels of an image, as the data were staged.
         about: what every table says of where its numbers are from.
         facts: the same at length, at the page's end.
+        missing: rows that were asked for and are not there yet.
     """
 
     def __init__(
         self, summary: Summary, pictures: Pictures, size: int, known: int, about: str,
-        facts: Mapping[str, str], failed: Sequence[Failure] = (),
+        facts: Mapping[str, str], failed: Sequence[Failure] = (), missing: int = 0,
     ) -> None:  # fmt: skip
         self.summary, self.pictures, self.size, self.known = summary, pictures, size, known
-        self.about, self.facts, self.failed = about, facts, failed
+        self.about, self.facts, self.failed, self.missing = about, facts, failed, missing
         self.ways = Ways(summary, size, known)
 
     def page(self) -> Page:
@@ -137,7 +138,10 @@ class EvaluationPage:
         facts, left_out = dict(self.facts), self.ways.not_drawn
         if left_out:
             facts["not in charts"] = f"{', '.join(left_out)}: more than there are looks to tell"
-        return Page(title, self.answer(), sections, self.numbers(), facts, self.looks())
+        answer = self.answer()
+        if self.missing:
+            answer += f"\n\n**Not complete**: {self.missing} rows are missing."
+        return Page(title, answer, sections, self.numbers(), facts, self.looks())
 
     def looks(self) -> dict[str, Look]:
         """Of the charts' series, and of the rows of tables that belong to them."""

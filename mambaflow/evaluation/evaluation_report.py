@@ -9,7 +9,7 @@ tensorboard/         the sheets of images and the numbers, by TensorBoard
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from mambaflow.checks import require
+from mambaflow.evaluation.evaluate import status
 from mambaflow.evaluation.evaluation_page import (
     ANSWERED,
     EvaluationPage,
@@ -32,6 +33,7 @@ from mambaflow.report.pictures import picture
 from mambaflow.report.run_log import StoredRunLog
 from mambaflow.report.tables import results_table
 
+Request = Mapping[str, Any]
 PAGE, TABLE, JSON = "report/index.html", "report/table.md", "report/summary.json"
 
 
@@ -66,37 +68,51 @@ def evaluation_page(
     results: Results, table: pa.Table, manifest: Mapping[str, Any]
 ) -> EvaluationPage:
     """What there is to show of the rows of an evaluation."""
-    data, requests = manifest["data"], results.requests()
-    days = sorted(request["date"] for request in requests)
-    # Flags that came later add to those before: the rows are of all of them.
-    commands = dict.fromkeys(r["command"] for r in sorted(requests, key=_by_date) if r["command"])
-    date = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-    weights = {name: f"weights {sha}" for name, sha in manifest["weights"].items()}
-    facts = {
-        "command": "; ".join(commands),
+    data, counts = manifest["data"], status(results)
+    facts = _facts(results.requests(), manifest) | {"rows": str(counts)}
+    missing = counts.asked - counts.done - counts.failed
+    return EvaluationPage(
+        Summary(table), _pictures(results, table), data["size"], data["known"],
+        _about(results.requests(), manifest, table), facts, _failures(table), missing,
+    )  # fmt: skip
+
+
+def _facts(requests: Sequence[Request], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured, on what, by which commands, when."""
+    data, lpips = manifest["data"], manifest["lpips"]
+    return {
+        "command": "; ".join(_commands(requests)),
         "data": f"{requests[0]['data']}, split {data['split']}, shards {data['shards']}",
         "masks": f"staged as {data['staged as']}, {data['known']} of {data['size'] ** 2} known",
-        **{f"checkpoint {name}": sha for name, sha in weights.items()},
+        **{f"checkpoint {name}": f"weights {sha}" for name, sha in manifest["weights"].items()},
         "noise": "seed 0, by image and sample",
         "code": manifest["code"],
-        "LPIPS": f"weights {manifest['lpips']}" if manifest["lpips"] != "none" else "none",
+        "LPIPS": lpips if lpips == "none" else f"weights {lpips}",
         "device": manifest["device"],
-        "date": date,
+        "date": _days(requests),
     }
-    images = len(set(table["image"].to_pylist()))
-    about = ", ".join(
-        [*(f"`{command}`" for command in commands), f"{images} images", f"data {data['shards']}",
-         f"masks {data['staged as']}", *(f"{name} {sha}" for name, sha in weights.items()),
-         "seed 0", f"code {manifest['code']}", date]
-    )  # fmt: skip
-    return EvaluationPage(
-        Summary(table), _pictures(results, table), data["size"], data["known"], about, facts,
-        _failures(table),
+
+
+def _about(requests: Sequence[Request], manifest: Mapping[str, Any], table: pa.Table) -> str:
+    """The same as short as the caption of a table."""
+    data, images = manifest["data"], len(set(table["image"].to_pylist()))
+    weights = (f"{name} weights {sha}" for name, sha in manifest["weights"].items())
+    return ", ".join(
+        [*(f"`{command}`" for command in _commands(requests)), f"{images} images",
+         f"data {data['shards']}", f"masks {data['staged as']}", *weights, "seed 0",
+         f"code {manifest['code']}", _days(requests)]
     )  # fmt: skip
 
 
-def _by_date(request: Mapping[str, Any]) -> tuple[str, str]:
-    return request["date"], request["command"]
+def _commands(requests: Sequence[Request]) -> list[str]:
+    # Flags that came later add to those before: the rows are of all of them.
+    ordered = sorted(requests, key=lambda request: (request["date"], request["command"]))
+    return list(dict.fromkeys(request["command"] for request in ordered if request["command"]))
+
+
+def _days(requests: Sequence[Request]) -> str:
+    days = sorted(request["date"] for request in requests)
+    return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
 
 
 def _failures(table: pa.Table) -> list[Failure]:

@@ -301,6 +301,33 @@ def test_every_command_that_rows_come_from_is_told(report, tmp_path):
         assert f"1999-12-31 to {request['date']}" in caption
 
 
+def test_a_report_of_an_evaluation_under_way_says_so_and_shows_what_there_is(report, tmp_path):
+    """Of the first image b's sample is not there yet, and of its 24 x 24 nothing."""
+    assert "Not complete" not in report.html
+    shutil.copytree(report.results.storage.uri, tmp_path / "copy")
+    other = Results(at(tmp_path / "copy"))
+    other.storage.delete_tree("rows/")
+    rows = report.results.read().to_pylist()
+    first = [row["image"] for row in report.results.truths()][0]
+
+    def lost(key: Key) -> bool:
+        late = key.cell.checkpoint == "b" and key.cell.is_sample and key.image == first
+        return late or (key.cell.checkpoint == "b" and key.cell.resolution == 24)
+
+    kept = [one for one in rows if not lost(key_of(one))]
+    for group, one in enumerate(kept):
+        key = key_of(one)
+        other.write(Unit(key.cell, group, (key.image,), (key.sample,)), [one])
+    write_report(other)
+    page = other.storage.read(PAGE).decode()
+    assert f"{len(rows) - len(kept)} rows are missing" in page
+    shown = sheet(sections(page)["What do they look like?"])
+    assert {column for column, _ in shown} >= {"a Heun, 4 calls", "b Heun, 4 calls"}
+    assert f"image {first}" not in {line for _, line in shown}
+    ((heading, *cells), _), = tables(sections(page)["What are 24 x 24 pixels worth?"])  # fmt: skip
+    assert cells and not [line for line in cells if line[0].startswith("b")]
+
+
 def test_where_no_evaluation_was_started_there_is_no_report(tmp_path):
     with pytest.raises(ResultsError, match="no evaluation was started here"):
         write_report(Results(at(tmp_path)))
