@@ -43,8 +43,13 @@ from mambaflow.storage import at
 # The sextiles of activity are of the first images of the order, as many as this, whatever the
 # limit: a row must not depend on how many others are asked for.
 EDGE_IMAGES = 1024
-# The wings that numbers come from: what changes in them makes another number of the same key.
-CODE = ("kernels", "data", "models", "flow", "evaluation")
+# Where numbers come from: what changes there makes another number of the same key. What plans,
+# keeps and shows them may change.
+WINGS = ("kernels", "data", "models", "flow")
+ROOMS = (
+    "activity", "answers", "baselines", "complete", "enlarge", "fine_spread", "metrics",
+    "perceptual", "reliability", "super_resolution",
+)  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -231,11 +236,12 @@ def code_version() -> str:
     """The version, and a hash of the code that numbers come from: of what it does, not of how it
     is laid out or commented."""
     digest, root = hashlib.sha256(), Path(mambaflow.__file__).parent
-    for wing in CODE:
-        for path in sorted((root / wing).rglob("*")):
-            if path.suffix in (".py", ".cpp"):
-                digest.update(f"{path.relative_to(root)}\n".encode())
-                digest.update(_meaning(path).encode())
+    files = [path for wing in WINGS for path in sorted((root / wing).rglob("*"))]
+    files += [root / "evaluation" / f"{room}.py" for room in ROOMS]
+    for path in files:
+        if path.suffix in (".py", ".cpp"):
+            digest.update(f"{path.relative_to(root)}\n".encode())
+            digest.update(_meaning(path).encode())
     return f"{mambaflow.__version__}-{digest.hexdigest()[:12]}"
 
 
