@@ -413,6 +413,24 @@ def test_more_models_and_samplers_than_there_are_looks_stand_in_tables_and_are_t
     assert "m0 Heun" not in left_out
 
 
+def test_where_there_is_a_real_image_of_that_size_answers_stand_against_it(tmp_path):
+    large = replace(MEAN, resolution=24)
+    agreement = {"psnr_reduced": 30.0, "psnr_bicubic": 28.0}
+    found = {}
+    for name, real in (("without", {}), ("with", {"psnr": 25.0, "rival_psnr": 24.0, "ssim": 0.8})):
+        page = page_of(tmp_path / name, {large: agreement | real})
+        (found[name],) = (s for s in page.page().sections if s.title == QUESTIONS[7])
+    assert "There is no true image of this size" in found["without"].right
+    assert "against the real images" in found["with"].right
+    assert found["without"].blocks[0].table.heading == ["method", "reduced", "bicubic"]
+    titles = found["with"].blocks[0].table.heading
+    cells = found["with"].blocks[0].table.rows[0]
+    assert dict(zip(titles, cells, strict=True)) == {
+        "method": "a posterior mean, 24 x 24", "PSNR": "25.01 ± 0.01", "rival's PSNR": "24.01",
+        "SSIM": "0.810",
+    }  # fmt: skip
+
+
 def test_a_way_without_an_answer_leaves_the_others_their_charts(tmp_path):
     """All rows of one share failed: the chart by share is of the two others."""
     cells = {replace(MEAN, known=k): {"psnr_unknown": 20.0} for k in (14, 28)}
