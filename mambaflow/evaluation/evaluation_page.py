@@ -4,28 +4,29 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mambaflow.evaluation.cells import NO_CHECKPOINT, Cell
 from mambaflow.evaluation.metrics import AXIS_SPREADS, COLUMNS, SEXTILE_SPREADS, Column
 from mambaflow.evaluation.summary import Entry, Summary, Way
-from mambaflow.flow.samplers import SOLVERS
+from mambaflow.evaluation.ways import Ways
 from mambaflow.report.figures import Bar, Bins, Difference, Point, bars, calibration, curves
 from mambaflow.report.figures import differences as draw_differences
 from mambaflow.report.page import Block, Drawing, KeyNumber, Page, RankedTable, Section
-from mambaflow.report.palette import Look, looks
+from mambaflow.report.palette import Look
 from mambaflow.report.pictures import only_known
 from mambaflow.report.sheets import ImageSheet, Scale, crop, heat
-from mambaflow.report.tables import results_table
+from mambaflow.report.tables import Table, results_table
 
 Picture = UInt8[np.ndarray, "h w 3"]
-# What is shown of answers of the size of the data, and of larger ones.
+# What is told of answers of the size of the data: in the terminal, and on the page, where eleven
+# columns would be wider than a window.
 ANSWERED = {
+    # Where a way has fewer than the caption tells.
+    "images": Column("images", 0),
     "psnr": COLUMNS["psnr"],
     "psnr_unknown": COLUMNS["psnr_unknown"],
     "ssim": COLUMNS["ssim"],
@@ -33,17 +34,32 @@ ANSWERED = {
     **{key: COLUMNS[key] for key in ("speckle", "fair_speckle", "spread",
                                      "coherence", "nfe", "seconds")},
 }  # fmt: skip
+# The error of the unknown pixels' PSNR is that of the full one.
+SEEN = {key: column for key, column in ANSWERED.items() if key != "coherence"} | {
+    "psnr_unknown": Column("PSNR unknown", 2),
+    "seconds": Column("s / image", 3),
+}
+LAW = {
+    "images": Column("images", 0),
+    "spread": COLUMNS["spread"],
+    **{key: Column(f"sixth {number}", 2) for number, key in enumerate(SEXTILE_SPREADS, 1)},
+    "coherence": COLUMNS["coherence"],
+    "coherence_truth": Column("truth's", 2),
+    "fair_speckle": COLUMNS["fair_speckle"],
+}
 LARGER = {
-    "psnr_reduced": Column("reduced, against the truth", 2, "psnr_reduced_se"),
-    "rival_psnr_reduced": Column("rival's", 2),
-    "psnr_self": Column("reduced, against its own", 2, "psnr_self_se"),
-    "psnr_bicubic": Column("agreement with bicubic", 2, "psnr_bicubic_se"),
+    "images": Column("images", 0),
+    "psnr_reduced": Column("reduced", 2, "psnr_reduced_se"),
+    "rival_psnr_reduced": Column("rival reduced", 2),
+    "psnr_self": Column("against its own", 2),
+    "psnr_bicubic": Column("bicubic", 2),
     "spread_fine": Column("spread", 2),
     "seconds": Column("s / image", 2),
 }
 REAL = {
+    "images": Column("images", 0),
     "psnr": Column("PSNR", 2, "psnr_se"),
-    "rival_psnr": Column("rival's PSNR", 2, "rival_psnr_se"),
+    "rival_psnr": Column("rival's PSNR", 2),
     "ssim": Column("SSIM", 3),
     "rival_ssim": Column("rival's SSIM", 3),
     "lpips": Column("LPIPS", 4),
@@ -56,6 +72,7 @@ COMPARED = {
     "ssim": ("SSIM", "", 4, True),
     "lpips": ("LPIPS", "", 4, False),
 }
+BEST = {"psnr": "highest", "psnr_unknown": "highest", "ssim": "highest", "lpips": "lowest"}
 SHOWN = 6
 CROP = (0.25, 0.25, 0.75, 0.75)
 
@@ -83,76 +100,61 @@ class Pictures:
         return only_known(truth[None], mask.reshape(1, *truth.shape[:2]))[0]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Rows of a way without an answer, and what the first of them said."""
+
+    way: Way
+    rows: int
+    error: str
+
+
 class EvaluationPage:
     """What is shown of a summary.
 
     Args:
+        size: pixels on a side of the data.
+        known: known pixels of an image, as the data were staged.
         about: what every table says of where its numbers are from.
+        facts: the same at length, at the page's end.
+        missing: rows that were asked for and are not there yet.
     """
 
     def __init__(
         self, summary: Summary, pictures: Pictures, size: int, known: int, about: str,
-        facts: Mapping[str, str],
+        facts: Mapping[str, str], failed: Sequence[Failure] = (), missing: int = 0,
     ) -> None:  # fmt: skip
         self.summary, self.pictures, self.size, self.known = summary, pictures, size, known
-        self.about, self.facts = about, facts
+        self.about, self.facts, self.failed, self.missing = about, facts, failed, missing
+        self.ways = Ways(summary, size, known)
 
-    @cached_property
-    def checkpoints(self) -> list[str]:
-        """Names of the models, in the order of their first rows."""
-        names = [way.cell.checkpoint for way in self.summary.entries]
-        return [name for name in dict.fromkeys(names) if name != NO_CHECKPOINT]
+    def page(self) -> Page:
+        """All of it."""
+        sections = [section for make in self.questions for section in make()]
+        names = self.ways.checkpoints
+        title = " against ".join(names) if len(names) == 2 else "Evaluation"
+        if len(names) not in (0, 2):
+            title = "Evaluation of " + ", ".join(names)
+        facts, left_out = dict(self.facts), self.ways.not_drawn
+        if left_out:
+            facts["not in charts"] = f"{', '.join(left_out)}: more than there are looks to tell"
+        answer = self.answer()
+        if self.missing:
+            answer += f"\n\n**Not complete**: {self.missing} rows are missing."
+        return Page(title, answer, sections, self.numbers(), facts, self.looks())
 
-    @cached_property
-    def plain(self) -> list[Way]:
-        """The ways of the size and share that the data have: fills, then each model's."""
-        found = self.summary.find(resolution=self.size, known=self.known, asked=0)
-        return sorted(found, key=lambda way: (not way.cell.is_fill, way.cell.checkpoint,
-                                              way.cell.is_sample, way.cell.sampler, way.cell.nfe,
-                                              way.together))  # fmt: skip
-
-    def mean(self, name: str) -> Way | None:
-        """A model's posterior mean."""
-        return next(
-            (w for w in self.plain if w.cell.checkpoint == name and not w.cell.is_sample), None
-        )
-
-    def sample(self, name: str, **at: int) -> Way | None:
-        """The sampler of a model that stands for the others: of about ten calls, Heun's first."""
-        point = {"resolution": self.size, "known": self.known, "asked": 0} | at
-        ways = [
-            w for w in self.summary.find(checkpoint=name, together=0, **point) if w.cell.is_sample
-        ]
-        order = ["heun", "exponential", "midpoint", "ddim", "sde"]
-        return min(
-            ways,
-            default=None,
-            key=lambda w: (abs(math.log(w.cell.nfe / 10)), order.index(w.cell.sampler)),
-        )
-
-    @cached_property
     def looks(self) -> dict[str, Look]:
-        """A look for every series of the page."""
-        series = {name: name for name in self.checkpoints}
-        for way in self.plain:
-            if way.cell.is_sample and not way.together:
-                series.setdefault(self.sampler(way.cell), way.cell.checkpoint)
-        return looks(series)
+        """Of the charts' series, and of the rows of tables that belong to them."""
+        rows = {self.ways.label(way): self.ways.look(way) for way in self.summary.entries}
+        return self.ways.looks | {name: look for name, look in rows.items() if look is not None}
 
-    def sampler(self, cell: Cell) -> str:
-        """A model's sampler, whatever its calls."""
-        settings = f" ({cell.settings})" if cell.settings else ""
-        return f"{cell.checkpoint} {SOLVERS[cell.sampler].title}{settings}"
-
-    def label(self, way: Way) -> str:
-        """What tables call a way."""
-        cell = way.cell
-        if cell.is_fill:
-            return cell.sampler
-        if not cell.is_sample:
-            return f"{cell.checkpoint} posterior mean"
-        calls = f"{self.sampler(cell)}, {cell.nfe} calls"
-        return f"{calls}, mean of {way.together}" if way.together else calls
+    @property
+    def questions(self) -> Sequence[Callable[[], Iterator[Section]]]:
+        """Each yields its section where rows answer it."""
+        return (
+            self.completion, self.compared, self.looked_at, self.calls, self.law, self.density,
+            self.shares, self.enlarged, self.certainty, self.extremes, self.every, self.failures,
+        )  # fmt: skip
 
     def table(
         self, ways: Iterable[Way], columns: Mapping[str, Column], best: Mapping[str, Any]
@@ -164,35 +166,21 @@ class EvaluationPage:
 
     def rows(self, ways: Iterable[Way]) -> dict[str, dict[str, float]]:
         """The numbers of some ways, by what tables call them."""
-        found = {}
+        entries, found, ways = self.summary.entries, {}, list(ways)
+        # An evaluation may be under way, and rows may have failed.
+        most = max(entry.images for entry in entries.values())
+        fewer = any(entries[way].images < most for way in ways)
         for way in ways:
-            calls = {} if way.cell.is_fill else {"nfe": way.cell.nfe * max(1, way.together)}
-            found[self.label(way)] = self.summary.entries[way].numbers | calls
+            more = {"images": entries[way].images} if fewer else {}
+            if not way.cell.is_fill:
+                more["nfe"] = way.cell.nfe * max(1, way.together)
+            found[self.ways.label(way)] = entries[way].numbers | more
         return found
 
-    def page(self) -> Page:
-        """All of it."""
-        sections = [section for make in self.questions for section in make()]
-        title = " against ".join(self.checkpoints) if len(self.checkpoints) == 2 else "Evaluation"
-        if len(self.checkpoints) != 2 and self.checkpoints:
-            title = "Evaluation of " + ", ".join(self.checkpoints)
-        used = {name: look for name, look in self.looks.items()}
-        return Page(title, self.answer(), sections, self.numbers(), self.facts, used)
-
-    @property
-    def questions(self) -> Sequence[Callable[[], Iterator[Section]]]:
-        """Each yields its section where rows answer it."""
-        return (
-            self.completion, self.compared, self.looked_at, self.calls, self.law, self.density,
-            self.shares, self.enlarged, self.certainty, self.extremes, self.failures,
-        )  # fmt: skip
-
     def completion(self) -> Iterator[Section]:
-        """Every way of the data's own size in one table."""
-        if not self.plain:
+        """The data's own size: a way for each sampler."""
+        if not self.ways.plain:
             return
-        best = {"psnr": "highest", "psnr_unknown": "highest", "ssim": "highest", "lpips": "lowest",
-                "spread": 1, "fair_speckle": 0}  # fmt: skip
         text = (
             "All answers of the same images from the same known pixels, which are copied. A "
             "**posterior mean** and **one sample** are different answers: PSNR rewards the first, "
@@ -200,28 +188,41 @@ class EvaluationPage:
         )
         right = (
             "A true sample has 3.01 dB less PSNR on unknown pixels than the posterior mean, spread "
-            "1, the truth's coherence, and a fair speckle of 0."
+            "1 and a fair speckle of 0."
         )
-        blocks = [self.table(self.plain, ANSWERED, best)]
+        blocks = [self.table(self.ways.main, SEEN, BEST | {"spread": 1})]
         yield Section("What are the answers worth?", text, blocks, right)
+
+    def every(self) -> Iterator[Section]:
+        """The same of every number of calls."""
+        if len(self.ways.plain) > len(self.ways.main):
+            text = (
+                "As in the first table, of every sampler at every number of calls, and of the mean "
+                "of several samples."
+            )
+            blocks = [self.table(self.ways.plain, SEEN, BEST | {"spread": 1})]
+            yield Section("What is every way of answering worth?", text, blocks)
 
     def compared(self) -> Iterator[Section]:
         """Two models, image by image."""
-        if len(self.checkpoints) != 2:
+        if len(self.ways.checkpoints) != 2:
             return
-        first, second = self.checkpoints
-        kinds = {"posterior mean": self.mean, "one sample": self.sample}
+        first, second = self.ways.checkpoints
+        styles = {name: self.ways.looks[f"{name} posterior mean"] for name in (first, second)}
         blocks: list[Block] = []
-        for title, kind in kinds.items():
+        for title, kind in {
+            "posterior mean": self.ways.mean,
+            "one sample": self.ways.sample,
+        }.items():
             ours, theirs = kind(second), kind(first)
             rows = {} if ours is None or theirs is None else self.differences(ours, theirs)
             if rows:
-                drawn = draw_differences(rows, second, first, styles=self.looks)
+                drawn = draw_differences(rows, second, first, styles=styles)
                 blocks.append(Drawing(drawn, f"{title}: {second} less {first}"))
         if blocks:
             text = (
                 "Differences image by image: what images have in common cancels out. A bar is the "
-                "95 % interval; one that crosses the line tells nothing."
+                "95\N{NO-BREAK SPACE}% interval; one that crosses the line tells nothing."
             )
             yield Section(f"Is {second} better than {first}?", text, blocks)
 
@@ -239,7 +240,7 @@ class EvaluationPage:
 
     def looked_at(self) -> Iterator[Section]:
         """The first images, side by side."""
-        images = list(self.pictures.truth)[:SHOWN]
+        images = self.pictured(self.answered, SHOWN)
         if images:
             text = "The first images of the order in which they were drawn, not chosen by eye."
             sheet = ImageSheet(columns=self.columns(images), rows=[f"image {i}" for i in images])
@@ -251,63 +252,76 @@ class EvaluationPage:
             "truth": [self.pictures.truth[i] for i in images],
             "known pixels": [self.pictures.given(i) for i in images],
         }
-        fills = [way for way in self.plain if way.cell.is_fill]
-        best = max(fills, default=None, key=lambda way: self.number(way, "psnr"))
-        models = [way for name in self.checkpoints for way in (self.mean(name), self.sample(name))]
-        for way in [best, *models]:
-            shown = [] if way is None else [self.pictures.of(way, i) for i in images]
-            if way is not None and shown and all(p is not None for p in shown):
-                found[self.label(way)] = [p for p in shown if p is not None]
-        return found
+        return found | self.answers(self.answered, images)
 
-    def number(self, way: Way, key: str) -> float:
-        """A number of a way; less than any where it has none."""
-        return self.summary.entries[way].numbers.get(key, -math.inf)
+    @property
+    def answered(self) -> list[Way]:
+        """The best fill, and of each model its mean and a sample."""
+        kinds = (self.ways.mean, self.ways.sample)
+        models = [kind(name) for name in self.ways.checkpoints for kind in kinds]
+        return [way for way in (self.ways.best_fill, *models) if way is not None]
+
+    def pictured(self, ways: Iterable[Way], count: int) -> list[int]:
+        """The first images of which every way has a picture that has any: an evaluation may be
+        under way, and a row may have failed."""
+        have: dict[Way, set[int]] = {way: set() for way in ways}
+        for way, image in self.pictures.answers:
+            if way in have:
+                have[way].add(image)
+        of_all = set(self.pictures.truth).intersection(*(found for found in have.values() if found))
+        return [image for image in self.pictures.truth if image in of_all][:count]
+
+    def answers(self, ways: Iterable[Way], images: Sequence[int]) -> dict[str, list[Picture]]:
+        """A column for each way that has a picture of every image."""
+        found = {}
+        for way in ways:
+            kept = [one for i in images if (one := self.pictures.of(way, i)) is not None]
+            if kept and len(kept) == len(images):
+                found[self.ways.label(way)] = kept
+        return found
 
     def calls(self) -> Iterator[Section]:
         """What more calls of the network are worth."""
         lines = {"psnr_unknown": "PSNR of unknown pixels (dB)", "lpips": "LPIPS",
                  "spread": "spread", "coherence": "coherence"}  # fmt: skip
-        ways = [w for w in self.plain if w.cell.is_sample and not w.together]
+        ways = [w for w in self.ways.plain if w.cell.is_sample and not w.together]
         if len({way.cell.nfe for way in ways}) < 2:
             return
         blocks: list[Block] = []
         for key, title in lines.items():
             drawn = self.lines(ways, key, lambda way: way.cell.nfe)
             if drawn:
-                line = {"right": 1.0} if key == "spread" else self.truth_coherence(ways, key)
-                blocks.append(
-                    Drawing(
-                        curves(drawn, "calls of the network (NFE)", title, right=line, log_x=True,
-                               styles=self.looks), title,
-                    )
-                )  # fmt: skip
+                chart = curves(drawn, "calls of the network (NFE)", title, right=self.right(key),
+                               log_x=True, styles=self.ways.looks)  # fmt: skip
+                blocks.append(Drawing(chart, title))
         text = "Every sampler at the same number of calls: Heun and midpoint take two for a step."
         right = "A good sampler gives at ten calls what it gives at a hundred."
-        yield Section("How many calls does a sample need?", text, blocks, right)
+        if blocks:
+            yield Section("How many calls does a sample need?", text, blocks, right)
 
     def lines(
         self, ways: Iterable[Way], key: str, x: Callable[[Way], float]
     ) -> dict[str, list[Point]]:
-        """A number along an axis, a line for each sampler of each model."""
+        """A number along an axis, a line for each series that has a look."""
         found: dict[str, list[Point]] = {}
         for way in ways:
             numbers = self.summary.entries[way].numbers
-            if key in numbers:
+            if math.isfinite(numbers.get(key, math.nan)) and self.ways.look(way) is not None:
                 point = Point(x(way), numbers[key], numbers.get(f"{key}_se"))
-                found.setdefault(self.sampler(way.cell), []).append(point)
+                found.setdefault(self.ways.series(way), []).append(point)
         return {name: sorted(points) for name, points in found.items()}
 
-    def truth_coherence(self, ways: Iterable[Way], key: str) -> dict[str, float]:
-        """The line that is right for coherence: around the last model's mean."""
-        found = [self.number(way, "coherence_truth") for way in ways] if key == "coherence" else []
-        return {"truth": found[-1]} if found and math.isfinite(found[-1]) else {}
+    def right(self, key: str) -> dict[str, float]:
+        """The line of what is right: for coherence that of the truth around the models' means."""
+        if key == "spread":
+            return {"right": 1.0}
+        means = [self.ways.number(way, f"{key}_truth") for way in self.ways.plain]
+        found = [value for value in means if math.isfinite(value)]
+        return {"truth": float(np.mean(found))} if found else {}
 
     def law(self) -> Iterator[Section]:
         """Where samples vary too much, and where too little."""
-        ways = [w for w in map(self.sample, self.checkpoints) if w is not None]
-        if not ways:
-            return
+        ways = [w for w in map(self.ways.sample, self.ways.checkpoints) if w is not None]
         axes = {
             "by how busy the known pixels around are": (
                 SEXTILE_SPREADS, ["calmest", "2", "3", "4", "5", "busiest"]),
@@ -315,45 +329,43 @@ class EvaluationPage:
         }  # fmt: skip
         blocks: list[Block] = []
         for title, (keys, groups) in axes.items():
-            series = {}
-            for way in ways:
-                heights = [self.number(way, key) for key in keys]
-                if all(math.isfinite(height) for height in heights):
-                    series[self.sampler(way.cell)] = [Bar(height) for height in heights]
-            if series:
-                drawn = bars(series, groups, "spread", right={"right": 1.0}, styles=self.looks)
-                blocks.append(Drawing(drawn, f"spread {title}"))
-        text = (
-            "**Spread** is Var(sample - mean) / Var(truth - mean): an average of 1 can hide "
-            "samples that are too wild in the sky and too tame in the leaves."
-        )
+            series = {way: [Bar(self.ways.number(way, key)) for key in keys] for way in ways}
+            drawn = {self.ways.series(way): heights for way, heights in series.items()
+                     if all(math.isfinite(bar.value) for bar in heights)
+                     and self.ways.look(way) is not None}  # fmt: skip
+            if drawn:
+                chart = bars(drawn, groups, "spread", right=self.right("spread"),
+                             styles=self.ways.looks)  # fmt: skip
+                blocks.append(Drawing(chart, f"spread {title}"))
         if blocks:
-            yield Section("Is a sample a sample?", text, blocks, "1 everywhere.")
+            samples = [w for w in self.ways.main if w.cell.is_sample and not w.together]
+            blocks.append(self.table(samples, LAW, {"spread": 1, "fair_speckle": 0}))
+            text = (
+                "**Spread** is Var(sample - mean) / Var(truth - mean): an average of 1 can hide "
+                "samples that are too wild in the sky and too tame in the leaves. Sixths are from "
+                "the calmest to the busiest."
+            )
+            right = "1 everywhere, the truth's coherence, and a fair speckle of 0."
+            yield Section("Is a sample a sample?", text, blocks, right)
 
     def density(self) -> Iterator[Section]:
         """Whether samples keep their law when other numbers of pixels are asked."""
         whole = self.size**2 - self.known
-        found: dict[str, dict[str, list[Point]]] = {"spread": {}, "coherence": {}}
-        for way in self.summary.find(known=self.known, together=0):
-            cell, fine = way.cell, way.cell.resolution > self.size
-            point = self.sample(cell.checkpoint, resolution=cell.resolution, asked=cell.asked)
-            if way != point:
-                continue
-            count = cell.resolution**2 if fine else cell.asked or whole
-            for key, lines in found.items():
-                if fine and key != "spread":
-                    continue
-                height = self.number(way, f"{key}_fine" if fine else key)
-                if math.isfinite(height):
-                    lines.setdefault(self.sampler(cell), []).append(Point(count, height))
+        ways = [w for w in self.summary.find(known=self.known, together=0) if w == self._stands(w)]
+        coarse = [way for way in ways if way.cell.resolution == self.size]
+        fine = [way for way in ways if way.cell.resolution > self.size]
+        found = {
+            key: self.lines(coarse, key, lambda way: way.cell.asked or whole)
+            for key in ("spread", "coherence")
+        }
+        for name, points in self.lines(fine, "spread_fine", lambda w: w.cell.resolution**2).items():
+            found["spread"][name] = [*found["spread"].get(name, []), *points]
         blocks: list[Block] = []
         for key, lines in found.items():
             if any(len(points) > 1 for points in lines.values()):
-                right = {"right": 1.0} if key == "spread" else {}
-                drawn = curves(
-                    lines, "pixels asked", key, right=right, log_x=True, styles=self.looks
-                )
-                blocks.append(Drawing(drawn, f"{key} by the number of pixels asked"))
+                chart = curves(lines, "pixels asked", key, right=self.right(key), log_x=True,
+                               styles=self.ways.looks)  # fmt: skip
+                blocks.append(Drawing(chart, f"{key} by the number of pixels asked"))
         if blocks:
             text = (
                 "One model, asked for a part of the unknown pixels, for all of them, or for the "
@@ -362,35 +374,26 @@ class EvaluationPage:
             )
             yield Section("Do samples keep their law at any density?", text, blocks, "Flat lines.")
 
+    def _stands(self, way: Way) -> Way | None:
+        """The sample that stands for a model's others where a way is."""
+        cell = way.cell
+        return self.ways.sample(
+            cell.checkpoint, resolution=cell.resolution, known=cell.known, asked=cell.asked
+        )
+
     def shares(self) -> Iterator[Section]:
         """What more known pixels are worth."""
-        ways = self.summary.find(resolution=self.size, asked=0, together=0)
-        if len({way.cell.known for way in ways}) < 2:
-            return
-        lines: dict[str, list[Point]] = {}
-        for way in ways:
-            cell, numbers = way.cell, self.summary.entries[way].numbers
-            kept = way == self.sample(cell.checkpoint, known=cell.known)
-            if cell.is_sample and not kept:
-                continue
-            name = self.label(way) if not cell.is_sample else self.sampler(cell)
-            share = round(100 * cell.known / self.size**2, 1)
-            lines.setdefault(name, []).append(
-                Point(share, numbers["psnr_unknown"], numbers.get("psnr_unknown_se"))
-            )
-        models = {name: "" if name in self.fills else name for name in lines}
-        styles = looks({name: next((c for c in self.checkpoints if name.startswith(c)), "")
-                        for name in models})  # fmt: skip
-        drawn = curves(
-            lines, "known pixels (%)", "PSNR of unknown pixels (dB)", styles=styles, wide=True
+        every = self.summary.find(resolution=self.size, asked=0, together=0)
+        ways = [w for w in every if not w.cell.is_sample or w == self._stands(w)]
+        lines = self.lines(
+            ways, "psnr_unknown", lambda way: round(100 * way.cell.known / self.size**2, 1)
         )
+        if len({point.x for points in lines.values() for point in points}) < 2:
+            return
+        title = "PSNR of unknown pixels (dB)"
+        drawn = curves(lines, "known pixels (%)", title, styles=self.ways.looks, wide=True)
         text = "Masks are nested: each share keeps the pixels of the smaller ones."
-        yield Section("What are more known pixels worth?", text, [Drawing(drawn, "by share")])
-
-    @property
-    def fills(self) -> list[str]:
-        """Names of the classical fills."""
-        return [way.cell.sampler for way in self.plain if way.cell.is_fill]
+        yield Section("What are more known pixels worth?", text, [Drawing(drawn, title)])
 
     def enlarged(self) -> Iterator[Section]:
         """Larger images, and what can honestly be said of them."""
@@ -398,32 +401,33 @@ class EvaluationPage:
         for size in sorted({way.cell.resolution for way in ways}):
             at = [way for way in ways if way.cell.resolution == size]
             real = any("ssim" in self.summary.entries[way].numbers for way in at)
-            columns = (REAL | LARGER) if real else LARGER
-            blocks: list[Block] = [self.table(at, columns, {})]
-            blocks += self.larger_pictures(size)
-            text = (
-                f"The model is asked at the pixel centres of {size} x {size}; nothing is scaled "
-                "up. The rival is the same model's answer at its own size, enlarged by bicubic."
-            )
-            right = (
-                "There is no true image of this size. Reduced again, an answer should be the "
-                "truth, and its own smaller answer; agreement with bicubic is no truth."
-            )
+            blocks: list[Block] = [self.table(at, LARGER, {})]
             if real:
-                right = "PSNR, SSIM and LPIPS are against the real images of this size."
-            yield Section(f"What are {size} x {size} pixels worth?", text, blocks, right)
+                best = {"psnr": "highest", "ssim": "highest", "lpips": "lowest"}
+                blocks.insert(0, self.table(at, REAL, best))
+            yield Section(
+                f"What are {size} x {size} pixels worth?",
+                f"The model is asked at the pixel centres of {size} x {size}; nothing is scaled up."
+                " The **rival** is the same model's answer at its own size, enlarged by bicubic. "
+                "**Reduced**: PSNR against the truth after a reduction by area; **against its "
+                "own**: the same against the model's own smaller answer; **bicubic**: agreement "
+                "with the truth enlarged by bicubic, which is no truth.",
+                blocks + self.larger_pictures(size),
+                "PSNR, SSIM and LPIPS are against the real images of this size." if real else
+                "There is no true image of this size. Reduced again, an answer should be the "
+                "truth, and its own smaller answer.",
+            )  # fmt: skip
 
     def larger_pictures(self, size: int) -> list[Block]:
         """The first images at a larger size, whole and in part."""
-        images = list(self.pictures.truth)[: SHOWN // 2]
-        columns = {"truth": [self.pictures.truth[i] for i in images]}
-        for name in self.checkpoints:
-            for way in (self.mean_at(name, size), self.sample(name, resolution=size)):
-                shown = [] if way is None else [self.pictures.of(way, i) for i in images]
-                if way is not None and shown and all(p is not None for p in shown):
-                    columns[self.label(way)] = [p for p in shown if p is not None]
-        if len(columns) < 2:
+        kinds = (self.ways.mean, self.ways.sample)
+        found = [kind(name, resolution=size) for name in self.ways.checkpoints for kind in kinds]
+        ways = [way for way in found if way is not None]
+        images = self.pictured(ways, SHOWN // 2)
+        answers = self.answers(ways, images)
+        if not answers:
             return []
+        columns = {"truth": [self.pictures.truth[i] for i in images]} | answers
         rows = [f"image {i}" for i in images]
         parts = {title: crop(found, CROP) for title, found in columns.items()}
         return [
@@ -431,134 +435,125 @@ class EvaluationPage:
             ImageSheet(columns=parts, rows=rows, title="The part in the box", tile=128),
         ]
 
-    def mean_at(self, name: str, size: int) -> Way | None:
-        """A model's posterior mean at a size."""
-        return next(iter(self.summary.find(checkpoint=name, sampler="mean", resolution=size)), None)
-
     def certainty(self) -> Iterator[Section]:
         """Whether samples tell how sure they are."""
         # Of each model the sampler that stands for the others.
-        shown = [way.cell for way in map(self.sample, self.checkpoints) if way is not None]
-        ways = [way for way in self.plain if way.together and way.cell in shown]
-        series = {}
+        ways = [w for w in self.ways.main if w.together and self.summary.entries[w].reliability]
+        bins, styles = {}, {}
         for way in ways:
-            found = self.summary.entries[way].reliability
-            if found:
-                predicted, observed, counts = (
-                    np.array(column) for column in zip(*found, strict=True)
-                )
-                series[self.sampler(way.cell)] = Bins(predicted, observed, counts)
-        if not series:
+            look, name = self.ways.look(way), f"{self.ways.series(way)}, {way.together} samples"
+            if look is not None:
+                found = zip(*self.summary.entries[way].reliability, strict=True)
+                bins[name], styles[name] = Bins(*map(np.array, found)), look
+        if not bins:
             return
-        blocks: list[Block] = [
-            Drawing(calibration(series, "of 1", styles=self.looks), "predicted and observed error")
-        ]
-        images = [
-            i for i in list(self.pictures.truth)[:SHOWN] if (ways[0], i) in self.pictures.deviations
-        ]
-        if images:
-            shape = (self.size, self.size)
-            maps = [np.array(self.pictures.deviations[ways[0], i]).reshape(shape) for i in images]
-            high = round(max(float(m.max()) for m in maps), 2) or 1.0
-            scale = Scale("standard deviation", 0.0, high)
-            columns = {
-                "truth": [self.pictures.truth[i] for i in images],
-                "known pixels": [self.pictures.given(i) for i in images],
-                "deviation": [heat(m, scale) for m in maps],
-            }
-            blocks.append(
-                ImageSheet(columns=columns, rows=[f"image {i}" for i in images], scale=scale,
-                           title=self.label(ways[0]))
-            )  # fmt: skip
+        chart = calibration(bins, "in [0, 1]", styles=styles)
         text = (
             "Pixels by how much several samples of them deviate, against how far the samples' mean "
             "is off. The fewer the samples, the more a small deviation is luck: from few samples "
             "the left end lies too high and the right end too low even where all is right."
         )
+        blocks = [Drawing(chart, "predicted and observed error"), *self.deviations(ways)]
         yield Section("Do samples know how sure they are?", text, blocks, "On the diagonal.")
+
+    def deviations(self, ways: Sequence[Way]) -> list[Block]:
+        """Maps of how much samples deviate, on one scale for all models."""
+        images = self.pictured(ways, SHOWN)
+        maps: dict[Way, list[np.ndarray]] = {}
+        for way in ways:
+            kept = [self.pictures.deviations.get((way, i)) for i in images]
+            arrays = [np.array(one).reshape(self.size, -1) for one in kept if one is not None]
+            if arrays and len(arrays) == len(images):
+                maps[way] = arrays
+        if not maps:
+            return []
+        high = max(float(one.max()) for found in maps.values() for one in found)
+        scale = Scale("standard deviation of the samples", 0.0, max(round(high, 2), 0.01))
+        columns = {"truth": [self.pictures.truth[i] for i in images],
+                   "known pixels": [self.pictures.given(i) for i in images]}  # fmt: skip
+        for way, found in maps.items():
+            columns[self.ways.series(way)] = [heat(one, scale) for one in found]
+        rows = [f"image {i}" for i in images]
+        return [ImageSheet(columns=columns, rows=rows, scale=scale, title="Where samples deviate")]
 
     def extremes(self) -> Iterator[Section]:
         """Best, median and worst images of the last model's posterior mean."""
-        way = self.mean(self.checkpoints[-1]) if self.checkpoints else None
+        names = self.ways.checkpoints
+        way = self.ways.mean(names[-1]) if names else None
         if way is None:
             return
         values = self.summary.values(way, "psnr_unknown")
-        ranked = sorted((i for i in self.pictures.truth if i in values), key=lambda i: values[i])
+        kept = self.pictured(self.answered, len(self.pictures.truth))
+        ranked = sorted((i for i in kept if i in values), key=lambda i: values[i])
         if len(ranked) < SHOWN:
             return
         middle = len(ranked) // 2
-        chosen = [*ranked[:-3:-1], *ranked[middle - 1 : middle + 1], *ranked[1::-1]]
-        names = ["best", "second", "median", "median", "second worst", "worst"]
-        rows = [f"{n}: {values[i]:.1f} dB" for n, i in zip(names, chosen, strict=True)]
+        chosen = [*ranked[:-3:-1], *ranked[middle - 1 : middle + 1][::-1], *ranked[1::-1]]
+        places = ["best", "second", "median", "median", "second worst", "worst"]
+        rows = [f"{name}: {values[i]:.1f} dB" for name, i in zip(places, chosen, strict=True)]
         text = (
-            f"By PSNR of unknown pixels of {self.label(way)}, among the {len(ranked)} images whose "
-            "pictures were kept."
+            f"By PSNR of unknown pixels of {self.ways.label(way)}, among the {len(ranked)} images "
+            "whose pictures were kept."
         )
-        yield Section(
-            "Where is it good, and where not?",
-            text,
-            [ImageSheet(columns=self.columns(chosen), rows=rows)],
-        )
+        sheet = ImageSheet(columns=self.columns(chosen), rows=rows)
+        yield Section("Where is it good, and where not?", text, [sheet])
 
     def failures(self) -> Iterator[Section]:
         """Rows without an answer."""
-        failed = {way: entry.failed for way, entry in self.summary.entries.items() if entry.failed}
-        if failed:
-            text = "Rows that failed are in no number above: " + "; ".join(
-                f"{self.label(way)}, {way.cell.resolution} x {way.cell.resolution}: {count}"
-                for way, count in failed.items()
-            )
-            yield Section("What failed?", text, [])
+        if self.failed:
+            rows = [[self.ways.label(one.way), str(one.rows), one.error] for one in self.failed]
+            text = "These rows are in no number above; `--retry-errors` does them again."
+            table = Table(["method", "rows", "the first says"], rows, self.about)
+            yield Section("What failed?", text, [table])
 
     def numbers(self) -> list[KeyNumber]:
         """The numbers that answer the question."""
-        found = []
-        for name in self.checkpoints:
-            way = self.mean(name)
-            if way is not None:
-                entry = self.summary.entries[way]
-                found.append(
-                    KeyNumber(_with_error(entry, "psnr"), f"{name}, posterior mean", "PSNR, dB")
-                )
+        means = {name: self.ways.mean(name) for name in self.ways.checkpoints}
+        found = [
+            KeyNumber(_with_error(self.summary.entries[way], "psnr"), f"{name}, posterior mean",
+                      "PSNR, dB")
+            for name, way in means.items() if way is not None
+        ]  # fmt: skip
         removed = self.speckle_removed()
         if removed is not None:
-            first, second = self.checkpoints
-            found.append(
-                KeyNumber(
-                    f"{100 * removed:.0f} %", f"of {first}'s speckle gone in {second}'s samples"
-                )
-            )
+            first, second = self.ways.checkpoints
+            what = "gone in" if removed >= 0 else "on top in"
+            label = f"of {first}'s speckle {what} {second}'s samples"
+            found.append(KeyNumber(f"{100 * abs(removed):.0f} %", label))
         return found
 
     def speckle_removed(self) -> float | None:
         """The share of the first model's speckle that the second one's samples do not have."""
-        if len(self.checkpoints) != 2:
+        if len(self.ways.checkpoints) != 2:
             return None
-        ways = [self.sample(name) for name in self.checkpoints]
-        before, after = (math.nan if way is None else self.number(way, "speckle") for way in ways)
-        return 1 - after / before if before > 0 else None
+        ways = [self.ways.sample(name) for name in self.ways.checkpoints]
+        before, after = (
+            -math.inf if way is None else self.ways.number(way, "speckle") for way in ways
+        )
+        return 1 - after / before if before > 0 and math.isfinite(after) else None
 
     def answer(self) -> str:
         """Two sentences."""
-        fills = [way for way in self.plain if way.cell.is_fill]
-        best = max(fills, default=None, key=lambda way: self.number(way, "psnr"))
+        names, known = self.ways.checkpoints, 100 * self.known / self.size**2
         parts = [
-            f"{self.label(way)} {_with_error(self.summary.entries[way], 'psnr')} dB"
-            for way in [*(self.mean(name) for name in self.checkpoints), best]
+            f"{self.ways.label(way)} {_with_error(self.summary.entries[way], 'psnr')} dB"
+            for way in [*(self.ways.mean(name) for name in names), self.ways.best_fill]
             if way is not None
         ]
-        known = 100 * self.known / self.size**2
-        first = f"From {known:.0f} % of the pixels: {', '.join(parts)}."
+        # Of an evaluation without an answer of the data's own size there is no such number.
+        first = f"From {known:.0f} % of the pixels: {', '.join(parts) or 'see below'}."
         removed = self.speckle_removed()
         if removed is None:
             return first
-        a, b = self.checkpoints
-        ours, theirs = self.mean(b), self.mean(a)
-        gain = (
+        a, b = names
+        ours, theirs = self.ways.mean(b), self.ways.mean(a)
+        found = (
             {} if ours is None or theirs is None else self.summary.difference(ours, theirs, "psnr")
         )
-        more = f"{b} is {gain['psnr']:+.2f} dB from {a}, image by image, and " if gain else f"{b} "
-        return f"{first} {more}has {100 * (1 - removed):.0f} % of its speckle in one sample."
+        gain = f"{b} gains {found['psnr']:.2f} dB on {a}, image by image, and" if found else b
+        if found and found["psnr"] < 0:
+            gain = f"{b} loses {-found['psnr']:.2f} dB to {a}, image by image, and"
+        return f"{first} {gain} has {100 * (1 - removed):.0f} % of its speckle in one sample."
 
 
 def _with_error(entry: Entry, key: str) -> str:

@@ -8,7 +8,8 @@ tensorboard/         the sheets of images and the numbers, by TensorBoard
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,22 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from mambaflow.checks import require
-from mambaflow.evaluation.evaluation_page import ANSWERED, EvaluationPage, Picture, Pictures
-from mambaflow.evaluation.rows import Results, key_of
+from mambaflow.evaluation.evaluate import status
+from mambaflow.evaluation.evaluation_page import (
+    ANSWERED,
+    EvaluationPage,
+    Failure,
+    Picture,
+    Pictures,
+)
+from mambaflow.evaluation.rows import KEY, Results, key_of
 from mambaflow.evaluation.summary import Summary, Way
 from mambaflow.report.page import render
 from mambaflow.report.pictures import picture
 from mambaflow.report.run_log import StoredRunLog
 from mambaflow.report.tables import results_table
 
+Request = Mapping[str, Any]
 PAGE, TABLE, JSON = "report/index.html", "report/table.md", "report/summary.json"
 
 
@@ -42,7 +51,7 @@ def write_report(results: Results) -> str:
         f"out (={results.storage.uri}) holds no rows yet; start the evaluation first",
     )
     page = evaluation_page(results, table, manifest)
-    ways = page.plain or list(page.summary.entries)
+    ways = page.ways.plain or list(page.summary.entries)
     text = str(results_table(page.rows(ways), ANSWERED, page.about))
     summary = {
         "facts": dict(page.facts),
@@ -59,28 +68,60 @@ def evaluation_page(
     results: Results, table: pa.Table, manifest: Mapping[str, Any]
 ) -> EvaluationPage:
     """What there is to show of the rows of an evaluation."""
-    data, requests = manifest["data"], results.requests()
-    days = sorted(request["date"] for request in requests)
-    newest = max(requests, key=lambda request: request["date"])
-    facts = {
-        "command": newest["command"],
-        "data": f"{newest['data']}, split {data['split']}, shards {data['shards']}",
+    data, counts = manifest["data"], status(results)
+    facts = _facts(results.requests(), manifest) | {"rows": str(counts)}
+    missing = counts.asked - counts.done - counts.failed
+    return EvaluationPage(
+        Summary(table), _pictures(results, table), data["size"], data["known"],
+        _about(results.requests(), manifest, table), facts, _failures(table), missing,
+    )  # fmt: skip
+
+
+def _facts(requests: Sequence[Request], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured, on what, by which commands, when."""
+    data, lpips = manifest["data"], manifest["lpips"]
+    return {
+        "command": "; ".join(_commands(requests)),
+        "data": f"{requests[0]['data']}, split {data['split']}, shards {data['shards']}",
         "masks": f"staged as {data['staged as']}, {data['known']} of {data['size'] ** 2} known",
         **{f"checkpoint {name}": f"weights {sha}" for name, sha in manifest["weights"].items()},
         "noise": "seed 0, by image and sample",
         "code": manifest["code"],
-        "LPIPS": manifest["lpips"],
-        "date": days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}",
+        "LPIPS": lpips if lpips == "none" else f"weights {lpips}",
+        "device": manifest["device"],
+        "date": _days(requests),
     }
-    images = len(set(table["image"].to_pylist()))
-    about = (
-        f"`{facts['command']}`; {images} images, data {data['shards']}, masks {data['staged as']}, "
-        f"code {facts['code']}, {facts['date']}; "
-        + ", ".join(f"{name} {sha}" for name, sha in manifest["weights"].items())
-    )
-    return EvaluationPage(
-        Summary(table), _pictures(results, table), data["size"], data["known"], about, facts
-    )
+
+
+def _about(requests: Sequence[Request], manifest: Mapping[str, Any], table: pa.Table) -> str:
+    """The same as short as the caption of a table."""
+    data, images = manifest["data"], len(set(table["image"].to_pylist()))
+    weights = (f"{name} weights {sha}" for name, sha in manifest["weights"].items())
+    return ", ".join(
+        [*(f"`{command}`" for command in _commands(requests)), f"{images} images",
+         f"data {data['shards']}", f"masks {data['staged as']}", *weights, "seed 0",
+         f"code {manifest['code']}", _days(requests)]
+    )  # fmt: skip
+
+
+def _commands(requests: Sequence[Request]) -> list[str]:
+    # Flags that came later add to those before: the rows are of all of them.
+    ordered = sorted(requests, key=lambda request: (request["date"], request["command"]))
+    return list(dict.fromkeys(request["command"] for request in ordered if request["command"]))
+
+
+def _days(requests: Sequence[Request]) -> str:
+    days = sorted(request["date"] for request in requests)
+    return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+
+
+def _failures(table: pa.Table) -> list[Failure]:
+    """Of each way with rows that failed."""
+    failed = table.select([*KEY, "error"]).filter(pc.not_equal(table["error"], ""))
+    errors: dict[Way, list[str]] = defaultdict(list)
+    for row in failed.to_pylist():
+        errors[Way.of(key_of(row))].append(row["error"])
+    return [Failure(way, len(found), found[0]) for way, found in sorted(errors.items())]
 
 
 def _pictures(results: Results, table: pa.Table) -> Pictures:
@@ -111,8 +152,7 @@ def _log(results: Results, page: EvaluationPage) -> None:
             columns = {k: np.stack(v) for k, v in page.columns(images).items()}
             log.image(0, "evaluation/answers", picture(columns))
         for way, entry in page.summary.entries.items():
-            cell = way.cell
-            name = f"{page.label(way)} {cell.resolution} {cell.known} {cell.asked}"
+            name = page.ways.label(way)
             log.scalars(0, {f"evaluation/{name}/{k}": v for k, v in _plain(entry.numbers)})
     finally:
         log.close()
