@@ -198,7 +198,7 @@ def complete(
     grid: str = "uniform",
     around: Completion | None = None,
     sample: int = 0,
-    **settings: float,
+    **settings: float | int,
 ) -> Completion:
     """What a solver makes of noise, all images at once; all noise is a function of their ids.
 

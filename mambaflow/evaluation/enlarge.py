@@ -24,7 +24,7 @@ def enlarge(
     steps: int = 1,
     *,
     grid: str = "uniform",
-    **settings: float,
+    **settings: float | int,
 ) -> dict[int, Images]:
     """Images in [0, 1] of every size, each painted anew at its own pixel centres.
 
@@ -66,7 +66,7 @@ def paint(
     *,
     grid: str = "uniform",
     sample: int = 0,
-    **settings: float,
+    **settings: float | int,
 ) -> Images:
     """Images of one size on the scale of [0, 1], with colours beyond it as they were answered.
 

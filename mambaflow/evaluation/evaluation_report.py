@@ -111,7 +111,7 @@ def _commands(requests: Sequence[Request]) -> list[str]:
 
 
 def _days(requests: Sequence[Request]) -> str:
-    days = sorted(request["date"] for request in requests)
+    days = sorted(request["date"][:10] for request in requests)
     return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
 
 

@@ -276,7 +276,7 @@ def request(plan: Plan, command: str) -> dict[str, Any]:
     """What is asked for, as it is written down for who looks from elsewhere."""
     return {
         "command": command,
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "data": plan.job.data,
         "cells": [asdict(cell) for cell in plan.cells],
         "images": plan.images,

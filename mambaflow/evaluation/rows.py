@@ -118,8 +118,9 @@ class Results:
 
     def ask(self, request: Mapping[str, Any]) -> None:
         """Write down what is asked for, for who looks from elsewhere (see `requests`)."""
-        # By its contents: the same flags again are the same request.
-        self.storage.write(f"requests/{_hash(request)}.json", _json(request))
+        # By its contents: the same flags again are the same request, of the day of the first.
+        contents = {key: value for key, value in request.items() if key != "date"}
+        self.storage.create(f"requests/{_hash(contents)}.json", _json(request))
 
     def requests(self) -> list[dict[str, Any]]:
         """Everything that was asked for."""
@@ -188,7 +189,7 @@ def _each_once(table: pa.Table) -> pa.Table:
 def _contradictions(theirs: Any, ours: Any, name: str = "") -> Iterable[str]:
     """Where two fingerprints say different things of the same."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in theirs.keys() & ours.keys():
+        for key in sorted(theirs.keys() & ours.keys()):  # a message that is the same every time
             yield from _contradictions(theirs[key], ours[key], f"{name}.{key}".strip("."))
     elif theirs != ours:
         yield f"{name}: {theirs} -> {ours}"

@@ -147,5 +147,6 @@ def _pooled(way: Way, rows: list[dict[str, Any]]) -> dict[str, float]:
             kept = {k: v for k, v in kept.items() if k.startswith(_OF_PIXELS)}
         found |= kept
     if fine is not None:
-        found |= FineSpread().unflat(iter(fine)).report()
+        report = FineSpread().unflat(iter(fine)).report()
+        found |= {k: v for k, v in report.items() if not math.isnan(v)}
     return found
