@@ -1,5 +1,6 @@
-# Two commands: `make train` (minutes, no service, no GPU) and `make test`; and `make fuzz`, which
-# looks for what `make test`, the same at every run, does not meet.
+# Two commands: `make train` (minutes, no service, no GPU) and `make test`. `make test-slow` has what
+# takes longest: faults on real Ray clusters, what is compiled. `make fuzz` looks for what these, the
+# same at every run, do not meet.
 # DATA=cifar10 downloads CIFAR-10; ARCH=v1 trains the baseline; FLAGS passes more to jobs/train.py.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ ARCH ?= v2
 RUN ?= first-$(ARCH)-$(shell date +%Y%m%d-%H%M%S)
 FLAGS ?=
 
-.PHONY: train test fuzz lint env
+.PHONY: train test test-slow fuzz lint env
 
 env: $(VENV)/.ready
 
@@ -23,7 +24,10 @@ train: env
 	$(BIN)/python jobs/train.py --arch $(ARCH) --recipe first-run --data data/$(DATA) --run-name $(RUN) $(FLAGS)
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
 
 # The properties alone, at random and with more examples (tests/conftest.py); FUZZ narrows them
 # down: make fuzz FUZZ=tests/models.

@@ -14,6 +14,8 @@ import small
 
 from mambaflow.kernels.build import library
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ONE_GRAPH = """
 import sys

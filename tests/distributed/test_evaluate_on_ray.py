@@ -64,6 +64,7 @@ def actors(mark: str) -> list[int]:
     return [pid for pid, title in processes(mark) if "MapWorker" in title]
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_rows_are_the_same_for_any_number_of_actors_and_whichever_of_them_die(
     shards, run, tmp_path, bucket, marked
@@ -129,6 +130,7 @@ def test_more_actors_than_cores_are_refused_before_anything_is_made(
     assert not list(out.rglob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_its_actors_ends_the_job_and_keeps_what_others_made(
     shards, run, tmp_path, monkeypatch
 ):

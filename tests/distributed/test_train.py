@@ -72,6 +72,7 @@ def test_a_worker_on_ray_trains_bitwise_as_a_process_alone(shards, tmp_path, mar
     assert "is taken by a finished run" in taken
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_undisturbed(
     shards, tmp_path, bucket, marked
 ):
@@ -92,6 +93,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_undisturbed(
     assert final_weights(disturbed.uri) == final_weights(tmp_path / "runs/straight")
 
 
+@pytest.mark.slow
 def test_two_elastic_runs_each_on_its_own_ray_stop_at_ctrl_c_with_a_checkpoint(
     shards, tmp_path, marked
 ):
@@ -180,6 +182,7 @@ def head(marked, monkeypatch) -> str:
     return address
 
 
+@pytest.mark.slow
 def test_ray_jobs_run_stop_with_a_checkpoint_and_go_on(shards, tmp_path, head):
     ray = str(Path(sys.executable).parent / "ray")
     runs = tmp_path / "runs"
@@ -269,6 +272,7 @@ def curve(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(line["step"], line[tag]) for line in lines if tag in line]
 
 
+@pytest.mark.slow
 def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     shards, tmp_path, growing
 ):

@@ -365,7 +365,8 @@ def protocol_set(real_cifar) -> EvalSet:
     images = np.stack([item.pixels for item in items])
     draw = np.random.RandomState(42)
     known = np.stack([draw.permutation(32 * 32)[:204] for _ in images])
-    sixths = sextiles(activity(images, known), known)
+    active = activity(images, known)
+    sixths = sextiles(active, sextile_edges(active, known))
     held = (images, known, np.arange(512), sixths)
     return EvalSet(Layout(32, 204, 204), *map(torch.from_numpy, held))
 

@@ -98,6 +98,7 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_many_processes_at_once_build_once(machine):
     machine.compiler(f'sleep 1; exec {REAL} "$@" -O0')  # long enough for all to come
@@ -129,6 +130,7 @@ def test_a_compiler_that_makes_nothing_is_one_warning(machine):
     assert out == "none" and len(warnings) == 1 and not machine.libraries
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("damage", ["truncated", "changed", "emptied", "unsealed"])
 def test_a_damaged_library_is_built_again(machine, damage):
@@ -242,6 +244,7 @@ def test_another_header_is_another_library(machine):
     assert machine.builds == 2 and len(machine.libraries) == 2
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("flags", ["-march=x86-64", "-march=x86-64-v3"])
 def test_narrower_processors_get_the_same_numbers(machine, flags):

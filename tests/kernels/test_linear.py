@@ -208,6 +208,7 @@ for a, b in zip(*outcomes):
 """
 
 
+@pytest.mark.slow
 def test_a_large_product_compiles():
     """In a process of its own: the checks of shapes break graphs."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)

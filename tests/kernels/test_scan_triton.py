@@ -38,6 +38,7 @@ def interpret(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_triton_kernel_is_the_reference_forward_and_backward():
     done = interpret()

@@ -292,6 +292,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_transforms_inside_a_compiled_function_are_one_graph_and_right():
     """In a process of its own: the checks of shapes break graphs."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
