@@ -153,8 +153,12 @@ class Cell:
         """The grid of times, and the sampler's own settings."""
         pairs = dict(part.split("=") for part in self.settings.split(",") if part)
         grid = pairs.pop("grid", "uniform")
-        # A number of steps is a whole one.
-        return grid, {name: float(v) if "." in v else int(v) for name, v in pairs.items()}
+        settings: dict[str, float | int] = {name: float(value) for name, value in pairs.items()}
+        if self.sampler == "sde":
+            # A tenth of the steps draw no noise: its own default is that of fifty steps, and with
+            # five of them it would be Heun's method.
+            settings["noiseless_steps"] = max(1, self.steps // 10)
+        return grid, settings
 
     @property
     def steps(self) -> int:
@@ -206,7 +210,7 @@ def _of_sampler(config: EvaluateConfig, name: str, sampler: str, spec: ShardSpec
     for nfe, *point in _points(config, spec):
         calls = _calls(sampler, nfe)
         if calls:  # a sampler that takes two calls a step has no answer of one
-            yield Cell(name, sampler, _settings(config, sampler, calls), calls, *point)
+            yield Cell(name, sampler, _settings(config, sampler), calls, *point)
 
 
 def _points(config: EvaluateConfig, spec: ShardSpec) -> Iterator[tuple[int, int, int, int]]:
@@ -231,14 +235,8 @@ def _calls(sampler: str, nfe: int) -> int:
     return solver.calls(solver.steps_for(nfe)) if nfe >= solver.calls_per_step else 0
 
 
-def _settings(config: EvaluateConfig, sampler: str, calls: int) -> str:
-    # A tenth of the steps draw no noise: its own default is that of fifty steps, and with five of
-    # them it would be Heun's method.
-    last = max(1, calls // SOLVERS[sampler].calls_per_step // 10)
-    own = {
-        "sde": f"temperature={config.temperature:g},noiseless_steps={last}",
-        "ddim": f"eta={config.eta:g}",
-    }
+def _settings(config: EvaluateConfig, sampler: str) -> str:
+    own = {"sde": f"temperature={config.temperature:g}", "ddim": f"eta={config.eta:g}"}
     grid = f"grid={config.grid}" if config.grid != "uniform" and sampler != "mean" else ""
     return ",".join(part for part in (own.get(sampler, ""), grid) if part)
 

@@ -47,7 +47,7 @@ EDGE_IMAGES = 1024
 # keeps and shows them may change.
 WINGS = ("kernels", "data", "models", "flow")
 ROOMS = (
-    "activity", "answers", "baselines", "complete", "enlarge", "fine_spread", "metrics",
+    "activity", "answers", "baselines", "cells", "complete", "enlarge", "fine_spread", "metrics",
     "perceptual", "reliability", "super_resolution",
 )  # fmt: skip
 log = logging.getLogger(__name__)
