@@ -125,8 +125,9 @@ def run(config: EvaluateConfig, command: str) -> int:
             config = replace(config, data=staged(config))
             planned = plan(config)
             announce(planned, config)
-            results.claim(planned.job.fingerprint)
             make, workers = stack.enter_context(runner(config))
+            # The first thing that is written, when all else was found good.
+            results.claim(planned.job.fingerprint)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT
