@@ -1,0 +1,205 @@
+"""Where every trial of a sweep stands: what its ledger comes to."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mambaflow.search.ledger import Event
+from mambaflow.search.space import Values
+
+METRIC, ERROR = "val/psnr", "val/psnr_se"
+# Ends after which a trial is not taken up again.
+ENDED = ("finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trial said at one of its checkpoints."""
+
+    step: int
+    samples: int
+    share: float
+    """Of the trial's budget that is spent, in (0, 1]."""
+    seconds: float
+    """That this start of the trial had trained and validated for."""
+    start: int
+    """Of which of the trial's starts, from 1."""
+    scores: dict[str, float]
+    decision: str
+    """"continue" or "stop"."""
+
+    @property
+    def psnr(self) -> float:
+        """dB, of the posterior mean on the validation images."""
+        return self.scores.get(METRIC, math.nan)
+
+    @property
+    def error(self) -> float:
+        """Standard error of `psnr` over the images."""
+        return self.scores.get(ERROR, math.nan)
+
+
+@dataclass
+class Trial:
+    """One configuration, and how it went."""
+
+    name: str
+    values: Values
+    kind: str
+    """"search"; or "seed", the base configuration with another seed, which is never stopped."""
+    parameters: int
+    steps: int
+    """In all, if it is not stopped; 0 until it is known."""
+    flops: float
+    """Of the training, forward and backward, if it is not stopped."""
+    status: str = "waiting"
+    """waiting, running, interrupted, or an end: finished, stopped (early), failed."""
+    cause: str = ""
+    starts: int = 0
+    reports: list[Report] = field(default_factory=list)
+    began: float = 0.0
+    """When it was last started."""
+
+    @property
+    def last(self) -> Report | None:
+        """The newest report."""
+        return self.reports[-1] if self.reports else None
+
+    @property
+    def seconds(self) -> float:
+        """That it has trained and validated for, over all of its starts, as far as it said."""
+        # A start that was lost between two reports has told of its last one alone.
+        return sum({report.start: report.seconds for report in self.reports}.values())
+
+    @property
+    def share(self) -> float:
+        """Of the budget that is spent."""
+        return self.last.share if self.last else 0.0
+
+
+@dataclass
+class Board:
+    """The trials of a sweep by name, in the order in which they were proposed."""
+
+    trials: dict[str, Trial] = field(default_factory=dict)
+    wanted: int = 0
+    """Trials that were asked for."""
+    starts: int = 0
+    """Drivers that there have been."""
+    seconds: float = 0.0
+    """Between the first and the last event of each driver, added up."""
+    ended: str = "running"
+    """How the last driver ended; "running" while it has not said."""
+    cause: str = ""
+    commands: list[str] = field(default_factory=list)
+    days: list[str] = field(default_factory=list)
+    concurrent: int = 1
+    served: set[str] = field(default_factory=set)
+    """Requests that were answered."""
+    _since: float = 0.0
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "Board":
+        """What some events come to."""
+        board = cls()
+        for event in events:
+            board.add(event)
+        return board
+
+    def add(self, event: Event) -> None:
+        """Go on by one event.
+
+        Raises:
+            ValueError: an event of another kind.
+        """
+        what = event["event"]
+        handle = getattr(self, f"_{what}", None)
+        if handle is None:
+            raise ValueError(f"unknown event {what!r}; use the version of mambaflow that wrote it")
+        handle(event)
+        if self._since:
+            self.seconds += event["time"] - self._since
+        self._since = event["time"]
+
+    def _begin(self, event: Event) -> None:
+        # What ran under a driver that was killed is not running any more.
+        for trial in self.trials.values():
+            if trial.status == "running":
+                _finish(trial, "interrupted", "its driver was lost")
+        self.starts, self.ended, self.cause, self._since = self.starts + 1, "running", "", 0.0
+        self.wanted, self.concurrent = event["wanted"], event["concurrent"]
+        self.commands.append(event["command"])
+        self.days.append(event["day"])
+
+    def _trial(self, event: Event) -> None:
+        named = ("values", "kind", "parameters", "steps", "flops")
+        self.trials[event["trial"]] = Trial(event["trial"], *(event[name] for name in named))
+
+    def _start(self, event: Event) -> None:
+        trial = self.trials[event["trial"]]
+        trial.status, trial.cause, trial.began = "running", "", event["time"]
+        trial.starts += 1
+
+    def _steps(self, event: Event) -> None:
+        trial = self.trials[event["trial"]]
+        trial.steps, trial.flops = event["steps"], event["flops"]
+
+    def _report(self, event: Event) -> None:
+        trial = self.trials[event["trial"]]
+        told = {name: event[name] for name in ("step", "samples", "share", "seconds", "scores")}
+        trial.reports.append(Report(**told, start=trial.starts, decision=event["decision"]))
+
+    def _end(self, event: Event) -> None:
+        _finish(self.trials[event["trial"]], event["status"], event["cause"])
+
+    def _more(self, event: Event) -> None:
+        self.wanted += event["count"]
+        self.served.add(event["request"])
+
+    def _asked(self, event: Event) -> None:
+        self.served.add(event["request"])
+
+    def _done(self, event: Event) -> None:
+        self.ended, self.cause = event["status"], event["cause"]
+
+    def with_status(self, *statuses: str) -> list[Trial]:
+        """Trials of some statuses."""
+        return [trial for trial in self.trials.values() if trial.status in statuses]
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """Trials with a number, the best first: those that went on longest, by PSNR.
+
+        A trial that was stopped early stands below all that spent more of their budget: numbers
+        at different shares of it do not compare.
+        """
+        told = [trial for trial in self.trials.values() if _rank(trial) is not None]
+        return sorted(told, key=lambda trial: _rank(trial) or (), reverse=True)
+
+    @property
+    def best(self) -> Trial | None:
+        """The best of those that were proposed and spent their whole budget."""
+        whole = [t for t in self.ranked if t.status == "finished" and t.kind == "search"]
+        return whole[0] if whole else None
+
+    def counts(self) -> dict[str, int]:
+        """How many trials there are of each status."""
+        found: dict[str, int] = {}
+        for trial in self.trials.values():
+            found[trial.status] = found.get(trial.status, 0) + 1
+        return found
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{count} {status}" for status, count in sorted(self.counts().items()))
+        return f"{len(self.trials)} of {self.wanted} trials: {told or 'none yet'}"
+
+
+def _finish(trial: Trial, status: str, cause: str) -> None:
+    trial.status, trial.cause = status, cause
+
+
+def _rank(trial: Trial) -> tuple[Any, ...] | None:
+    if trial.last is None or not math.isfinite(trial.last.psnr) or trial.status == "failed":
+        return None
+    return (round(trial.share, 6), trial.last.psnr)
