@@ -217,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         # With Ray this process is the driver, and trains nothing.
         group = None
         if not config.scale.ray:
-            group = stack.enter_context(launched_group(config.scale.use_gpu))
+            scale = config.scale
+            group = stack.enter_context(launched_group(scale.use_gpu, scale.threads))
         ready = prepared(config, group, stack)
         return BAD_INPUT if ready is None else carry_out(ready, group)
 

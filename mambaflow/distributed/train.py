@@ -72,7 +72,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """
     config, actor = from_dict(settings["run"]), settings["progress"]
     group = RayProcessGroup(actor.report_progress.remote)  # returns at once: no step waits
-    share_threads(ray.train.get_context().get_local_world_size())
+    share_threads(ray.train.get_context().get_local_world_size(), config.scale.threads)
     logging.getLogger("mambaflow").addHandler(ActorLogHandler(actor, group.rank))
     # On every node: one that does not share the folder would train on nothing that others see.
     check_storage(config)

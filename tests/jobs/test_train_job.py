@@ -55,7 +55,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "precision": ("bf16", ""), "seed": (4, ""), "log_every": (3, ""), "eval_every": (50, ""),
     "eval_images": (11, ""), "test_images": (12, ""), "sample_steps": (6, ""),
     "num_workers": (2, ""), "min_workers": (1, ""), "use_gpu": (True, ""), "ray": (False, ""),
-    "max_failures": (1, ""), "compile": ("on", ""),
+    "threads": (3, ""), "max_failures": (1, ""), "compile": ("on", ""),
 }  # fmt: skip
 PARTS = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
 
@@ -230,6 +230,7 @@ BAD_FLAGS = {
         "--readout=cross_attention", "modulation (='adaln') needs a read-out that it modulates"),
     "a name of dots": ("--run-name=..", "run_name (='..') must be a plain folder name"),
     "a name with a space": ("--run-name=a b", "run_name (='a b') must be a plain folder name"),
+    "threads below none": ("--threads=-1", "threads (=-1) must not be negative; use 0 or more"),
     "no workers": ("--num-workers=0", "num_workers (=0) must be positive"),
     "workers without torchrun": (
         "--num-workers=2", "num_workers (=2) without Ray must be the number of processes (=1); "
@@ -459,6 +460,26 @@ def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, m
         assert main(place.run()) == 143
     assert "stopped after step 1; go on with --resume --run-name new" in capsys.readouterr().out
     assert main(place.run("--resume")) == 0
+
+
+@pytest.mark.parametrize(("stated", "found"), [("", 3), ("2", 2)])
+def test_a_worker_has_the_threads_of_the_flag_or_of_the_environment(
+    place, monkeypatch, stated, found
+):
+    monkeypatch.setenv("MAMBAFLOW_THREADS", stated)
+    had = []
+
+    def counting(config: RunConfig, group: job.ProcessGroup) -> job.Outcome:
+        had.append(torch.get_num_threads())
+        return job.Outcome("stopped", 0)
+
+    monkeypatch.setattr(job, "train_and_score", counting)
+    before = torch.get_num_threads()
+    try:
+        assert main(place.run("--threads=3")) == job.STOPPED
+    finally:
+        torch.set_num_threads(before)
+    assert had == [found]
 
 
 LATE = {
