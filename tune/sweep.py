@@ -11,8 +11,9 @@
 The flags of a run are those of jobs/train.py, and describe the base configuration that every trial
 is a variation of. A trial is a run of its own in the sweep's folder, and never sees the test split.
 
-Exit codes: 0 done, or at the end of --max-hours; 1 failed; 2 bad input, nothing changed; 143
-stopped (SIGTERM or Ctrl-C), with every trial's checkpoint saved: go on with --resume.
+Exit codes: 0 done, or at the end of --max-hours; 1 failed; 2 bad input, nothing changed; 4 done,
+and some trials failed: the ledger has their causes; 143 stopped (SIGTERM or Ctrl-C), with every
+trial's checkpoint saved: go on with --resume.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.search.board import Board
 from mambaflow.search.conductor import Conductor
 from mambaflow.search.config import SearchConfig, SweepConfig
-from mambaflow.search.ledger import Ledger, ReplacedError
+from mambaflow.search.ledger import Ledger
 from mambaflow.search.opening import check_sweep, open_sweep, read_sweep
 from mambaflow.search.space import Space, check_space
 from mambaflow.search.sweep_paths import SweepPaths
@@ -51,7 +52,7 @@ from mambaflow.search.sweep_report import write_report
 from mambaflow.storage import at
 from mambaflow.training.preflight import check_data, check_flags, settle
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 128 + signal.SIGTERM
+FAILED, BAD_INPUT, TRIALS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
 LINE_S = 60.0  # between lines of progress where there is no terminal
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ def space_of(config: SweepConfig) -> Space:
     make = _loaded(file, function) if colon else lookup(SPACES, name, "space")
     space = make(base)
     check_space(space, base)
+    if config.search.search == "grid":
+        next(space.all())  # refuses what is continuous
     return space
 
 
@@ -220,7 +223,8 @@ def sweep(config: SweepConfig) -> int:
             with stoppable(conductor), shown(conductor) as watch:
                 run_on_tune(conductor, concurrent, watch)
             conductor.close()
-        except (ReplacedError, RuntimeError) as error:
+        # A ledger that another driver took over, storage that fails, a cluster that is lost.
+        except (RuntimeError, ValueError, OSError) as error:
             print(f"error: {error}\ngo on with --resume", file=sys.stderr)
             return FAILED
     return finish(conductor)
@@ -237,7 +241,7 @@ def finish(conductor: Conductor) -> int:
     if board.ended == "interrupted":
         print(f"stopped; go on with --resume --run-name {conductor.sweep.run.run_name}")
         return STOPPED
-    return 0
+    return TRIALS_FAILED if board.with_status("failed") else 0
 
 
 def look(flags: Flags) -> int:

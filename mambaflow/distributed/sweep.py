@@ -1,4 +1,4 @@
-"""A sweep on Ray Tune: its trials as actors, each with workers of Ray Train of its own.
+"""A sweep on Ray Tune: its trials as actors, which train themselves or lead workers of Ray Train.
 
 Tune starts actors and hands round what they say; what it knows besides is thrown away with its
 folder. The ledger is what a sweep goes on from: a new Tuner gets the trials that are not ended, and
@@ -6,17 +6,21 @@ rungs that have heard all reports again. Tune's own restore is not used. In Ray 
 forgets its rungs, its Optuna is told that a stopped trial is complete, its snapshot lags behind,
 and counts of reports begin anew.
 
-A trial's actor holds no core: its workers ask for theirs in a placement group of their own, which
-Tune knows nothing of, so that as many trials run as the cluster has room for workers. A trial that
-is to end is asked to, by its file STOP: it saves and lets its workers go. An actor that were killed
-would leave them, and their place, to a cleaner that Ray may have lost.
+A trial of one worker is trained by its actor, with the core or GPU that Tune gave it. One of more
+holds none: its workers ask for theirs in a placement group of their own, which Tune knows nothing
+of, so that as many trials run as the cluster has room for workers. Either is asked to end by the
+file STOP, and saves: an actor that were killed would leave its workers, and their place, to a
+cleaner that Ray may have lost. Actors go on to the next trial, since a new one would import for
+longer than a small trial trains.
 """
 
+import contextlib
 import logging
 import os
 import queue
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -24,13 +28,16 @@ from typing import Any, ClassVar
 
 import ray
 import ray.tune
+import torch
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, from_json, to_dict
+from mambaflow.data.shard_reader import ShardSet
 from mambaflow.distributed.cluster import worker_resources
-from mambaflow.distributed.progress import last_line
-from mambaflow.distributed.train import train_on_ray
+from mambaflow.distributed.progress import Report, last_line
+from mambaflow.distributed.train import Listen, train_on_ray
+from mambaflow.host import share_threads
 from mambaflow.report.run_log import logged
 from mambaflow.run_paths import RunPaths
 from mambaflow.search.board import METRIC
@@ -39,6 +46,8 @@ from mambaflow.search.conductor import STOP, Conductor, Told
 from mambaflow.search.config import SearchConfig
 from mambaflow.search.ledger import ReplacedError
 from mambaflow.training.preflight import open_run
+from mambaflow.training.process_group import ProcessGroup
+from mambaflow.training.run import Outcome, train
 
 # Seconds that a trial has to save and to let its workers go; then its actor is killed.
 STOPPING_S = 300
@@ -47,6 +56,8 @@ WATCH_S = 0.5
 RESTARTS = 3
 # On every cluster, and once: a share of it places the actors on the head, and takes no core.
 HEAD = {"node:__internal_head__": 0.001}
+# In a trial's folder, where it failed.
+FAILURE = "failure.txt"
 log = logging.getLogger(__name__)
 
 
@@ -77,8 +88,20 @@ class Asha:
         return "stop" if decision == TrialScheduler.STOP else "continue"
 
 
+class TrialGroup(ProcessGroup):
+    """A trial's only worker, which tells of its checkpoints."""
+
+    def __init__(self, scale: ScaleConfig, listen: Listen) -> None:
+        super().__init__(0, 1, torch.device("cuda" if scale.use_gpu else "cpu"))
+        self.listen = listen
+
+    def report_checkpoint(self, scores: dict[str, float], uri: str) -> None:
+        self.listen(scores)
+
+
 class TrialActor(ray.tune.Trainable):
-    """One trial. A step of it lasts until its run has come to the next checkpoint, or ended."""
+    """One trial after another. A step lasts until a run has come to its next checkpoint, or
+    ended."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin to train, or go on from the newest checkpoint, in a thread.
@@ -93,21 +116,38 @@ class TrialActor(ray.tune.Trainable):
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
 
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Go on to another trial; False where the last one does not end."""
+        # Tune calls no cleanup in between.
+        self.cleanup()
+        if self._thread.is_alive():
+            return False
+        self.setup(new_config)
+        return True
+
     def _train(self) -> None:
         try:
             run = self._opened()
             # What the driver did not hear before it, or this actor, was lost.
             self._tell_what_is_logged(run)
-            outcome = train_on_ray(
-                run, lambda progress: None, listen=lambda report: self._tell(run, report),
-                score_test=False,
-            )  # fmt: skip
+            outcome = self._trained(run)
             self._tell_what_is_logged(run)
             self._told.put(Told(run.run_name, ended=outcome.status))
         # Whatever it is, the sweep goes on, and the ledger has the cause.
         except Exception as error:
-            cause = f"{type(error).__name__}: {last_line(error)}"
-            self._told.put(Told(self._run.run_name, ended="failed", cause=cause))
+            # The whole of it beside the run: a line is not enough to mend it.
+            folder = RunPaths.of(self._run).folder
+            folder.write(FAILURE, traceback.format_exc().encode())
+            self._told.put(Told(self._run.run_name, ended="failed", cause=_cause(error)))
+
+    def _trained(self, run: RunConfig) -> Outcome:
+        def listen(report: Report) -> None:
+            self._tell(run, report)
+
+        if run.scale.num_workers > 1:
+            return train_on_ray(run, lambda progress: None, listen=listen, score_test=False)
+        share_threads(1, run.scale.threads)
+        return train(run, TrialGroup(run.scale, listen))
 
     def _opened(self) -> RunConfig:
         """The run, with its folder; one that is there goes on as it was begun."""
@@ -123,11 +163,13 @@ class TrialActor(ray.tune.Trainable):
         """The run with its steps, where a budget in seconds leaves it to the machine."""
         if self._search.budget != "seconds":
             return self._run
-        # Where its workers are going to be, and as they will compute.
+        if self._run.scale.num_workers == 1:
+            return _measured(to_dict(self._run), self._search)
+        # As its workers will compute, on a node with room for one.
         remote = ray.remote(_measured).options(**_as_options(self._run.scale))
         return ray.get(remote.remote(to_dict(self._run), self._search))
 
-    def _tell(self, run: RunConfig, report: dict[str, Any]) -> None:
+    def _tell(self, run: RunConfig, report: Report) -> None:
         scores = {name: x for name, x in report.items() if name.startswith("val/")}
         step = int(report["step"])
         # A run that is stopped between two validations saves, and has no scores to tell.
@@ -156,21 +198,20 @@ class TrialActor(ray.tune.Trainable):
         self._thread.join(STOPPING_S)
 
 
+def _cause(error: BaseException) -> str:
+    """An error in a line, with its kind."""
+    kind, line = type(error).__name__, last_line(error)
+    return line if kind in line else f"{kind}: {line}"
+
+
 def _measured(run: dict[str, Any], search: SearchConfig) -> RunConfig:
     """A run with as many steps as fit into its minutes on this node."""
-    import torch
-
-    from mambaflow.data.shard_reader import ShardSet
-    from mambaflow.host import share_threads
-
     config = from_dict(run)
     share_threads(1, config.scale.threads)
     device = torch.device("cuda" if config.scale.use_gpu else "cpu")
     steps = timed_steps(config, search.trial_minutes, device)
-    shards = ShardSet(config.data, "train")
-    rows = len(shards)
-    shards.close()
-    return with_steps(config, steps, search, rows)
+    with contextlib.closing(ShardSet(config.data, "train")) as shards:
+        return with_steps(config, steps, search, len(shards))
 
 
 def _as_options(scale: ScaleConfig) -> dict[str, float]:
@@ -304,20 +345,36 @@ def run_on_tune(conductor: Conductor, concurrent: int, watch: Callable[[], None]
     # What trials say is a word of our own, without the metric under its name.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = str(2 * STOPPING_S)
+    # The newer output prints a table even where none is asked for.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # It misses the files that were left out above.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    scale = conductor.sweep.run.scale
+    place = worker_resources(scale) if scale.num_workers == 1 else HEAD
     shared = _Shared(conductor)
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as scratch:
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(TrialActor, ray.tune.PlacementGroupFactory([HEAD])),
+            ray.tune.with_resources(TrialActor, ray.tune.PlacementGroupFactory([place])),
             tune_config=ray.tune.TuneConfig(
-                metric="psnr", mode="max", num_samples=-1, reuse_actors=False,
+                trial_name_creator=_name, trial_dirname_creator=_name,
+                metric="psnr", mode="max", num_samples=-1, reuse_actors=True,
                 search_alg=_Searcher(shared, concurrent), scheduler=_Scheduler(shared),
             ),
             run_config=ray.tune.RunConfig(
                 name="sweep", storage_path=scratch, verbose=0, callbacks=[_Callback(shared)],
                 failure_config=ray.tune.FailureConfig(max_failures=RESTARTS),
+                # Runs save for themselves, and where Tune knows nothing of.
+                checkpoint_config=ray.tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),
             ),
         )  # fmt: skip
         _watched(tuner, watch)
+
+
+def _name(trial: Any) -> str:
+    # Tune's own holds every value of the configuration.
+    return str(trial.config["trial"])
 
 
 def _watched(tuner: Any, watch: Callable[[], None]) -> None:

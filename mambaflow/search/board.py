@@ -203,8 +203,11 @@ class Board:
         return found
 
     def __str__(self) -> str:
+        seeds = sum(trial.kind == "seed" for trial in self.trials.values())
+        more = f" and {seeds} of seeds" if seeds else ""
         told = ", ".join(f"{count} {status}" for status, count in sorted(self.counts().items()))
-        return f"{len(self.trials)} of {self.wanted} trials: {told or 'none yet'}"
+        tried = len(self.trials) - seeds
+        return f"{tried} of {self.wanted} configurations{more}: {told or 'none yet'}"
 
 
 def _finish(trial: Trial, status: str, cause: str) -> None:

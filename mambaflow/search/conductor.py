@@ -214,6 +214,9 @@ class Conductor:
                 share=report.share, seconds=told.seconds, scores=scores, decision=decision,
             )  # fmt: skip
             if decision == STOP and trial.last:
+                if told.step < trial.steps:
+                    # At once: what runs it may be long in asking.
+                    self.paths.trial(told.trial).write(RunPaths.STOP, b"behind the others\n")
                 self.ended(told.trial, *self._end_of(trial, trial.last))
             return decision
 
