@@ -20,6 +20,7 @@ from mambaflow import host
 from mambaflow.checks import require
 from mambaflow.config import ScaleConfig
 from mambaflow.distributed.environment import LOCAL, cluster_address, is_set, worker_environment
+from mambaflow.distributed.reaper import named, reaper
 from mambaflow.training.run import RunFailed
 
 REACH_S = 10  # until an address where nobody answers is given up
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def connect() -> Iterator[None]:
-    """The cluster at RAY_ADDRESS, or else a private one on this machine that ends with us, as
-    large as the machine.
+    """The cluster at RAY_ADDRESS, or else a private one on this machine that ends with us, however
+    we end, as large as the machine.
 
     Raises:
         RuntimeError: `set_ray_environment` was not called before Ray was imported.
@@ -49,13 +50,17 @@ def connect() -> Iterator[None]:
     address = cluster_address()
     with contextlib.ExitStack() as stack:
         settings: dict[str, Any] = {"address": address}
+        naming: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if address == LOCAL:
             # A short path: a Unix socket's name holds 107 bytes, and Ray's lie deep below.
             folder = tempfile.TemporaryDirectory("", "mf-", "/tmp", ignore_cleanup_errors=True)
             temp = stack.enter_context(folder)
             # The cores are ours to state: Ray knows nothing of MAMBAFLOW_CORES.
             settings |= {"num_cpus": host.cores(), "include_dashboard": False, "_temp_dir": temp}
-        _join(settings, {"env_vars": worker_environment(address)})
+            stack.enter_context(reaper(temp))  # a driver that is killed ends nothing itself
+            naming = named(temp)
+        with naming:
+            _join(settings, {"env_vars": worker_environment(address)})
         stack.callback(ray.shutdown)  # undone in reverse: Ray ends before its folder is removed
         yield
 

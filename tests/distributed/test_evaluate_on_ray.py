@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import kill, processes, wait_for
+from processes import processes, wait_for
 from small import FLAGS, staged
 
 from mambaflow.distributed.environment import set_ray_environment
@@ -91,7 +91,7 @@ def test_rows_are_the_same_for_any_number_of_actors_and_whichever_of_them_die(
     assert driver.poll() is None, "it ended before it could be killed"
     driver.kill()
     driver.wait()
-    kill(marked)
+    wait_for(lambda: not processes(marked))  # its Ray ends with it
     kept = at(out).list("rows/")
     assert kept, "rows were kept before the kill"
     told = finished([*JOB, f"--out={out}", "--status"])
