@@ -284,7 +284,9 @@ def bars(
             heights = [bar.value for bar in found]
             axes.bar(at, heights, width * 0.9, color=styles[name].colour, label=name)
             _error_bars(axes, at, heights, [bar.error for bar in found], INK)
-        axes.set_xticks(range(len(groups)), [_wrapped(group, 13) for group in groups])
+        # As many letters as there is room for, at some nine pixels each with what is between.
+        room = max(13, (WIDE if wide else HALF) // 9 // len(groups))
+        axes.set_xticks(range(len(groups)), [_wrapped(group, room) for group in groups])
         axes.tick_params(axis="x", length=0, pad=8)
         axes.axhline(0, color=GREY, linewidth=1)
         axes.margins(x=0.02)

@@ -72,7 +72,7 @@ class Trial:
     def seconds(self) -> float:
         """That it has trained and validated for, over all of its starts, as far as it said."""
         # A start that was lost between two reports has told of its last one alone.
-        return sum({report.start: report.seconds for report in self.reports}.values())
+        return sum({report.start: report.seconds for report in self.reports}.values(), 0.0)
 
     @property
     def share(self) -> float:

@@ -120,7 +120,8 @@ class Findings:
         if trial.status != "stopped":
             return trial.status if trial.kind == "search" else f"{trial.status} (base)"
         rung = self.rung(trial)
-        return f"stopped, rung {rung}" if rung else f"stopped: {trial.cause or 'asked for'}"
+        more = f", rung {rung}" if rung else f": {trial.cause}" if trial.cause else ""
+        return f"stopped{more}"
 
     # --- What is best, and the noise ---
 
@@ -307,11 +308,13 @@ class Findings:
     def time(self) -> TimeSpent:
         """The sweep's time."""
         trials = self.board.trials.values()
-        later = sum(sum(_later(trial)) for trial in trials)
         return TimeSpent(
-            self.board.seconds, self.board.places, sum(trial.seconds for trial in trials),
-            sum(sum(trial.beginnings) for trial in trials), later,
-        )  # fmt: skip
+            self.board.seconds,
+            self.board.places,
+            training=sum((trial.seconds for trial in trials), 0.0),
+            beginning=sum((sum(trial.beginnings) for trial in trials), 0.0),
+            besides=sum((sum(_later(trial)) for trial in trials), 0.0),
+        )
 
     # --- For programs ---
 

@@ -186,6 +186,14 @@ def test_points_that_lie_anyhow_have_ticks_at_round_numbers(log, xs):
     assert len(within) >= 3
 
 
+def test_names_under_bars_are_broken_only_where_there_is_no_room():
+    name = "cross_attention (3)"
+    for count, lines in ((2, 1), (6, 2)):
+        groups = [name, *"abcde"][:count]
+        chart = bars({"V2": [Bar(1.0)] * count}, groups, "y")
+        assert (name in words(chart)) == (lines == 1)
+
+
 def test_figures_of_one_reach_have_one_scale():
     def height(value):
         chart = bars({"V2": [Bar(value)]}, ["a"], "y", reach=(-1, 4))

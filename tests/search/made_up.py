@@ -50,7 +50,8 @@ class Teller:
         step = round(share * STEPS)
         return self.tell(
             "report", after, trial=name, step=step, samples=step * BATCH, share=share,
-            seconds=seconds, scores={"val/psnr": psnr, "val/psnr_se": 0.12}, decision=decision,
+            seconds=float(seconds), scores={"val/psnr": psnr, "val/psnr_se": 0.12},
+            decision=decision,
         )  # fmt: skip
 
     def end(self, name: str, status: str = "finished", cause: str = "") -> "Teller":
@@ -82,7 +83,7 @@ def run(teller: Teller, name: str, final: float, until: float = 1.0, cause: str 
     teller.end(name, status, cause)
 
 
-def sweep(folder: Path, events: list[Event], **search: Any) -> SweepPaths:
+def sweep(folder: Path, events: list[Event], configs: bool = True, **search: Any) -> SweepPaths:
     """A sweep's folder that holds these events, and the configurations of their trials."""
     base = replace(
         RECIPES["first-run"]("v2"), run_name="s", storage=str(folder), data=str(folder / "shards")
@@ -94,7 +95,7 @@ def sweep(folder: Path, events: list[Event], **search: Any) -> SweepPaths:
     lines = "".join(json.dumps(event) + "\n" for event in events)
     paths.folder.write("ledger/0001.jsonl", lines.encode())
     for event in events:
-        if event["event"] == "trial":
+        if event["event"] == "trial" and configs:
             own = with_values(base, event["values"])
             own = replace(own, run_name=event["trial"], storage=paths.trials, resume=True,
                           command=COMMAND)  # fmt: skip
