@@ -18,8 +18,11 @@ LOOKS = looks({SEARCHED: SEARCHED, BASE: BASE})
 PSNR = "PSNR (dB)"
 RANK = (PSNR, "budget spent", "status")
 COSTS = (PSNR, "budget spent", "parameters", "TFLOPs", "samples/s")
-UNITS = {"samples": "as many samples", "flops": "as many FLOPs of training",
-         "seconds": "as many seconds of training"}  # fmt: skip
+UNITS = {
+    "samples": "the same number of samples",
+    "flops": "the same number of FLOPs of training",
+    "seconds": "the same time of training",
+}
 
 
 class SweepPage:
@@ -105,7 +108,9 @@ class SweepPage:
         note = f"± {error:.2f} over images" if math.isfinite(error) else "PSNR"
         yield KeyNumber(f"{psnr(best):.2f} dB", f"trial {best.name}, the best", note)
         noise, gain = found.noise, f"{_signed(found.gain)} dB"
-        if noise is not None and noise.deviation > 0:
+        if found.is_base(best):
+            yield KeyNumber("0.00 dB", "gained on the base", "the best is the base itself")
+        elif noise is not None and noise.deviation > 0:
             value = f"{_signed(found.gain / noise.deviation, 1)} x"
             note = f"{gain}; noise {noise.deviation:.3f} dB, from {noise.runs} runs"
             yield KeyNumber(value, "the noise of seeds, gained on the base", note)

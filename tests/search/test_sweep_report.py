@@ -263,6 +263,17 @@ def test_scores_that_are_no_numbers_are_shown_as_none(tmp_path):
     assert numbers[1]["reports"][-1]["scores"]["val/psnr"] is None
 
 
+def test_where_the_base_is_the_best_nothing_is_gained_however_lucky_that_run_was(tmp_path):
+    teller = Teller()
+    run(teller.trial("a", {"model.d_model": 64}), "a", 24.0)
+    run(teller.trial("b", {"model.d_model": 32}), "b", 23.0)
+    run(teller.trial("seed", {"train.seed": 1}, "seed"), "seed", 22.0)
+    paths = sweep(tmp_path, teller.events)
+    assert "It is the base configuration: nothing that was tried is better" in write_report(paths)
+    text = words(paths.folder.read(paths.PAGE).decode())
+    assert "0.00 dB" in text and "the best is the base itself" in text
+
+
 def test_a_single_trial_has_a_report_that_says_what_is_not_known(tmp_path):
     teller = Teller()
     run(teller.trial("a", {"model.d_model": 32}), "a", 23.0)
