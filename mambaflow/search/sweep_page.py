@@ -36,8 +36,11 @@ class SweepPage:
     def __init__(self, findings: Findings, about: str, facts: Mapping[str, str]) -> None:
         self.findings, self.about, self.facts = findings, about, facts
         self.board = findings.board
-        shown = [trial.name for trial in self.board.ranked if told(trial)][: len(HUES)]
-        self.looks: dict[str, Look] = looks({name: name for name in shown})
+        # Where none has a rank, as where all failed, the first that ever had a number.
+        every = self.board.ranked or [t for t in self.board.trials.values() if told(t)]
+        self.looks: dict[str, Look] = looks(
+            {trial.name: trial.name for trial in every[: len(HUES)]}
+        )
 
     def page(self) -> Page:
         """All of it."""
@@ -396,8 +399,8 @@ class SweepPage:
         grey = "Grey: all other trials; a line ends with a mark at its last report."
         rungs = " Dashed upright lines: where trials were stopped." if shares else ""
         text = (
-            f"Coloured: the {len(named)} trials at the top of the ranking. The learning rate falls "
-            "to zero along the budget, so that much of a gain comes late."
+            f"Coloured: {'the best' if self.board.ranked else 'the first'} {len(named)}. The "
+            "learning rate falls to zero along the budget, so that much of a gain comes late."
         )
         drawing = Drawing(chart, "learning curves", grey + rungs)
         yield Section("How did they learn?", text, [drawing])

@@ -232,20 +232,20 @@ def test_a_sweep_without_a_trial_has_a_report_too(tmp_path):
     assert not paths.folder.exists(paths.BEST)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_sweep_in_which_all_failed_says_why(tmp_path, first):
-    """Before their first report, and after it."""
+@pytest.mark.parametrize("reports", [0, 1, 2])
+def test_a_sweep_in_which_all_failed_says_why(tmp_path, reports):
+    """Before their first report, after it, and after a second."""
     teller = Teller()
     for name in ("a", "b"):
         teller.trial(name, {"model.d_model": 32 if name == "a" else 64}).start(name)
-        if not first:
-            teller.report(name, 1 / 9, 20.0, 10.0, after=12.0)
+        for report in range(1, reports + 1):
+            teller.report(name, report / 9, 20.0, 10.0 * report, after=12.0)
         teller.end(name, "failed", "it broke")
     paths = sweep(tmp_path, teller.events)
     assert "it broke" in write_report(paths)
     page = page_of(paths)
     assert [row[-1] for row in tables(page["What failed?"])[0][1:]] == ["it broke"] * 2
-    assert not tables(page[QUESTIONS[0]])
+    assert not tables(page[QUESTIONS[0]]) and ("How did they learn?" in page) == (reports > 1)
 
 
 def test_scores_that_are_no_numbers_are_shown_as_none(tmp_path):
