@@ -15,7 +15,7 @@ from mambaflow.search.ledger import Event
 from mambaflow.search.space import with_values
 from mambaflow.search.sweep_paths import SweepPaths
 
-COMMAND = "python tune/search.py --space size"
+COMMAND = "python tune/sweep.py --space size"
 DAY = "2026-01-05"
 WIDTHS = {32: -0.5, 64: 0.0, 128: 0.5}
 LAYERS = {2: -0.1, 4: 0.0, 8: 0.1}
