@@ -3,6 +3,7 @@
     python jobs/train.py --arch v2                      a private Ray on this machine
     ray job submit -- python jobs/train.py --arch v2    the cluster at RAY_ADDRESS
     torchrun --nproc-per-node 8 jobs/train.py --no-ray --use-gpu --num-workers 8
+    python jobs/train.py --config runs/NAME/config.json --seed 1    as that run, but for the seed
 
 Exit codes: 0 done; 1 failed; 2 bad input, nothing changed; 3 a shard or all checkpoints were
 found damaged on the way: mend them, then go on with --resume; 143 stopped on request (SIGTERM,
@@ -19,12 +20,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import tyro
 from tqdm import tqdm
 
-from mambaflow.checks import lookup
+from mambaflow.checks import lookup, require
 from mambaflow.config import RECIPES, RunConfig
 from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
@@ -34,7 +35,14 @@ from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import at
-from mambaflow.training.preflight import check_data, check_flags, check_launch, open_run, settle
+from mambaflow.training.preflight import (
+    check_data,
+    check_flags,
+    check_launch,
+    open_run,
+    settings_of,
+    settle,
+)
 from mambaflow.training.process_group import (
     ProcessGroup,
     Progress,
@@ -48,22 +56,47 @@ FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flags(RunConfig):
+    """A run, and the one flag that is none of its fields."""
+
+    config: str = ""
+    """Defaults of all other flags: the config.json of a run (a file or s3://…), or any file like
+    it, in place of --arch and --recipe. Its run name and --resume are not taken."""
+
+
 def parse(argv: list[str]) -> RunConfig:
-    """The run that the flags describe; --arch and --recipe choose the defaults of the others."""
-    # Twice: the first pass looks for these two flags alone, since they choose the defaults that the
+    """The run that the flags describe; --arch and --recipe, or --config, choose the defaults of the
+    others."""
+    # Twice: the first pass looks for these flags alone, since they choose the defaults that the
     # second pass parses and shows in --help. No abbreviations: --rec would be --recipe here and an
     # error there.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--arch", default="v2")
-    first.add_argument("--recipe", default="mission")
+    for name in ("--arch", "--recipe", "--config"):
+        first.add_argument(name)
     chosen, _ = first.parse_known_args(argv)
-    return tyro.cli(
-        RunConfig,
+    flags = tyro.cli(
+        Flags,
         args=argv,
-        default=lookup(RECIPES, chosen.recipe, "recipe")(chosen.arch),
+        default=Flags(**vars(defaults(**vars(chosen)))),
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    return RunConfig(**{f.name: getattr(flags, f.name) for f in fields(RunConfig)})
+
+
+def defaults(arch: str | None, recipe: str | None, config: str | None) -> RunConfig:
+    """What flags mean that are not given; None of these three is one that was not."""
+    if config is None:
+        make = lookup(RECIPES, "mission" if recipe is None else recipe, "recipe")
+        return make("v2" if arch is None else arch)
+    for name, value in (("arch", arch), ("recipe", recipe)):
+        require(
+            value is None,
+            f"{name} (={value!r}) cannot stand beside config (={config!r}), which says what it "
+            f"would; leave --{name} or --config out",
+        )
+    return settings_of(config)
 
 
 def check_compiler(config: RunConfig) -> None:
@@ -217,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
         # With Ray this process is the driver, and trains nothing.
         group = None
         if not config.scale.ray:
-            group = stack.enter_context(launched_group(config.scale.use_gpu))
+            scale = config.scale
+            group = stack.enter_context(launched_group(scale.use_gpu, scale.threads))
         ready = prepared(config, group, stack)
         return BAD_INPUT if ready is None else carry_out(ready, group)
 

@@ -213,6 +213,9 @@ class ScaleConfig:
     """Go on with as few as this while nodes are missing; 0: never fewer than num_workers."""
     use_gpu: bool = False
     """One GPU for each worker (NCCL); without: CPU (Gloo)."""
+    threads: int = 0
+    """Threads of a worker on CPU; 0: its share of the node's cores. The last bits of a run on CPU
+    depend on it."""
     ray: bool = True
     """Train through Ray Train; --no-ray: in this process, or in those that torchrun started."""
     max_failures: int = 3
@@ -229,7 +232,7 @@ class ScaleConfig:
             0 <= self.min_workers <= self.num_workers,
             f"min_workers (={self.min_workers}) must be in [0, num_workers (={self.num_workers})]",
         )
-        require_not_negative(self, "max_failures")
+        require_not_negative(self, "max_failures", "threads")
         require(
             # Whether a GPU is there is asked of the machine that trains (see training.preflight).
             self.compile != "graphs" or self.use_gpu,
@@ -353,6 +356,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "a run": {"init_from": ""},
     "model": {"query_attention": True},
     "train": {"max_steps": 0},
+    "scale": {"threads": 0},
 }
 PARTS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
 

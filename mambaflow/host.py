@@ -36,19 +36,23 @@ def _stated(name: str) -> int | None:
     return int(text)
 
 
-def share_threads(workers: int) -> None:
-    """Give this worker its share of the node's cores, or MAMBAFLOW_THREADS of them.
+def share_threads(workers: int, threads: int = 0) -> None:
+    """Give this worker its threads: MAMBAFLOW_THREADS, else `threads`, else its share of the
+    node's cores.
 
     Launchers leave each worker one thread (OMP_NUM_THREADS=1) however many cores there are.
 
     Args:
         workers: how many workers this node has.
+        threads: as a configuration states them; 0: it states none.
 
     Raises:
         ValueError: MAMBAFLOW_THREADS is no whole number above 0.
     """
     # With more OpenMP threads than cores each of them sleeps at every barrier.
-    torch.set_num_threads(_stated("MAMBAFLOW_THREADS") or max(1, cores() // workers))
+    share = max(1, cores() // workers)
+    # What this machine says wins over what a run says anywhere.
+    torch.set_num_threads(_stated("MAMBAFLOW_THREADS") or threads or share)
 
 
 # `keep_memory` for a process that trains in a thread, in the environment that it starts with:

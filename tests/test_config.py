@@ -49,6 +49,7 @@ BAD = [
     (ScaleConfig, {"num_workers": 0}, r"num_workers \(=0\) must be positive"),
     (ScaleConfig, {"min_workers": 2}, r"min_workers \(=2\) must be in \[0, num_workers \(=1\)\]"),
     (ScaleConfig, {"max_failures": -1}, r"max_failures \(=-1\) must not be negative"),
+    (ScaleConfig, {"threads": -1}, r"threads \(=-1\) must not be negative"),
     (ScaleConfig, {"compile": "graphs"}, r"compile \(='graphs'\) needs a GPU; use --use-gpu, or"),
     (RunConfig, {"scale": ScaleConfig(compile="graphs", use_gpu=True),
                  "train": TrainConfig(min_queries=100, max_queries=300)},

@@ -19,9 +19,13 @@ def test_workers_share_the_cores_of_their_node(monkeypatch):
         assert torch.get_num_threads() == cores
         host.share_threads(2 * cores)
         assert torch.get_num_threads() == 1
+        host.share_threads(2 * cores, 2)
+        assert torch.get_num_threads() == 2, "a configuration wins over the share"
         monkeypatch.setenv("MAMBAFLOW_THREADS", "3")
         host.share_threads(1)
         assert torch.get_num_threads() == 3
+        host.share_threads(1, 2)
+        assert torch.get_num_threads() == 3, "and the environment over the configuration"
     finally:
         torch.set_num_threads(before)
 

@@ -1,8 +1,7 @@
 """Where the time of a training step goes, and the floor under it."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
@@ -16,53 +15,14 @@ from mambaflow.benchmarks.bench import (
     step_config,
 )
 from mambaflow.config import ARCHITECTURES
-from mambaflow.data.batches import PixelBatch
 from mambaflow.kernels.linear import large, linear_forward
 from mambaflow.models.velocity_field import parameters
 from mambaflow.report.tables import Table
+from mambaflow.training.flops import step_flops
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
 from mambaflow.training.objective import Objective
 
-Size = Sequence[int]
 PROFILED, SHOWN = 3, 14  # steps, and operations of them
-
-
-def _between(xz: Size, conv: Size, bias: Size, to_ranks: Size, to_dt: Size, *_: object) -> int:
-    """FLOPs of the products inside `scan_cpu.mamba_inner`: to the ranks, from them to dt."""
-    # For torch these are operators of ours, whose products it does not see. xz is (b, n, 2 d): two
-    # FLOPs a multiplication, for every token.
-    return 2 * xz[0] * xz[1] * (math.prod(to_ranks) + math.prod(to_dt))
-
-
-def _attention(query: Size, key: Size, value: Size, *_: object) -> int:
-    """FLOPs of the products of `attention_cpu`, forward."""
-    # Scores, of the query's width, and their sum over values, of the value's.
-    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
-
-
-# Inputs of the backward operators: the slope and what was kept, then those of the forward one. What
-# is computed again on the way is not counted.
-INSIDE: dict[object, Callable[..., int]] = {
-    torch.ops.mambaflow.mamba_inner: lambda *shapes, **_: _between(*shapes),
-    torch.ops.mambaflow.mamba_inner_backward: lambda *shapes, **_: 2 * _between(*shapes[5:]),
-    torch.ops.mambaflow.attend: lambda *shapes, **_: _attention(*shapes),
-    torch.ops.mambaflow.attend_backward: lambda *given, **_: (
-        # Twice with gradients of key and value (the operator's last input), once without.
-        _attention(*given[3:]) * (2 if given[-1] else 1)
-    ),
-    torch.ops.mambaflow.linear: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
-    torch.ops.mambaflow.weight_grad: lambda dy, x, **_: 2 * math.prod(x) * dy[1],
-}
-
-
-def counted_flops(state: TrainState, batch: PixelBatch, config: BenchmarkConfig) -> int:
-    """FLOPs of the matrix products and attentions of a step, forward and backward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The network as it is, not compiled: an operator is counted as it is called.
-    with FlopCounterMode(display=False, custom_mapping=INSIDE) as counter:
-        next(iter(fit(state, Fixed(batch), step_config(config), state.step + 1)))
-    return counter.get_total_flops()
 
 
 def products(config: BenchmarkConfig) -> tuple[dict[str, Work], int]:
@@ -80,11 +40,12 @@ def products(config: BenchmarkConfig) -> tuple[dict[str, Work], int]:
 def measure(config: BenchmarkConfig) -> list[Table]:
     """A training step, its parts by profiler, and its floor: FLOPs over the GEMM rate."""
     batch = random_batch(config, config.queries)
-    state = TrainState(ARCHITECTURES[config.arch], step_config(config), torch.device(config.device))
-    flops = counted_flops(state, batch, config)
-    forward = compiled(Objective(state.model, step_config(config)), config.compile)
-    # Goes on after the counted step. The race's first round warms up: compiling is in it.
-    steps = fit(state, Fixed(batch), step_config(config), 10**9, forward)
+    model, train = ARCHITECTURES[config.arch], step_config(config)
+    flops = step_flops(model, train, batch.known_xy.shape[1], config.queries)
+    state = TrainState(model, train, torch.device(config.device))
+    forward = compiled(Objective(state.model, train), config.compile)
+    # The race's first round warms up: compiling is in it.
+    steps = fit(state, Fixed(batch), train, 10**9, forward)
     rivals, size = products(config)
     times = race({"step": lambda: next(steps)} | rivals, config.repeats, config.device)
     # The faster rate makes the floor: what a step would take if it were products alone.

@@ -11,6 +11,8 @@ from mambaflow.training.process_group import Progress
 
 Line = tuple[int, str, str]
 """Level, name of the logger, text."""
+Report = dict[str, Any]
+"""What workers say at a checkpoint: scores, `step`, `seconds`, and its address."""
 
 
 class ProgressActor:
@@ -19,6 +21,7 @@ class ProgressActor:
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.lines: list[Line] = []
+        self.reports: list[Report] = []
 
     def report_progress(self, progress: Progress) -> None:
         """Replace the progress."""
@@ -28,11 +31,16 @@ class ProgressActor:
         """Add a line of a log."""
         self.lines.append((level, name, text))
 
-    def news(self) -> tuple[Progress | None, list[Line]]:
-        """The newest progress, and the lines since the last call."""
+    def report_checkpoint(self, report: Report) -> None:
+        """Add what was said at a checkpoint."""
+        self.reports.append(report)
+
+    def news(self) -> tuple[Progress | None, list[Line], list[Report]]:
+        """The newest progress, and the lines and reports since the last call."""
         # An actor answers one call at a time: no line comes between the two and is lost.
         lines, self.lines = self.lines, []
-        return self.progress, lines
+        reports, self.reports = self.reports, []
+        return self.progress, lines, reports
 
 
 def start_progress_actor() -> Any:
@@ -55,11 +63,17 @@ class ActorLogHandler(logging.Handler):
         self.actor.log.remote(record.levelno, record.name, text)  # sent, not waited for
 
 
-class FailureReporter(ray.train.UserCallback):
-    """Tells the actor which workers failed; runs in Ray's controller."""
+class ControllerReporter(ray.train.UserCallback):
+    """Tells the actor of checkpoints, and which workers failed; runs in Ray's controller."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Called once all workers have reported, which say the same."""
+        self.actor.report_checkpoint.remote(metrics[0])
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called each time that workers fail, before they are replaced or the run ends."""

@@ -24,7 +24,8 @@ from mambaflow.data.shards import ShardError
 from mambaflow.distributed.cluster import SOON_S, await_room, growth_s, missing, worker_resources
 from mambaflow.distributed.progress import (
     ActorLogHandler,
-    FailureReporter,
+    ControllerReporter,
+    Report,
     last_line,
     start_progress_actor,
 )
@@ -40,6 +41,7 @@ CONTROLLER_FAILURES = 5
 WATCH_S = 0.5
 log = logging.getLogger(__name__)
 Watch = Callable[[Progress], None]
+Listen = Callable[[Report], None]
 
 
 class RayProcessGroup(ProcessGroup):
@@ -70,7 +72,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """
     config, actor = from_dict(settings["run"]), settings["progress"]
     group = RayProcessGroup(actor.report_progress.remote)  # returns at once: no step waits
-    share_threads(ray.train.get_context().get_local_world_size())
+    share_threads(ray.train.get_context().get_local_world_size(), config.scale.threads)
     logging.getLogger("mambaflow").addHandler(ActorLogHandler(actor, group.rank))
     # On every node: one that does not share the folder would train on nothing that others see.
     check_storage(config)
@@ -79,11 +81,18 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return {"status": outcome.status, "step": outcome.step}
 
 
-def train_on_ray(config: RunConfig, watch: Watch, *, score_test: bool = True) -> Outcome:
+def train_on_ray(
+    config: RunConfig,
+    watch: Watch,
+    *,
+    listen: Listen = lambda report: None,
+    score_test: bool = True,
+) -> Outcome:
     """Train through Ray Train on the connected cluster, and wait for the end.
 
     Args:
         watch: called about twice a second with the newest progress of the run.
+        listen: called with what workers said at each checkpoint.
         score_test: whether the test split is scored at the end; a search does not look at it.
 
     Raises:
@@ -98,7 +107,7 @@ def train_on_ray(config: RunConfig, watch: Watch, *, score_test: bool = True) ->
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as scratch:
         trainer = _trainer(config, settings, scratch)
         try:
-            result = _watched(trainer.fit, actor, watch)
+            result = _watched(trainer.fit, actor, watch, listen)
         except ray.train.TrainingFailedError as error:
             raise _found_damage(error) or RunFailed(_account(error, config.scale)) from error
     return Outcome(**result.return_value)
@@ -126,7 +135,7 @@ def _trainer(config: RunConfig, settings: dict[str, Any], scratch: str) -> Any:
                 # A lost node costs one of each where its place is waited for in vain.
                 controller_failure_limit=CONTROLLER_FAILURES + scale.max_failures,
             ),
-            callbacks=[FailureReporter(settings["progress"])],
+            callbacks=[ControllerReporter(settings["progress"])],
             logging_config=api.LoggingConfig("WARNING"),
         ),
     )
@@ -156,25 +165,27 @@ def _account(error: ray.train.TrainingFailedError, scale: ScaleConfig) -> str:
     return missing(scale) or last_line(error)
 
 
-def _watched(fit: Callable[[], Any], actor: Any, watch: Watch) -> Any:
+def _watched(fit: Callable[[], Any], actor: Any, watch: Watch, listen: Listen) -> Any:
     """Run `fit` in a thread, while this one, which is where signals arrive, shows the news."""
     # In the main thread `fit` would take Ctrl-C for itself, and abort the run without a checkpoint.
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(fit)
         while not wait([ending], timeout=WATCH_S).done:
-            _show(actor, watch)
-        _show(actor, watch)  # what came after the last look
+            _show(actor, watch, listen)
+        _show(actor, watch, listen)  # what came after the last look
         return ending.result()  # or raises what `fit` raised
 
 
-def _show(actor: Any, watch: Watch) -> None:
+def _show(actor: Any, watch: Watch, listen: Listen) -> None:
     try:
-        progress, lines = ray.get(actor.news.remote(), timeout=SOON_S)
+        progress, lines, reports = ray.get(actor.news.remote(), timeout=SOON_S)
     # A look that fails is no reason to end a run: the next one tells the same.
     except (ray.exceptions.RayError, TimeoutError) as error:
         log.debug("no news of the run: %s", error)
         return
     for level, name, text in lines:
         logging.getLogger(name).log(level, "%s", text)  # never as the format: it may hold a %
+    for report in reports:
+        listen(report)
     if progress is not None:
         watch(progress)

@@ -583,7 +583,7 @@ METRICS: dict[str, Metric] = {
             "psnr_unknown": Column("PSNR unknown", 2, "psnr_unknown_se"),
             "ssim": Column("SSIM", 3),
         },
-        validated=("psnr", "psnr_unknown", "ssim"),
+        validated=("psnr", "psnr_se", "psnr_unknown", "ssim"),
         sampled=("psnr", "psnr_unknown", "ssim"),
     ),
     "speckle": Metric(

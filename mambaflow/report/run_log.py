@@ -108,6 +108,28 @@ def _keep_until(path: Path, step: int) -> None:
     partial.replace(path)
 
 
+def logged(run: Storage) -> list[dict[str, Any]]:
+    """The lines that a run has logged so far; none where there is no log.
+
+    Raises:
+        ValueError: a line that is no JSON, the last apart, which a kill may have torn.
+    """
+    if not run.exists(RunPaths.METRICS):
+        return []
+    lines = run.read(RunPaths.METRICS).decode().splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{run.uri}/{RunPaths.METRICS}:{number} (={line[:60]!r}) must be JSON; mend or "
+                    "remove the line"
+                ) from error
+    return found
+
+
 class StoredRunLog(RunLog):
     """A RunLog in a run's folder, or, when the run is in S3, in a scratch folder: TensorBoard's
     writer knows local files alone, so that `push` copies them there."""

@@ -1,6 +1,7 @@
 """Where every trial of a sweep stands: what its ledger comes to."""
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,8 @@ class Trial:
     """In all, if it is not stopped; 0 until it is known."""
     flops: float
     """Of the training, forward and backward, if it is not stopped."""
+    label: str = ""
+    """What a listed run is called; "" in a product."""
     status: str = "waiting"
     """waiting, running, interrupted, or an end: finished, stopped (early), failed."""
     cause: str = ""
@@ -72,7 +75,10 @@ class Trial:
     def seconds(self) -> float:
         """That it has trained and validated for, over all of its starts, as far as it said."""
         # A start that was lost between two reports has told of its last one alone.
-        return sum({report.start: report.seconds for report in self.reports}.values(), 0.0)
+        longest: dict[int, float] = {}
+        for report in self.reports:
+            longest[report.start] = max(longest.get(report.start, 0.0), report.seconds)
+        return sum(longest.values(), 0.0)
 
     @property
     def share(self) -> float:
@@ -144,7 +150,8 @@ class Board:
 
     def _trial(self, event: Event) -> None:
         named = ("values", "kind", "parameters", "steps", "flops")
-        self.trials[event["trial"]] = Trial(event["trial"], *(event[name] for name in named))
+        told = {name: event[name] for name in named}
+        self.trials[event["trial"]] = Trial(event["trial"], **told, label=event.get("label", ""))
 
     def _start(self, event: Event) -> None:
         trial = self.trials[event["trial"]]
@@ -175,6 +182,11 @@ class Board:
 
     def _done(self, event: Event) -> None:
         self.ended, self.cause = event["status"], event["cause"]
+
+    @property
+    def when(self) -> time.struct_time:
+        """The last event's time of day."""
+        return time.localtime(self._since)
 
     def with_status(self, *statuses: str) -> list[Trial]:
         """Trials of some statuses."""

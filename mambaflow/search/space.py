@@ -86,7 +86,7 @@ class Product:
         counts = [
             len(d.values) if isinstance(d, Choice) else math.inf for d in self.dimensions.values()
         ]
-        return math.prod(counts)
+        return float(math.prod(counts))
 
     def draw(self, random: np.random.Generator) -> Values:
         """A combination, each field by itself."""
@@ -125,7 +125,7 @@ class Listed:
     @property
     def size(self) -> float:
         """How many runs there are."""
-        return len(self.runs)
+        return float(len(self.runs))
 
     def all(self) -> Iterator[Values]:
         """Every run, in order."""

@@ -33,6 +33,27 @@ def total_steps(config: RunConfig, rows: int) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
+def settings_of(address: str) -> RunConfig:
+    """A new run with the settings of a configuration that `to_json` wrote: what is another run's
+    own, its name, `resume` and its command, is left out.
+
+    Args:
+        address: of the file, a path or s3://…; a run's config.json is one.
+
+    Raises:
+        ValueError: there is no such file, or it holds no configuration that is understood.
+    """
+    try:
+        folder, _, name = at(address).uri.rpartition("/")
+        found = from_json(at(folder or "/").read(name))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"config (={address!r}) must be a configuration that can be read: {error}; "
+            "name a run's config.json"
+        ) from error
+    return replace(found, run_name="", resume=False, command="")
+
+
 def settle(config: RunConfig, command: str) -> RunConfig:
     """The same run with a name, absolute addresses, and the one checkpoint that it starts from, so
     that it means the same to every worker and tomorrow; nothing is written.

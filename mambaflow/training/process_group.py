@@ -86,17 +86,17 @@ def launched_workers() -> int:
 
 
 @contextlib.contextmanager
-def launched_group(use_gpu: bool) -> Iterator[ProcessGroup]:
+def launched_group(use_gpu: bool, threads: int = 0) -> Iterator[ProcessGroup]:
     """This process, alone or among those that torchrun started, which find one another here.
 
-    Takes its share of the machine: its GPU, or its part of the cores.
+    Takes its share of the machine: its GPU, and its part of the cores or so many `threads`.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
     if device is not None:
         # Before the group: NCCL and pinned memory take the current GPU, which is otherwise the
         # first one in every process.
         torch.cuda.set_device(device)
-    share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), threads)
     # By a call, since training is in the main thread; a thread of Ray's needs KEEP_MEMORY.
     keep_memory()
     size = launched_workers()

@@ -149,6 +149,7 @@ class Trainer:
         validation = ShardSet(config.data, "validation")
         # Read once and held: every validation is of the same images.
         self.eval_set = EvalSet.read(validation, layout, config.train.eval_images)
+        self._began = time.perf_counter()
         self._start_clock()
 
     def _start_clock(self) -> None:
@@ -238,9 +239,8 @@ class Trainer:
             checkpoint.prune(self.folder, newest=step, best=best)
         # On Ray the others wait here for the first, so that none goes on from what is not in place;
         # those of torchrun wait in the gradients of the next step.
-        self.group.report_checkpoint(
-            {**scores, "step": float(step)}, self.paths.uri(RunPaths.checkpoint(step))
-        )
+        about = {"step": float(step), "seconds": time.perf_counter() - self._began}
+        self.group.report_checkpoint(scores | about, self.paths.uri(RunPaths.checkpoint(step)))
 
     def _law(self) -> dict[str, float]:
         """The numbers of the residual's law, for curves."""

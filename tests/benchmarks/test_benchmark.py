@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from small import FLAGS, staged
-from torch.utils.flop_counter import FlopCounterMode
 
 import jobs.benchmark as job
 from mambaflow.benchmarks import (
@@ -19,12 +18,11 @@ from mambaflow.benchmarks import (
     reference,
     sample,
     stall,
-    step,
 )
 from mambaflow.benchmarks.bench import REFERENCE, BenchmarkConfig, against, race, random_batch
+from mambaflow.config import ARCHITECTURES, TrainConfig
 from mambaflow.flow.samplers import SOLVERS
-from mambaflow.kernels.build import library
-from mambaflow.models.mamba import Mamba
+from mambaflow.training.flops import step_flops
 
 SMALL = ["--batch-size=1", "--queries=4", "--repeats=1"]
 LOOP = """
@@ -95,6 +93,9 @@ def test_a_part_is_measured_and_written_as_it_is_printed(what, tmp_path, capsys)
     measured = [float(row[-1].replace(",", "")) for row in tables[0]["rows"]]
     assert max(measured) > 0 and min(measured) >= 0
     assert (data if what in ("loader", "stall") else "made up") in printed.splitlines()[-1]
+    if what == "step":
+        flops = step_flops(ARCHITECTURES["v2"], TrainConfig(batch_size=1), 204, 4)
+        assert dict(tables[0]["rows"])["FLOPs of a step, G"] == f"{flops / 1e9:.1f}"
 
 
 def test_the_rivals_in_attention_answer_the_same():
@@ -277,12 +278,3 @@ def test_the_caption_names_the_commit_and_that_files_were_changed(tmp_path):
     assert len(said) >= 7 and head.startswith(said)
     (folder / "core" / "words.py").write_text("GREETING = 'changed'\n")
     assert reference.version(folder, "v2") == f"commit {said}-dirty"
-
-
-@pytest.mark.skipif(library() is None, reason="no C++ compiler: no native kernels")
-def test_products_inside_the_native_block_are_counted():
-    block, tokens = Mamba(32), torch.randn(2, 10, 32, requires_grad=True)
-    with FlopCounterMode(display=False, custom_mapping=step.INSIDE) as counter:
-        block(tokens).sum().backward()
-    layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
-    assert counter.get_total_flops() == 3 * sum(2 * 20 * m.weight.numel() for m in layers)

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from processes import kill, processes, wait_for
 from small import FLAGS, staged
 
-from mambaflow.config import RunConfig, ScaleConfig
+from mambaflow.config import RunConfig, ScaleConfig, to_dict
 from mambaflow.distributed.environment import cluster_address, set_ray_environment
 from mambaflow.models import weights
 from mambaflow.run_paths import RunPaths
@@ -70,6 +71,23 @@ def test_a_worker_on_ray_trains_bitwise_as_a_process_alone(shards, tmp_path, mar
     assert not (home / ".ray").exists(), "a private cluster keeps its token to itself"
     taken = finish([*TRAIN, *ON_RAY, *where, "--run-name=ray"], code=2)
     assert "is taken by a finished run" in taken
+
+
+def test_a_worker_takes_the_threads_of_its_configuration(monkeypatch):
+    class Over(Exception):
+        pass
+
+    def share(*given: int) -> None:
+        raise Over(*given)
+
+    context = Mock(**{"get_local_world_size.return_value": 4})
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(train, "RayProcessGroup", Mock())
+    monkeypatch.setattr(train, "share_threads", share)
+    config = RunConfig(scale=ScaleConfig(threads=3))
+    with pytest.raises(Over) as given:
+        train.train_worker({"run": to_dict(config), "progress": Mock(), "score_test": False})
+    assert given.value.args == (4, 3)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from mambaflow.config import (
     first_run,
     from_json,
     mission,
+    to_json,
 )
 from mambaflow.data.shards import MANIFEST, read_manifest, write_manifest
 from mambaflow.models import weights
@@ -55,7 +56,7 @@ FLAG_VALUES: dict[str, tuple[object, str]] = {
     "precision": ("bf16", ""), "seed": (4, ""), "log_every": (3, ""), "eval_every": (50, ""),
     "eval_images": (11, ""), "test_images": (12, ""), "sample_steps": (6, ""),
     "num_workers": (2, ""), "min_workers": (1, ""), "use_gpu": (True, ""), "ray": (False, ""),
-    "max_failures": (1, ""), "compile": ("on", ""),
+    "threads": (3, ""), "max_failures": (1, ""), "compile": ("on", ""),
 }  # fmt: skip
 PARTS = {"model": ModelConfig, "train": TrainConfig, "scale": ScaleConfig}
 
@@ -128,7 +129,52 @@ def test_help_exits_0_and_names_every_flag_with_what_it_does(capsys):
     for name in FLAG_VALUES:
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
         assert about[name] in text, name
+    assert re.search(r"--config STR Defaults of all other flags: the config.json of a run", text)
     assert "--command" not in text and "Exit codes: 0 done; 1 failed; 2 bad input" in text
+
+
+# --- Settings of another run -----------------------------------------------------------------
+
+
+OTHER = replace(
+    first_run("v1"), run_name="mine", storage="/elsewhere", data="/shards", init_from="/run",
+    resume=True, command="python jobs/train.py", scale=ScaleConfig(num_workers=2, threads=3),
+)  # fmt: skip
+AS_OTHER = replace(OTHER, run_name="", resume=False, command="")
+
+
+@pytest.fixture
+def written(tmp_path) -> str:
+    (tmp_path / "config.json").write_text(to_json(OTHER))
+    return str(tmp_path / "config.json")
+
+
+def test_a_configuration_gives_all_defaults_but_what_is_its_runs_own(written):
+    assert parse([f"--config={written}"]) == parse(["--config", written]) == AS_OTHER
+    assert type(parse([f"--config={written}"])) is type(parse([])) is RunConfig
+
+
+def test_flags_beside_a_configuration_win(written):
+    flags = "--seed=4 --no-residual --threads=1 --num-workers=1 --init-from= --run-name=n --resume"
+    model, train = replace(OTHER.model, residual=False), replace(OTHER.train, seed=4)
+    scale = replace(OTHER.scale, threads=1, num_workers=1)
+    expected = replace(AS_OTHER, model=model, train=train, scale=scale, init_from="")
+    found = parse([*flags.split(), "--config", written])
+    assert found == replace(expected, run_name="n", resume=True)
+
+
+def test_a_configuration_of_before_means_what_it_meant(written):
+    values = json.loads(Path(written).read_text())
+    del values["scale"]["threads"], values["train"]["max_steps"]
+    Path(written).write_text(json.dumps(values))
+    scale = replace(AS_OTHER.scale, threads=0)
+    assert parse(["--config", written]) == replace(AS_OTHER, scale=scale)
+
+
+@pytest.mark.s3
+def test_a_configuration_may_be_in_s3(bucket):
+    at(bucket).write("sweep/best.json", to_json(OTHER).encode())
+    assert parse(["--config", f"{bucket}/sweep/best.json"]) == AS_OTHER
 
 
 # --- Bad input -----------------------------------------------------------------------------
@@ -230,6 +276,7 @@ BAD_FLAGS = {
         "--readout=cross_attention", "modulation (='adaln') needs a read-out that it modulates"),
     "a name of dots": ("--run-name=..", "run_name (='..') must be a plain folder name"),
     "a name with a space": ("--run-name=a b", "run_name (='a b') must be a plain folder name"),
+    "threads below none": ("--threads=-1", "threads (=-1) must not be negative; use 0 or more"),
     "no workers": ("--num-workers=0", "num_workers (=0) must be positive"),
     "workers without torchrun": (
         "--num-workers=2", "num_workers (=2) without Ray must be the number of processes (=1); "
@@ -253,6 +300,43 @@ def test_a_bad_flag_is_refused_with_code_2_and_changes_nothing(place, capsys, ca
     code, words = refusal(place.run(flag), capsys)
     assert code == 2 and message in words, words
     assert (tree(place.storage), tree(place.shards)) == before
+
+
+BAD_CONFIGS = {
+    "an architecture beside it": (
+        "{done}/config.json", "--arch=v2",
+        "arch (='v2') cannot stand beside config (='{done}/config.json'), which says what it "
+        "would; leave --arch or --config out"),
+    "a recipe beside it": (
+        "{done}/config.json", "--recipe=mission", "recipe (='mission') cannot stand beside config"),
+    "a file that is not there": (
+        "{done}/no.json", "", "config (='{done}/no.json') must be a configuration that can be "
+        "read: [Errno 2] No such file or directory: '{done}/no.json'; name a run's config.json"),
+    "a folder": ("{done}", "", "must be a configuration that can be read: [Errno 21] Is a direct"),
+    "no address": ("", "", "config (='') must be a configuration that can be read"),
+    "no JSON": ("{done}/report/table.md", "", "can be read: Expecting value: line 1 column 1"),
+    "no text": ("{done}/report/picture.png", "", "can be read: 'utf-8' codec can't decode"),
+    "another file of JSON": ("{done}/report/results.json", "", "can be read: model (=None) must"),
+    "an unknown scheme": ("ftp://x/y", "", "can be read: unknown scheme 'ftp' in 'ftp://x/y'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_bad_configuration_is_refused_with_code_2_and_changes_nothing(place, capsys, case):
+    done = place.storage / "done"
+    address, flag, message = (text.format(done=done) for text in BAD_CONFIGS[case])
+    before = tree(place.storage), tree(place.shards)
+    code, words = refusal(place.run(f"--config={address}", *flag.split()), capsys)
+    assert code == 2 and words.startswith("error: ") and message in words, words
+    assert (tree(place.storage), tree(place.shards)) == before
+
+
+@pytest.mark.s3
+def test_a_configuration_that_is_not_in_s3_is_named(place, capsys, bucket):
+    before = tree(place.storage)
+    code, words = refusal(place.run(f"--config={bucket}/no.json"), capsys)
+    assert code == 2 and f"can be read: {bucket}/no.json is not there; name a run's" in words, words
+    assert tree(place.storage) == before
 
 
 def with_shard(place: Place, change: Callable[[bytes], bytes]) -> None:
@@ -459,6 +543,38 @@ def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, m
         assert main(place.run()) == 143
     assert "stopped after step 1; go on with --resume --run-name new" in capsys.readouterr().out
     assert main(place.run("--resume")) == 0
+
+
+def test_a_run_trained_again_from_its_configuration_has_the_same_bits(place):
+    done, again = place.storage / "done", place.storage / "again"
+    flags = [f"--config={done}/config.json", f"--storage={place.storage}", "--run-name=again"]
+    assert main([*flags, "--no-ray"]) == 0
+    before, after = (from_json((run / "config.json").read_bytes()) for run in (done, again))
+    kept = {name: getattr(before, name) for name in ("run_name", "storage", "command")}
+    assert replace(after, **kept) == before and after.run_name == "again"
+    for part in ("model", "ema", "optimizer"):
+        file = f"{RunPaths.checkpoint(small.STEPS)}/{part}.safetensors"
+        assert (again / file).read_bytes() == (done / file).read_bytes(), part
+
+
+@pytest.mark.parametrize(("stated", "found"), [("", 3), ("2", 2)])
+def test_a_worker_has_the_threads_of_the_flag_or_of_the_environment(
+    place, monkeypatch, stated, found
+):
+    monkeypatch.setenv("MAMBAFLOW_THREADS", stated)
+    had = []
+
+    def counting(config: RunConfig, group: job.ProcessGroup) -> job.Outcome:
+        had.append(torch.get_num_threads())
+        return job.Outcome("stopped", 0)
+
+    monkeypatch.setattr(job, "train_and_score", counting)
+    before = torch.get_num_threads()
+    try:
+        assert main(place.run("--threads=3")) == job.STOPPED
+    finally:
+        torch.set_num_threads(before)
+    assert had == [found]
 
 
 LATE = {

@@ -1,0 +1,337 @@
+"""A sweep on Ray Tune: its trials as actors, each with workers of Ray Train of its own.
+
+Tune starts actors and hands round what they say; what it knows besides is thrown away with its
+folder. The ledger is what a sweep goes on from: a new Tuner gets the trials that are not ended, and
+rungs that have heard all reports again. Tune's own restore is not used. In Ray 2.60 its ASHA
+forgets its rungs, its Optuna is told that a stopped trial is complete, its snapshot lags behind,
+and counts of reports begin anew.
+
+A trial's actor holds no core: its workers ask for theirs in a placement group of their own, which
+Tune knows nothing of, so that as many trials run as the cluster has room for workers. A trial that
+is to end is asked to, by its file STOP: it saves and lets its workers go. An actor that were killed
+would leave them, and their place, to a cleaner that Ray may have lost.
+"""
+
+import logging
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import ray
+import ray.tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from mambaflow.config import RunConfig, ScaleConfig, from_dict, from_json, to_dict
+from mambaflow.distributed.cluster import worker_resources
+from mambaflow.distributed.progress import last_line
+from mambaflow.distributed.train import train_on_ray
+from mambaflow.report.run_log import logged
+from mambaflow.run_paths import RunPaths
+from mambaflow.search.board import METRIC
+from mambaflow.search.budget import timed_steps, with_steps
+from mambaflow.search.conductor import STOP, Conductor, Told
+from mambaflow.search.config import SearchConfig
+from mambaflow.search.ledger import ReplacedError
+from mambaflow.training.preflight import open_run
+
+# Seconds that a trial has to save and to let its workers go; then its actor is killed.
+STOPPING_S = 300
+WATCH_S = 0.5
+# Times that a trial whose actor was lost is begun anew, from its newest checkpoint.
+RESTARTS = 3
+# On every cluster, and once: a share of it places the actors on the head, and takes no core.
+HEAD = {"node:__internal_head__": 0.001}
+log = logging.getLogger(__name__)
+
+
+class Asha:
+    """Asynchronous successive halving (Li et al. 2020, 1810.05934), as Ray has it, with trials
+    under the names of the ledger.
+
+    Args:
+        search: its rungs are at `grace` validations, and `reduction_factor` times as many each.
+    """
+
+    def __init__(self, search: SearchConfig) -> None:
+        # One bracket: of several, Ray would draw a trial's by chance.
+        self._asha: Any = ASHAScheduler(
+            time_attr="validations", metric="psnr", mode="max", max_t=search.validations,
+            grace_period=search.grace, reduction_factor=search.reduction_factor, brackets=1,
+        )  # fmt: skip
+        self._known: dict[str, Any] = {}
+
+    def decide(self, trial: str, validations: float, psnr: float) -> str:
+        """As `search.conductor.Rungs`."""
+        if trial not in self._known:
+            # All that it looks at of a trial.
+            self._known[trial] = type("Named", (), {"trial_id": trial})()
+            self._asha.on_trial_add(None, self._known[trial])
+        said = {"validations": validations, "psnr": psnr}
+        decision = self._asha.on_trial_result(None, self._known[trial], said)
+        return "stop" if decision == TrialScheduler.STOP else "continue"
+
+
+class TrialActor(ray.tune.Trainable):
+    """One trial. A step of it lasts until its run has come to the next checkpoint, or ended."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin to train, or go on from the newest checkpoint, in a thread.
+
+        Args:
+            config: `run`, as `to_dict` gives it; `search`, a SearchConfig; `known`, the step of
+                the newest report that the driver has.
+        """
+        self._told: queue.Queue[Told] = queue.Queue()
+        self._run, self._search = from_dict(config["run"]), config["search"]
+        self._known = config["known"]
+        self._thread = threading.Thread(target=self._train, daemon=True)
+        self._thread.start()
+
+    def _train(self) -> None:
+        try:
+            run = self._opened()
+            # What the driver did not hear before it, or this actor, was lost.
+            self._tell_what_is_logged(run)
+            outcome = train_on_ray(
+                run, lambda progress: None, listen=lambda report: self._tell(run, report),
+                score_test=False,
+            )  # fmt: skip
+            self._tell_what_is_logged(run)
+            self._told.put(Told(run.run_name, ended=outcome.status))
+        # Whatever it is, the sweep goes on, and the ledger has the cause.
+        except Exception as error:
+            cause = f"{type(error).__name__}: {last_line(error)}"
+            self._told.put(Told(self._run.run_name, ended="failed", cause=cause))
+
+    def _opened(self) -> RunConfig:
+        """The run, with its folder; one that is there goes on as it was begun."""
+        folder = RunPaths.of(self._run).folder
+        if folder.exists(RunPaths.CONFIG):
+            run = replace(from_json(folder.read(RunPaths.CONFIG)), resume=True)
+        else:
+            run = self._timed()
+        open_run(run)
+        return run
+
+    def _timed(self) -> RunConfig:
+        """The run with its steps, where a budget in seconds leaves it to the machine."""
+        if self._search.budget != "seconds":
+            return self._run
+        # Where its workers are going to be, and as they will compute.
+        remote = ray.remote(_measured).options(**_as_options(self._run.scale))
+        return ray.get(remote.remote(to_dict(self._run), self._search))
+
+    def _tell(self, run: RunConfig, report: dict[str, Any]) -> None:
+        scores = {name: x for name, x in report.items() if name.startswith("val/")}
+        step = int(report["step"])
+        # A run that is stopped between two validations saves, and has no scores to tell.
+        if not scores or step <= self._known:
+            return
+        self._known = step
+        self._told.put(
+            Told(run.run_name, step, run.train.max_steps, report.get("seconds", 0.0), scores)
+        )
+
+    def _tell_what_is_logged(self, run: RunConfig) -> None:
+        for line in logged(RunPaths.of(run).folder):
+            if METRIC in line:
+                self._tell(run, line)
+
+    def step(self) -> dict[str, Any]:
+        """What the run says next."""
+        told = self._told.get()
+        return {"told": told, "done": bool(told.ended)}
+
+    def cleanup(self) -> None:
+        """Have the run save and let its workers go, if it has not ended."""
+        folder = RunPaths.of(self._run).folder
+        if self._thread.is_alive() and folder.exists(RunPaths.CONFIG):
+            folder.write(RunPaths.STOP, b"the trial is stopped\n")
+        self._thread.join(STOPPING_S)
+
+
+def _measured(run: dict[str, Any], search: SearchConfig) -> RunConfig:
+    """A run with as many steps as fit into its minutes on this node."""
+    import torch
+
+    from mambaflow.data.shard_reader import ShardSet
+    from mambaflow.host import share_threads
+
+    config = from_dict(run)
+    share_threads(1, config.scale.threads)
+    device = torch.device("cuda" if config.scale.use_gpu else "cpu")
+    steps = timed_steps(config, search.trial_minutes, device)
+    shards = ShardSet(config.data, "train")
+    rows = len(shards)
+    shards.close()
+    return with_steps(config, steps, search, rows)
+
+
+def _as_options(scale: ScaleConfig) -> dict[str, float]:
+    names = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    return {names[kind]: amount for kind, amount in worker_resources(scale).items()}
+
+
+class _Shared:
+    """The conductor, in objects that Tune copies and pickles: a copy of it is itself."""
+
+    here: ClassVar[dict[int, "_Shared"]] = {}
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.conductor = conductor
+        _Shared.here[id(conductor)] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # In another process there is no conductor to find, and nobody who asks it.
+        return _Shared.here.get, (id(self.conductor),)
+
+
+class _Searcher(Searcher):
+    """Gives Tune the conductor's trials, as many at once as there is room for."""
+
+    def __init__(self, shared: _Shared, concurrent: int) -> None:
+        super().__init__(metric="psnr", mode="max")
+        self.shared, self.concurrent = shared, concurrent
+        self.live: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """A trial to begin; None while there is no room, or nothing to begin yet."""
+        if len(self.live) >= self.concurrent:
+            return None
+        conductor = self.shared.conductor
+        conductor.poll()
+        trial = conductor.next_trial()
+        if trial is None:
+            # While others run more may be asked for.
+            return None if self.live else Searcher.FINISHED
+        self.live[trial_id] = trial.name
+        conductor.started(trial.name)
+        return {
+            "trial": trial.name,
+            "run": to_dict(conductor.run_of(trial)),
+            "search": conductor.sweep.search,
+            "known": trial.last.step if trial.last else 0,
+        }
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """There is room for another."""
+        self.live.pop(trial_id, None)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """The conductor has heard of it by the scheduler."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+
+class _Scheduler(FIFOScheduler):
+    """Asks the conductor what a report means."""
+
+    def __init__(self, shared: _Shared) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        decision = self.shared.conductor.heard(result["told"])
+        return TrialScheduler.STOP if decision == STOP else TrialScheduler.CONTINUE
+
+
+class _Callback(ray.tune.Callback):
+    """Tells the conductor of ends, and gives it time to look for requests."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self.shared = shared
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called several times a second."""
+        self.shared.conductor.poll()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The actor has said that its run is over, or was told to stop."""
+        told = (trial.last_result or {}).get("told")
+        if told is not None and told.ended:
+            self.shared.conductor.heard_end(told)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The actor is lost, more often than it is begun anew."""
+        error = trial.get_error()
+        cause = last_line(error or Exception("?"))
+        self.shared.conductor.ended(trial.config["trial"], "failed", cause)
+
+
+def concurrency(search: SearchConfig, scale: ScaleConfig) -> int:
+    """Trials at once: as many as asked for, or as the connected cluster has room for."""
+    have = ray.cluster_resources()
+    needs = {kind: amount * scale.num_workers for kind, amount in worker_resources(scale).items()}
+    room = min(int(have.get(kind, 0) // amount) for kind, amount in needs.items())
+    return max(1, min(room, search.max_concurrent or room))
+
+
+def threads_of(scale: ScaleConfig, concurrent: int) -> int:
+    """Threads of each worker of a trial on CPU: its share of the cluster's cores."""
+    if scale.use_gpu or scale.threads:
+        return scale.threads
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // (concurrent * scale.num_workers))
+
+
+def run_on_tune(conductor: Conductor, concurrent: int, watch: Callable[[], None]) -> None:
+    """Run the conductor's trials, and wait for the end of the last.
+
+    Args:
+        concurrent: trials at once.
+        watch: called about twice a second, in the thread that calls this.
+
+    Raises:
+        ReplacedError: another driver has taken the sweep over.
+    """
+    # No files of each trial beside our own, and no table beside ours.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # What trials say is a word of our own, without the metric under its name.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = str(2 * STOPPING_S)
+    shared = _Shared(conductor)
+    with tempfile.TemporaryDirectory(prefix="mambaflow-") as scratch:
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(TrialActor, ray.tune.PlacementGroupFactory([HEAD])),
+            tune_config=ray.tune.TuneConfig(
+                metric="psnr", mode="max", num_samples=-1, reuse_actors=False,
+                search_alg=_Searcher(shared, concurrent), scheduler=_Scheduler(shared),
+            ),
+            run_config=ray.tune.RunConfig(
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Callback(shared)],
+                failure_config=ray.tune.FailureConfig(max_failures=RESTARTS),
+            ),
+        )  # fmt: skip
+        _watched(tuner, watch)
+
+
+def _watched(tuner: Any, watch: Callable[[], None]) -> None:
+    # In the main thread Tune would take the signals for itself.
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(tuner.fit)
+        while not wait([ending], timeout=WATCH_S).done:
+            watch()
+        watch()
+        try:
+            ending.result()
+        except ray.tune.TuneError as error:
+            # Tune wraps what its searcher raised, and keeps the cause.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ReplacedError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
