@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "report": set(),
     "evaluation": {"data", "flow", "models", "report"},
     "training": {"data", "evaluation", "flow", "models", "report"},
+    "search": {"data", "evaluation", "models", "report", "training"},
     "distributed": {"data", "evaluation", "models", "training"},
     "benchmarks": {"kernels", "data", "models", "flow", "report", "evaluation", "training"},
 }

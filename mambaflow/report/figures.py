@@ -1,4 +1,4 @@
-"""Charts of plain numbers as SVG: curves, bars, paired differences, calibration.
+"""Charts of plain numbers as SVG: curves, points, bars, paired differences, calibration.
 
 A chart carries no title, which belongs to the page: there it wraps, and can be found. Text stays
 text, so that it takes the page's font, and colours are those of `palette`, so that the page can
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy import ndarray
 
 from mambaflow.checks import lookup, require
@@ -129,6 +129,8 @@ def curves(
     y: str,
     *,
     right: Mapping[str, Number] | None = None,
+    behind: Sequence[Sequence[Point]] = (),
+    upright: Sequence[Number] = (),
     log_x: bool = False,
     styles: Mapping[str, Look] | None = None,
     wide: bool = False,
@@ -140,6 +142,8 @@ def curves(
         x: label of the axis, with its unit.
         y: label of the axis, with its unit.
         right: label -> height of a dashed line, such as the value that is right.
+        behind: more lines, grey and without names, each with a mark at its end.
+        upright: where a dashed line stands upright, such as a place where lines may end.
         log_x: x by its logarithm.
         styles: look of every line (`palette.looks`); else one for each of this figure.
         wide: a figure that stands alone in its row.
@@ -154,20 +158,77 @@ def curves(
         numbers = [n for p in points for n in p if n is not None]
         _require_finite(f"line {name!r}", [*numbers, *right.values()])
         _require_errors(f"line {name!r}", [p.error for p in points])
-        low = min(p.x for p in points)
-        require(not log_x or low > 0, f"line {name!r} (x={low}) must have x > 0; use log_x=False")
+        _require_above_0(f"line {name!r}", points, log_x)
+    for points in behind:
+        _require_named("behind", {"a line": points})
+        _require_finite("a line behind", [n for p in points for n in p[:2]])
+        _require_above_0("a line behind", points, log_x)
+    _require_finite("upright", upright)
     styles = _styles(lines, styles)
     with _style():
         figure, axes = _axes(wide, 340)
+        for place in upright:
+            axes.axvline(place, color=GREY, linewidth=1, dashes=(2, 3), zorder=1)
+        for points in behind:
+            _line_behind(axes, sorted(points, key=lambda point: point.x))
         for name, points in lines.items():
             _line(axes, name, sorted(points, key=lambda point: point.x), styles[name])
         if log_x:
             axes.set_xscale("log")
-        _ticks(axes, {p.x for points in lines.values() for p in points}, log_x)
+        every = [*lines.values(), *behind]
+        _ticks(axes, {p.x for points in every for p in points}, log_x)
         axes.margins(x=0.04, y=0.1)
         _label(axes, x, y)
         _legend(figure, axes, wide)
         _references(figure, axes, right)
+        return _svg(figure)
+
+
+def scatter(
+    series: Mapping[str, Sequence[Point]],
+    x: str,
+    y: str,
+    *,
+    front: Sequence[Point] = (),
+    log_x: bool = False,
+    styles: Mapping[str, Look] | None = None,
+    wide: bool = False,
+) -> str:
+    """Points that are not joined, such as PSNR against the parameters of models.
+
+    Args:
+        series: name -> its points.
+        x: label of the axis, with its unit.
+        y: label of the axis, with its unit.
+        front: points that a grey staircase joins: up to each x the best y that there is.
+        log_x: x by its logarithm.
+        styles: look of every series (`palette.looks`); else one for each of this figure.
+        wide: a figure that stands alone in its row.
+
+    Raises:
+        ValueError: no series, a series of no point, a number that is not finite, an error below 0,
+            x not above 0 with log_x, or a series without a style.
+    """
+    _require_named("series", series)
+    for name, points in {**series, "front": front}.items():
+        _require_finite(f"series {name!r}", [n for p in points for n in p if n is not None])
+        _require_errors(f"series {name!r}", [p.error for p in points])
+        _require_above_0(f"series {name!r}", points, log_x)
+    styles = _styles(series, styles)
+    with _style():
+        figure, axes = _axes(wide, 340)
+        if front:
+            steps = sorted(front, key=lambda point: point.x)
+            across, up = [p.x for p in steps], [p.y for p in steps]
+            axes.plot(across, up, drawstyle="steps-post", color=GREY, linewidth=1.2, zorder=1)
+        for name, points in series.items():
+            _line(axes, name, points, styles[name]._replace(dash=""))
+        if log_x:
+            axes.set_xscale("log")
+        _round_ticks(axes, [p.x for points in series.values() for p in points], log_x)
+        axes.margins(x=0.06, y=0.1)
+        _label(axes, x, y)
+        _legend(figure, axes, wide)
         return _svg(figure)
 
 
@@ -177,6 +238,7 @@ def bars(
     y: str,
     *,
     x: str = "",
+    reach: tuple[Number, Number] | None = None,
     right: Mapping[str, Number] | None = None,
     styles: Mapping[str, Look] | None = None,
     wide: bool = False,
@@ -188,6 +250,7 @@ def bars(
         groups: names under the bars.
         y: label of the axis, with its unit.
         x: what the groups are.
+        reach: lowest and highest y, where several figures are to have one scale.
         right: label -> height of a dashed line, such as the value that is right.
         styles: look of every series (`palette.looks`); else one for each of this figure.
         wide: a figure that stands alone in its row.
@@ -207,6 +270,10 @@ def bars(
         numbers = [n for bar in found for n in bar if n is not None]
         _require_finite(f"series {name!r}", [*numbers, *right.values()])
         _require_errors(f"series {name!r}", [bar.error for bar in found])
+    require(
+        reach is None or -math.inf < reach[0] < reach[1] < math.inf,
+        f"reach (={reach}) must rise, by finite numbers; use (low, high)",
+    )
     styles = _styles(series, styles)
     with _style():
         figure, axes = _axes(wide, 320)
@@ -217,10 +284,14 @@ def bars(
             heights = [bar.value for bar in found]
             axes.bar(at, heights, width * 0.9, color=styles[name].colour, label=name)
             _error_bars(axes, at, heights, [bar.error for bar in found], INK)
-        axes.set_xticks(range(len(groups)), [_wrapped(group, 13) for group in groups])
+        # As many letters as there is room for, at some nine pixels each with what is between.
+        room = max(13, (WIDE if wide else HALF) // 9 // len(groups))
+        axes.set_xticks(range(len(groups)), [_wrapped(group, room) for group in groups])
         axes.tick_params(axis="x", length=0, pad=8)
         axes.axhline(0, color=GREY, linewidth=1)
         axes.margins(x=0.02)
+        if reach is not None:
+            axes.set_ylim(*reach)
         _label(axes, x, y)
         _legend(figure, axes, wide)
         _references(figure, axes, right)
@@ -354,6 +425,13 @@ def _line(axes: Axes, name: str, points: Sequence[Point], look: Look) -> None:
     _error_bars(axes, across, up, [p.error for p in points], look.colour)
 
 
+def _line_behind(axes: Axes, points: Sequence[Point]) -> None:
+    """Without a name, which the legend would show; below the lines that have one."""
+    across, up = [p.x for p in points], [p.y for p in points]
+    axes.plot(across, up, color=GREY, linewidth=0.9, alpha=0.6, zorder=1.5)
+    axes.plot(across[-1:], up[-1:], "o", color=GREY, markersize=3.5, zorder=1.5)
+
+
 def _error_bars(
     axes: Axes,
     across: Sequence[Number],
@@ -384,6 +462,15 @@ def _ticks(axes: Axes, values: Iterable[Number], log: bool) -> None:
             kept.append(i)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks([ordered[i] for i in kept], [_plain(ordered[i]) for i in kept])
+
+
+def _round_ticks(axes: Axes, values: Sequence[Number], log: bool) -> None:
+    """Ticks at round numbers: of points that lie anyhow, each of its own would tell little."""
+    # A logarithmic axis of less than a factor of 5 would have one tick or none.
+    wide = log and max(values) > 5 * min(values)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+    axes.xaxis.set_major_formatter(PLAIN)
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
@@ -471,6 +558,11 @@ def _require_named(what: str, series: Mapping[str, Sequence | ndarray]) -> None:
     require(len(series) > 0, f"{what} (={{}}) must not be empty; give one or more")
     for name, found in series.items():
         require(len(found) > 0, f"{what}: {name!r} (=nothing) must not be empty; leave it out")
+
+
+def _require_above_0(what: str, points: Sequence[Point], log_x: bool) -> None:
+    low = min((p.x for p in points), default=math.inf)
+    require(not log_x or low > 0, f"{what} (x={low}) must have x > 0; use log_x=False")
 
 
 def _require_finite(what: str, numbers: Iterable[Number]) -> None:

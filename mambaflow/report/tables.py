@@ -80,6 +80,8 @@ def _cell(row: Mapping[str, Number], key: str, column: Column) -> str:
 
 
 def provenance(command: str, data: str, seed: int, **more: object) -> str:
-    """The caption of a table: what to run again to get its numbers, and the day they are from."""
-    facts = {"data": data, "seed": seed, **more, "date": time.strftime("%Y-%m-%d")}
+    """The caption of a table: what to run again to get its numbers, and the day they are from:
+    today, unless `date` says another."""
+    facts = {"data": data, "seed": seed, **more}
+    facts.setdefault("date", time.strftime("%Y-%m-%d"))
     return f"`{command}`; " + ", ".join(f"{key} {value}" for key, value in facts.items())

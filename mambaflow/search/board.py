@@ -29,6 +29,8 @@ class Report:
     scores: dict[str, float]
     decision: str
     """"continue" or "stop"."""
+    besides: float = 0.0
+    """Seconds since this start that went into neither: beginning, saving, telling."""
 
     @property
     def psnr(self) -> float:
@@ -76,12 +78,17 @@ class Trial:
         longest: dict[int, float] = {}
         for report in self.reports:
             longest[report.start] = max(longest.get(report.start, 0.0), report.seconds)
-        return sum(longest.values())
+        return sum(longest.values(), 0.0)
 
     @property
     def share(self) -> float:
         """Of the budget that is spent."""
         return self.last.share if self.last else 0.0
+
+    @property
+    def beginnings(self) -> list[float]:
+        """Seconds besides training and validation before each start's first report."""
+        return list({report.start: report.besides for report in self.reports[::-1]}.values())[::-1]
 
 
 @dataclass
@@ -103,6 +110,8 @@ class Board:
     concurrent: int = 1
     served: set[str] = field(default_factory=set)
     """Requests that were answered."""
+    places: float = 0.0
+    """`seconds` times the trials that could run at once, driver by driver."""
     _since: float = 0.0
 
     @classmethod
@@ -126,6 +135,7 @@ class Board:
         handle(event)
         if self._since:
             self.seconds += event["time"] - self._since
+            self.places += self.concurrent * (event["time"] - self._since)
         self._since = event["time"]
 
     def _begin(self, event: Event) -> None:
@@ -155,7 +165,10 @@ class Board:
     def _report(self, event: Event) -> None:
         trial = self.trials[event["trial"]]
         told = {name: event[name] for name in ("step", "samples", "share", "seconds", "scores")}
-        trial.reports.append(Report(**told, start=trial.starts, decision=event["decision"]))
+        # Two clocks, of the driver and of the trial, may differ by a little.
+        besides = max(event["time"] - trial.began - event["seconds"], 0.0)
+        report = Report(**told, start=trial.starts, decision=event["decision"], besides=besides)
+        trial.reports.append(report)
 
     def _end(self, event: Event) -> None:
         _finish(self.trials[event["trial"]], event["status"], event["cause"])
@@ -217,4 +230,6 @@ def _finish(trial: Trial, status: str, cause: str) -> None:
 def _rank(trial: Trial) -> tuple[Any, ...] | None:
     if trial.last is None or not math.isfinite(trial.last.psnr) or trial.status == "failed":
         return None
-    return (round(trial.share, 6), trial.last.psnr)
+    # A whole budget of FLOPs or seconds is met to a step, one trial's a little short of another's.
+    share = 1.0 if trial.status == "finished" else round(trial.share, 2)
+    return (share, trial.last.psnr)

@@ -19,6 +19,7 @@ from mambaflow.report.figures import (
     calibration,
     curves,
     differences,
+    scatter,
 )
 from mambaflow.report.palette import GREY, HUES, SHADES, looks, variable
 
@@ -35,7 +36,11 @@ def bins(predicted, observed, counts):
 CHARTS = {
     "curves": lambda name: curves(
         {name: [Point(1, 2.0, 0.1), Point(10, 3.0)], "other": [Point(1, 1.0)]},
-        name, name, right={name: 2.5}, log_x=True,
+        name, name, right={name: 2.5}, behind=[[Point(1, 0), Point(5, 1)]], upright=[5], log_x=True,
+    ),
+    "scatter": lambda name: scatter(
+        {name: [Point(1, 2.0, 0.1), Point(10, 3.0)], "other": [Point(1, 1.0)]},
+        name, name, front=[Point(1, 2.0), Point(10, 3.0)], log_x=True,
     ),
     "bars": lambda name: bars(
         {name: [Bar(1.2, 0.1), Bar(0.5)], "other": [Bar(1.0), Bar(-0.2)]},
@@ -127,6 +132,77 @@ def test_decades_are_as_far_apart_as_one_another_on_a_logarithmic_axis():
     assert np.isclose(first, second)
 
 
+def lines(chart, style):
+    """The corners of each line inside the axes that is drawn in that style."""
+    return [corners for corners in shapes(chart, style) if len(corners) > 1]
+
+
+def test_lines_behind_are_grey_without_a_name_and_end_in_a_mark():
+    ahead = {"V2": [Point(0, 0), Point(4, 4)]}
+    behind = [[Point(2, 1), Point(0, 0)], [Point(0, 0), Point(1, 3), Point(4, 2)]]
+    chart = curves(ahead, "x", "y", behind=behind)
+    (first, _), (last, top) = marks(chart, BLUE)
+    unit = (last - first) / 4
+    (low, bottom), (far, height) = marks(chart, GREY)[-2:]  # after the ticks
+    assert np.allclose([low - first, far - first], [2 * unit, 4 * unit], atol=1e-4)
+    assert top < height < bottom, "of 4, 2 and 1 dB; SVG counts downward"
+    one, other = lines(chart, f"stroke: {GREY}; stroke-opacity: 0.6")
+    assert (len(one), len(other)) == (2, 3) and one[0, 0] < one[1, 0], "by x, whatever their order"
+    assert not [word for word in words(chart) if word not in "xy" and not word[0].isdigit()]
+
+
+def test_upright_lines_stand_at_their_x():
+    chart = curves({"V2": [Point(0, 0), Point(4, 4)]}, "x", "y", upright=[1, 2])
+    first, last = marks(chart, BLUE)[:, 0]
+    dashed = lines(
+        chart, f"fill: none; stroke-dasharray: 2,3; stroke-dashoffset: 0; stroke: {GREY}"
+    )
+    assert len(dashed) == 2
+    for line, x in zip(dashed, (1, 2), strict=True):
+        assert np.allclose(line[:, 0], first + x * (last - first) / 4, atol=1e-4)
+
+
+def test_points_that_are_not_joined_stand_where_their_numbers_say():
+    chart = scatter({"V2": [Point(4, 9), Point(0, 1), Point(1, 3)]}, "x", "y")
+    across, up = np.diff(marks(chart, BLUE), axis=0).T
+    assert np.isclose(across[0], -4 * across[1]) and np.isclose(up[0], -4 * up[1])
+    assert not lines(chart, f"stroke: {BLUE}; stroke-width: 2")
+
+
+def test_a_front_is_a_staircase_that_rises_where_it_costs_more():
+    points = [Point(1, 1), Point(4, 5), Point(2, 3)]
+    chart = scatter({"V2": points}, "x", "y", front=points)
+    (stairs,) = lines(chart, f"fill: none; stroke: {GREY}; stroke-width: 1.2")
+    cheap, dear, middle = marks(chart, BLUE)
+    corners = [cheap, (middle[0], cheap[1]), middle, (dear[0], middle[1]), dear]
+    assert np.allclose(stairs, corners, atol=1e-4)
+
+
+@pytest.mark.parametrize("log, xs", [(True, (0.2, 3.7)), (True, (1.1, 1.3)), (False, (0, 7))])
+def test_points_that_lie_anyhow_have_ticks_at_round_numbers(log, xs):
+    chart = scatter({"V2": [Point(x, 0) for x in xs]}, "x", "y", log_x=log)
+    ticks = [float(word) for word in words(chart) if re.fullmatch(r"\d+\.?\d*", word)]
+    within = {tick for tick in ticks if xs[0] <= tick <= xs[1]}
+    assert len(within) >= 3
+
+
+def test_names_under_bars_are_broken_only_where_there_is_no_room():
+    name = "cross_attention (3)"
+    for count, lines in ((2, 1), (6, 2)):
+        groups = [name, *"abcde"][:count]
+        chart = bars({"V2": [Bar(1.0)] * count}, groups, "y")
+        assert (name in words(chart)) == (lines == 1)
+
+
+def test_figures_of_one_reach_have_one_scale():
+    def height(value):
+        chart = bars({"V2": [Bar(value)]}, ["a"], "y", reach=(-1, 4))
+        (bar,) = shapes(chart, f"fill: {BLUE}")
+        return np.ptp(bar[:, 1])
+
+    assert np.isclose(height(3.0), 3 * height(1.0), atol=1e-3)
+
+
 def test_ticks_stand_where_something_was_measured():
     measured = {"V2": [Point(x, 7) for x in (1, 2, 4, 50, 16384)]}
     ticks = [word for word in words(curves(measured, "x", "y", log_x=True)) if word[0] != "7"]
@@ -211,6 +287,22 @@ def test_bins_without_pixels_are_left_out():
         (lambda: curves({"V2": [Point(1, 2)]}, "x", "y", right={"r": np.inf}), "must be finite"),
         (lambda: curves({"V2": [Point(0, 2)]}, "x", "y", log_x=True), "must have x > 0"),
         (lambda: curves({"V2": [Point(0, 2)]}, "x", "y", styles=looks({"V1": ""})), "valid: V1"),
+        (lambda: curves({"V2": [Point(1, 2)]}, "x", "y", behind=[[]]), "behind.* not be empty"),
+        (
+            lambda: curves({"V2": [Point(1, 2)]}, "x", "y", behind=[[Point(1, np.nan)]]),
+            "line behind .* must be finite",
+        ),
+        (lambda: curves({"V2": [Point(1, 2)]}, "x", "y", upright=[np.inf]), "must be finite"),
+        (lambda: scatter({}, "x", "y"), "series .* must not be empty"),
+        (lambda: scatter({"V2": []}, "x", "y"), "'V2' .* must not be empty"),
+        (lambda: scatter({"V2": [Point(1, np.nan)]}, "x", "y"), "'V2' .* must be finite"),
+        (lambda: scatter({"V2": [Point(1, 2, -1)]}, "x", "y"), "must not have an error"),
+        (
+            lambda: scatter({"V2": [Point(1, 2)]}, "x", "y", front=[Point(np.inf, 1)]),
+            "'front' .* must be finite",
+        ),
+        (lambda: scatter({"V2": [Point(0, 2)]}, "x", "y", log_x=True), "must have x > 0"),
+        (lambda: bars({"V2": [Bar(1)]}, ["a"], "y", reach=(1, 1)), r"reach .* must rise"),
         (lambda: bars({"V2": [Bar(1)]}, ["a", "b"], "y"), "must have 2, one for each"),
         (lambda: bars({"V2": []}, [], "y"), "must not be empty"),
         (lambda: differences({}, "V2", "V1"), "must not be empty"),

@@ -9,7 +9,16 @@ import pytest
 from PIL import Image
 
 from mambaflow.report import svg
-from mambaflow.report.figures import Bar, Bins, Difference, Point, bars, calibration, curves
+from mambaflow.report.figures import (
+    Bar,
+    Bins,
+    Difference,
+    Point,
+    bars,
+    calibration,
+    curves,
+    scatter,
+)
 from mambaflow.report.figures import differences as gains
 from mambaflow.report.page import (
     Drawing,
@@ -48,6 +57,7 @@ def whole(name="V2"):
         Drawing(bars({name: [Bar(1.0)], "b": [Bar(2.0)]}, [name], name, right={name: 1}), name),
         Drawing(gains({name: Difference(value=1, error=0.1, unit=name)}, name, "b"), name),
         Drawing(calibration({name: bins}, name), name, name),
+        Drawing(scatter({name: [Point(1, 2.0)], "b": [Point(2, 1.0)]}, name, name), name, name),
         RankedTable(table, {name: "highest"}),
         table,
         ImageSheet(
@@ -133,7 +143,7 @@ def test_a_page_needs_nothing_that_is_not_in_it():
 def test_every_chart_is_well_formed_and_every_image_a_png():
     html = render(whole())
     charts = CHART.findall(html)
-    assert len(charts) == 4
+    assert len(charts) == 5
     for chart in charts:
         assert ElementTree.fromstring(chart).tag == "svg"
     images = re.findall(r"data:image/png;base64,([^\"]*)", html)

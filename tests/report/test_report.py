@@ -155,6 +155,10 @@ def test_a_table_is_markdown_with_aligned_columns_and_a_caption():
     assert "`python x.py`; data cifar10, seed 3, images 512, date " in caption
 
 
+def test_numbers_of_another_day_say_which():
+    assert provenance("x", "d", 0, date="2026-01-05").endswith(", seed 0, date 2026-01-05")
+
+
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="must have 2 cells"):
         Table(["a", "b"], [["1"]])
