@@ -68,11 +68,14 @@ class SearchConfig:
             self.grace <= self.validations,
             f"grace (={self.grace}) must be at most validations (={self.validations}); use 1",
         )
-        timed = self.budget == "seconds"
+        timed, minutes = self.budget == "seconds", self.trial_minutes
         require(
-            timed == (self.trial_minutes > 0),
-            f"trial_minutes (={self.trial_minutes:g}) must be above 0 with --budget seconds, and "
-            f"is unused with --budget {self.budget}; give both or neither",
+            minutes > 0 or not timed,
+            f"trial_minutes (={minutes:g}) must be above 0 with --budget seconds; use 10",
+        )
+        require(
+            timed or not minutes,
+            f"trial_minutes (={minutes:g}) is unused with --budget {self.budget}; leave it out",
         )
 
 

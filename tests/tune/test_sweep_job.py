@@ -1,6 +1,7 @@
 """tune/sweep.py: bad input changes nothing, and a sweep on a real Ray comes to its end whatever
 happens on the way."""
 
+import importlib
 import json
 import os
 import signal
@@ -64,11 +65,6 @@ def sweep(tmp_path, data) -> Sweep:
     return Sweep(tmp_path, data)
 
 
-def called(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(JOB), *args], cwd=ROOT, capture_output=True,
-                          text=True, timeout=60 * MINUTES)  # fmt: skip
-
-
 REFUSED = {
     "--space=sizes": "unknown space 'sizes'; valid: size, optim, ablation",
     "--space=no.py:f": "no.py is not there",
@@ -78,28 +74,49 @@ REFUSED = {
     "--num-samples=0": "num_samples (=0) must be positive",
     "--grace=5": "grace (=5) must be at most validations (=4)",
     "--reduction-factor=1": "reduction_factor (=1) must be 2 or more",
-    "--budget=seconds": "trial_minutes (=0) must be above 0 with --budget seconds",
-    "--trial-minutes=3": "trial_minutes (=3) must be above 0 with --budget seconds, and is unused",
-    "--num-workers=8": "num_workers (=8) needs 8 CPUs, and the cluster has",
+    "--budget=seconds": "trial_minutes (=0) must be above 0 with --budget seconds; use 10",
+    "--trial-minutes=3": "trial_minutes (=3) is unused with --budget samples; leave it out",
     "--min-workers=1": "min_workers (=1) must be 0 in a sweep",
 }
 
 
+def plain(text: str) -> str:
+    """Without the box that the parser of flags draws around its own refusals."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """The job as a module, found as a script finds what lies beside it."""
+    monkeypatch.syspath_prepend(str(JOB.parent))
+    return importlib.import_module("sweep")
+
+
 @pytest.mark.parametrize("flags", REFUSED)
-def test_bad_input_is_refused_and_changes_nothing(sweep, flags, tmp_path, marked, monkeypatch):
+def test_bad_input_is_refused_and_changes_nothing(job, sweep, flags, capsys):
+    try:
+        code = job.main([*sweep.flags, *SEARCH, *flags.split()])
+    except SystemExit as error:  # the parser's own way
+        code = error.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "") and REFUSED[flags] in plain(err), err
+    assert not sweep.folder.exists()
+
+
+@pytest.mark.ray
+def test_more_workers_than_there_will_ever_be_are_refused_with_the_arithmetic(
+    sweep, marked, monkeypatch
+):
     monkeypatch.setenv("MAMBAFLOW_CORES", "4")
-    if "8" in flags:
-        flags += " --batch-size=16"
-    code, out, err = sweep.run(*flags.split())
-    key = next(key for key in REFUSED if flags.startswith(key))
-    assert (code, out) == (2, "") and REFUSED[key] in err, err
-    assert "Traceback" not in err and not sweep.folder.exists()
+    code, out, err = sweep.run("--num-workers=8")
+    assert (code, out) == (2, "") and not sweep.folder.exists()
+    assert "num_workers (=8) needs 8 CPUs, and the cluster has 4" in err
 
 
 @pytest.mark.parametrize("args", [["--status"], ["--report-only"], ["stop", "0001"], ["add", "2"]])
-def test_a_sweep_that_there_is_not_is_named(tmp_path, args):
-    done = called(*args, "--run-name", "none", "--storage", str(tmp_path))
-    assert done.returncode == 2 and "none/sweep.json is not there" in done.stderr
+def test_a_sweep_that_there_is_not_is_named(job, tmp_path, args, capsys):
+    assert job.main([*args, "--run-name", "none", "--storage", str(tmp_path)]) == 2
+    assert "none/sweep.json is not there" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -181,22 +198,24 @@ def test_the_best_configuration_trained_again_has_the_trials_bits(finished):
 
 
 @pytest.mark.ray
-def test_who_looks_sees_where_it_stands_and_its_report_again(finished):
+def test_who_looks_sees_where_it_stands_and_its_report_again(job, finished, capsys):
     where = ["--run-name", "sweep", "--storage", str(finished.folder.parent)]
-    told = called("--status", *where)
-    assert told.returncode == 0 and "2 of 2 configurations: 2 finished" in told.stdout
+    assert job.main(["--status", *where]) == 0
+    assert "2 of 2 configurations: 2 finished" in capsys.readouterr().out
     page = finished.folder / "report" / "index.html"
     assert page.exists()
     page.unlink()
-    again = called("--report-only", *where)
-    assert again.returncode == 0 and page.exists(), again.stderr
-    assert called("stop", "9999", *where).returncode == 2
-    assert called("add", "none", *where).returncode == 2
+    assert job.main(["--report-only", *where]) == 0 and page.exists()
+    assert job.main(["stop", "9999", *where]) == job.main(["add", "none", *where]) == 2
+    told = capsys.readouterr().err
+    assert "unknown trial '9999'; valid: 0000, 0001" in told and "add (=none)" in told
+    # Nothing was asked for.
+    assert not (finished.folder / "requests").exists()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_keeps_its_trials_and_takes_more(sweep, marked):
+def test_a_sweep_that_is_stopped_keeps_its_trials_and_takes_more(job, sweep, marked):
     driver = sweep.start("--epochs=40", "--eval-images=8")
     wait_for(lambda: len(at(sweep.folder).list("ledger/")) and len(sweep.reports()) >= 1, 300)
     driver.send_signal(signal.SIGTERM)
@@ -208,7 +227,7 @@ def test_a_sweep_that_is_stopped_keeps_its_trials_and_takes_more(sweep, marked):
         assert weights.saved_steps(at(sweep.folder / "trials" / trial.name))
     # More is asked for before it goes on.
     where = ["--run-name", "sweep", "--storage", str(sweep.folder.parent)]
-    assert called("add", "1", *where).returncode == 0
+    assert job.main(["add", "1", *where]) == 0
     code, _, err = sweep.run("--epochs=40", "--eval-images=8", "--resume")
     assert code == 0, err
     board = sweep.board
