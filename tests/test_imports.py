@@ -21,7 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"data", "flow", "models", "report"},
     "training": {"data", "evaluation", "flow", "models", "report"},
     "search": {"data", "evaluation", "models", "report", "training"},
-    "distributed": {"data", "evaluation", "models", "training"},
+    "distributed": {"data", "evaluation", "models", "report", "search", "training"},
     "benchmarks": {"kernels", "data", "models", "flow", "report", "evaluation", "training"},
 }
 # What the wings may import of the ground: kernels know numbers alone, and flow nothing at all.
