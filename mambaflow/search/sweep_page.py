@@ -138,7 +138,7 @@ class SweepPage:
         if time.places > 0:
             share = 100 * time.share(time.training)
             note = f"the rest of wall time x {_at_once(self.board.concurrent)}: see below"
-            yield KeyNumber(f"{share:.0f} %", f"of {time.wall / 3600:.2f} hours was training", note)
+            yield KeyNumber(f"{share:.0f} %", f"of {_long(time.wall)} was training", note)
 
     # --- The questions ---
 
@@ -243,13 +243,18 @@ class SweepPage:
 
     def _effects_text(self) -> str:
         effects = self.findings.effects
+        if not effects.fields:
+            return (
+                "Too few proposed trials have spent their whole budget to tell what these do: "
+                f"{', '.join(self._not_told())}."
+            )
         text = (
             f"From the {effects.trials} proposed trials that spent their whole budget: PSNR as a "
             "mean plus one number for each value of each field, by least squares. A number is the "
             "effect of a value against the mean of its field's values, in dB. The model knows "
             "nothing of fields that help one another."
         )
-        if effects.freedom and effects.fields:
+        if effects.freedom:
             text += (
                 f" What it leaves over has a standard deviation of {effects.residual:.3f} dB "
                 f"({_degrees(effects.freedom)}), from which the standard errors are."
@@ -466,20 +471,19 @@ class SweepPage:
             "places without a trial, and work not told of": time.rest,
         }
         rows = [
-            [name, f"{seconds / 3600:.2f}", f"{100 * time.share(seconds):.1f} %"]
+            [name, f"{seconds / 60:,.1f}", f"{100 * time.share(seconds):.1f} %"]
             for name, seconds in parts.items()
         ]
-        table = Table(["what", "hours", "share"], rows, self.about)
+        table = Table(["what", "minutes", "share"], rows, self.about)
         yield Section("Where did the time go?", self._time_text(), [table, *self._beginnings()])
 
     def _time_text(self) -> str:
         board, time = self.board, self.findings.time
         drivers = f"{board.starts} drivers" if board.starts > 1 else "One driver"
         return (
-            f"{drivers} ran for {time.wall / 3600:.2f} hours, with places for "
-            f"{_at_once(board.concurrent)}: {time.places / 3600:.2f} hours of places. What a trial "
-            "did after its last report, before it was lost or stopped from outside, nobody told: "
-            "it stands in the last row."
+            f"{drivers} ran for {_long(time.wall)}, with places for {_at_once(board.concurrent)}: "
+            f"{_long(time.places)} of places. What a trial did after its last report, before it "
+            "was lost or stopped from outside, nobody told: it stands in the last row."
         )
 
     def _beginnings(self) -> Iterator[Table]:
@@ -549,6 +553,10 @@ def _effect(value: float, error: float = math.nan) -> str:
 
 def _degrees(count: int) -> str:
     return f"{count} degree{'s' if count > 1 else ''} of freedom"
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _at_once(count: int) -> str:

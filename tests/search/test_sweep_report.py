@@ -287,6 +287,19 @@ def test_a_single_trial_has_a_report_that_says_what_is_not_known(tmp_path):
     paths = sweep(tmp_path, teller.events)
     assert "No run of the base configuration has ended" in write_report(paths)
     assert "It takes two finished runs" in words(page_of(paths)[QUESTIONS[1]])
+    assert "One driver ran for 1.9 minutes, with places for 2 trials at once: 3.8 minutes" in words(
+        page_of(paths)[QUESTIONS[6]]
+    )
+
+
+def test_without_two_configurations_to_compare_no_effect_is_told(tmp_path):
+    teller = Teller()
+    run(teller.trial("a", {"model.d_model": 32}), "a", 23.0)
+    run(teller.trial("b", {"model.d_model": 128}), "b", 23.0, until=1 / 9)
+    paths = sweep(tmp_path, teller.events)
+    write_report(paths, timed=False)
+    text = words(page_of(paths)[QUESTIONS[2]])
+    assert "Too few proposed trials have spent their whole budget to tell what these do" in text
 
 
 def test_too_few_trials_for_effects_are_said_to_be_too_few(tmp_path):
