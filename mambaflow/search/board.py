@@ -88,7 +88,15 @@ class Trial:
     @property
     def beginnings(self) -> list[float]:
         """Seconds besides training and validation before each start's first report."""
-        return list({report.start: report.besides for report in self.reports[::-1]}.values())[::-1]
+        first: dict[int, float] = {}
+        for report in self.clocked:
+            first.setdefault(report.start, report.besides)
+        return list(first.values())
+
+    @property
+    def clocked(self) -> list[Report]:
+        """Reports that say how long they took: one that a start before had not told has no time."""
+        return [report for report in self.reports if report.seconds > 0]
 
 
 @dataclass

@@ -24,6 +24,7 @@ class Stage:
     """A run of a list beside the one before it."""
 
     trial: str
+    label: str
     change: str
     psnr: float
     difference: float
@@ -115,6 +116,10 @@ class Findings:
         alike = [other for other in self.fields if other.partition(".")[2] == last]
         return last if len(alike) < 2 else name
 
+    def called(self, trial: Trial) -> str:
+        """A trial's name, with what a listed run is called."""
+        return f"{trial.name} {trial.label}".rstrip()
+
     def status(self, trial: Trial) -> str:
         """How a trial stands, in a few words."""
         if trial.status != "stopped":
@@ -199,23 +204,8 @@ class Findings:
 
     @property
     def is_listed(self) -> bool:
-        """Whether the runs were listed, each with something changed to the one before, instead of
-        being combinations.
-
-        A ledger knows values alone. A list it is if the space is called ablation, if runs name
-        different fields, or if, run after run, no field goes back to a value that it had left,
-        which combinations of two fields or more hardly do.
-        """
-        if self.config.search.space == "ablation":
-            return bool(self.searched)
-        if len({frozenset(trial.values) for trial in self.searched}) > 1:
-            return True
-        return len(self.searched) > 2 and len(self.fields) > 1 and all(map(self._goes, self.fields))
-
-    def _goes(self, name: str) -> bool:
-        values = [repr(self.value(trial, name)) for trial in self.searched]
-        changes = sum(a != b for a, b in zip(values, values[1:], strict=False))
-        return changes == len(set(values)) - 1
+        """Whether the runs were listed under names, instead of being combinations."""
+        return any(trial.label for trial in self.searched)
 
     @property
     def stages(self) -> list[Stage]:
@@ -225,7 +215,8 @@ class Findings:
         for trial in self.searched:
             own = psnr(trial) if trial.status == "finished" else math.nan
             last = found[-1].psnr if found else math.nan
-            found.append(Stage(trial.name, self._change(before, trial), own, own - last))
+            change = self._change(before, trial)
+            found.append(Stage(trial.name, trial.label, change, own, own - last))
             before = trial
         return found
 
@@ -352,8 +343,8 @@ class Findings:
         return ranked + [t for t in self.board.trials.values() if t.name not in places]
 
     def _trial_json(self, trial: Trial) -> dict[str, Any]:
-        known = ("name", "kind", "values", "status", "cause", "parameters", "steps", "starts",
-                 "share", "seconds", "beginnings")  # fmt: skip
+        known = ("name", "label", "kind", "values", "status", "cause", "parameters", "steps",
+                 "starts", "share", "seconds", "beginnings")  # fmt: skip
         return {
             **{name: getattr(trial, name) for name in known},
             "rung": self.rung(trial),
@@ -418,7 +409,7 @@ def _effects_json(effects: Effects) -> dict[str, Any]:
 
 def _later(trial: Trial) -> Iterator[float]:
     """Of each start, what it did besides training and validation after its first report."""
-    last = {report.start: report.besides for report in trial.reports}
+    last = {report.start: report.besides for report in trial.clocked}
     for first, end in zip(trial.beginnings, last.values(), strict=True):
         yield max(end - first, 0.0)
 

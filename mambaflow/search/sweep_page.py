@@ -38,9 +38,8 @@ class SweepPage:
         self.board = findings.board
         # Where none has a rank, as where all failed, the first that ever had a number.
         every = self.board.ranked or [t for t in self.board.trials.values() if told(t)]
-        self.looks: dict[str, Look] = looks(
-            {trial.name: trial.name for trial in every[: len(HUES)]}
-        )
+        shown = [findings.called(trial) for trial in every[: len(HUES)]]
+        self.looks: dict[str, Look] = looks({name: name for name in shown})
 
     def page(self) -> Page:
         """All of it."""
@@ -64,9 +63,15 @@ class SweepPage:
         found, best = self.findings, self.board.best
         if best is None:
             return "No proposed trial has spent its whole budget yet, so that none is the best."
-        values = [f"{found.short(n)} {label(found.value(best, n))}" for n in found.fields]
-        of = f" ({', '.join(values)})" if values else ""
-        return f"The best is trial {best.name}{of}: **{_psnr(best)} dB**. {self.verdict()}"
+        values = [f"{found.short(n)} {label(found.value(best, n))}" for n in self._varied]
+        of = best.label or ", ".join(values)
+        which = f"{best.name} ({of})" if of else best.name
+        return f"The best is trial {which}: **{_psnr(best)} dB**. {self.verdict()}"
+
+    @property
+    def _varied(self) -> list[str]:
+        """The fields that a table of trials has; runs of a list have names instead."""
+        return [] if self.findings.is_listed else self.findings.fields
 
     def verdict(self) -> str:
         """Whether the gain over the base is more than the noise of seeds."""
@@ -97,7 +102,14 @@ class SweepPage:
 
     def progress(self) -> str:
         """Where the sweep stands."""
-        return f"There are {self.board}."
+        seeds = len(self.board.trials) - len(self.findings.searched)
+        told = f"{len(self.findings.searched)} of {self.board.wanted} configurations were tried"
+        base = f", and the base with {seeds} other seed{'s' * (seeds > 1)}" if seeds else ""
+        return f"{told}{base}: {self._counts()}."
+
+    def _counts(self) -> str:
+        counts = sorted(self.board.counts().items())
+        return ", ".join(f"{count} {status}" for status, count in counts) or "no trial yet"
 
     def numbers(self) -> list[KeyNumber]:
         """The numbers that answer the questions."""
@@ -121,14 +133,12 @@ class SweepPage:
             yield KeyNumber(gain, "gained on the base", "the noise of seeds is not known")
 
     def _effort(self) -> Iterator[KeyNumber]:
-        counts = self.board.counts()
-        told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        yield KeyNumber(str(len(self.board.trials)), "trials", told or "none yet")
+        yield KeyNumber(str(len(self.board.trials)), "trials", self._counts())
         time = self.findings.time
         if time.places > 0:
             share = 100 * time.share(time.training)
             note = f"the rest of wall time x {_at_once(self.board.concurrent)}: see below"
-            yield KeyNumber(f"{share:.0f} %", f"of {time.wall / 3600:.2f} hours was training", note)
+            yield KeyNumber(f"{share:.0f} %", f"of {_long(time.wall)} was training", note)
 
     # --- The questions ---
 
@@ -143,13 +153,13 @@ class SweepPage:
         )
         if not self.board.trials:
             text = "No trial has been proposed yet."
-        table = self.table([*RANK, *self.findings.fields], self.told)
+        table = self.table([*RANK, *self._varied], self.told)
         blocks = [RankedTable(table, {PSNR: "highest"})] if table.rows else []
         yield Section("Which configuration is best?", text, blocks)
 
     def ranking(self) -> Table:
         """All trials but those that failed, the best first, with all that a row can say."""
-        return self.table([*self.findings.fields, *COSTS, "status"], self.told)
+        return self.table([*self._varied, *COSTS, "status"], self.told)
 
     @property
     def told(self) -> list[Trial]:
@@ -161,7 +171,8 @@ class SweepPage:
 
     def table(self, columns: Sequence[str], trials: Sequence[Trial]) -> Table:
         """Some trials: columns are fields of a run, or of those that every trial has."""
-        rows = [[trial.name, *(self._cell(trial, name) for name in columns)] for trial in trials]
+        called = self.findings.called
+        rows = [[called(trial), *(self._cell(trial, name) for name in columns)] for trial in trials]
         heading = [self.findings.short(n) if n in self.findings.fields else n for n in columns]
         return Table(["trial", *heading], rows, self.about)
 
@@ -232,13 +243,18 @@ class SweepPage:
 
     def _effects_text(self) -> str:
         effects = self.findings.effects
+        if not effects.fields:
+            return (
+                "Too few proposed trials have spent their whole budget to tell what these do: "
+                f"{', '.join(self._not_told())}."
+            )
         text = (
             f"From the {effects.trials} proposed trials that spent their whole budget: PSNR as a "
             "mean plus one number for each value of each field, by least squares. A number is the "
             "effect of a value against the mean of its field's values, in dB. The model knows "
             "nothing of fields that help one another."
         )
-        if effects.freedom and effects.fields:
+        if effects.freedom:
             text += (
                 f" What it leaves over has a standard deviation of {effects.residual:.3f} dB "
                 f"({_degrees(effects.freedom)}), from which the standard errors are."
@@ -304,17 +320,13 @@ class SweepPage:
         found = self.findings
         if not found.is_listed:
             return
-        rows = [
-            [one.trial, one.change, _number(one.psnr, 2), _signed(one.difference)]
-            for one in found.stages
-        ]
-        heading = ["trial", "changed to the one before", PSNR, "difference (dB)"]
-        blocks: list[Block] = [Table(heading, rows, self.about)]
+        blocks: list[Block] = [self.staged()]
         known = [one for one in found.stages if math.isfinite(one.difference)]
         if known:
-            chart = bars({"difference": [Bar(one.difference) for one in known]},
-                         [one.trial for one in known], "difference to the stage before (dB)",
-                         right=self._chance(), wide=True)  # fmt: skip
+            heights = {"difference": [Bar(one.difference) for one in known]}
+            chart = bars(heights, [one.label or one.trial for one in known],
+                         "difference to the stage before (dB)", right=self._chance(),
+                         wide=True)  # fmt: skip
             blocks.append(Drawing(chart, "what each stage adds"))
         text = (
             "The runs were listed, each with something changed to the one before. There is one run "
@@ -322,6 +334,16 @@ class SweepPage:
             "seeds tells nothing."
         )
         yield Section("What does each stage add?", text, blocks)
+
+    def staged(self) -> Table:
+        """The runs of a list in its order, with what was changed; empty of a product."""
+        stages = self.findings.stages if self.findings.is_listed else []
+        rows = [
+            [f"{one.trial} {one.label}", one.change, _number(one.psnr, 2), _signed(one.difference)]
+            for one in stages
+        ]
+        heading = ["trial", "changed to the one before", PSNR, "difference (dB)"]
+        return Table(heading, rows, self.about)
 
     def _chance(self) -> dict[str, float]:
         noise = self.findings.noise
@@ -388,7 +410,8 @@ class SweepPage:
 
     def learning(self) -> Iterator[Section]:
         """PSNR along the budget."""
-        lines = {t.name: _line(t) for t in self.board.trials.values() if told(t)}
+        every = [trial for trial in self.board.trials.values() if told(trial)]
+        lines = {self.findings.called(trial): _line(trial) for trial in every}
         if not any(len(points) > 1 for points in lines.values()):
             return
         named = {name: lines[name] for name in self.looks}
@@ -448,20 +471,19 @@ class SweepPage:
             "places without a trial, and work not told of": time.rest,
         }
         rows = [
-            [name, f"{seconds / 3600:.2f}", f"{100 * time.share(seconds):.1f} %"]
+            [name, f"{seconds / 60:,.1f}", f"{100 * time.share(seconds):.1f} %"]
             for name, seconds in parts.items()
         ]
-        table = Table(["what", "hours", "share"], rows, self.about)
+        table = Table(["what", "minutes", "share"], rows, self.about)
         yield Section("Where did the time go?", self._time_text(), [table, *self._beginnings()])
 
     def _time_text(self) -> str:
         board, time = self.board, self.findings.time
         drivers = f"{board.starts} drivers" if board.starts > 1 else "One driver"
         return (
-            f"{drivers} ran for {time.wall / 3600:.2f} hours, with places for "
-            f"{_at_once(board.concurrent)}: {time.places / 3600:.2f} hours of places. What a trial "
-            "did after its last report, before it was lost or stopped from outside, nobody told: "
-            "it stands in the last row."
+            f"{drivers} ran for {_long(time.wall)}, with places for {_at_once(board.concurrent)}: "
+            f"{_long(time.places)} of places. What a trial did after its last report, before it "
+            "was lost or stopped from outside, nobody told: it stands in the last row."
         )
 
     def _beginnings(self) -> Iterator[Table]:
@@ -488,7 +510,7 @@ class SweepPage:
 
     def failed(self) -> Table:
         """Trials that failed, with their causes."""
-        columns = ["budget spent", *self.findings.fields, "cause"]
+        columns = ["budget spent", *self._varied, "cause"]
         return self.table(columns, self.board.with_status("failed"))
 
 
@@ -531,6 +553,10 @@ def _effect(value: float, error: float = math.nan) -> str:
 
 def _degrees(count: int) -> str:
     return f"{count} degree{'s' if count > 1 else ''} of freedom"
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _at_once(count: int) -> str:

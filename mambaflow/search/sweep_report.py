@@ -12,17 +12,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mambaflow.checks import require
-from mambaflow.config import from_json as run_from_json
-from mambaflow.config import to_json as run_to_json
+from mambaflow.config import from_json, to_json
 from mambaflow.report.page import render
 from mambaflow.report.tables import provenance
 from mambaflow.run_paths import RunPaths
 from mambaflow.search.board import Board
-from mambaflow.search.config import SweepConfig, from_json
+from mambaflow.search.config import SweepConfig
 from mambaflow.search.cost import MOST, time_answers
 from mambaflow.search.findings import Findings
 from mambaflow.search.ledger import Ledger
+from mambaflow.search.opening import read_sweep
 from mambaflow.search.sweep_page import SweepPage
 from mambaflow.search.sweep_paths import SweepPaths
 
@@ -36,7 +35,7 @@ def write_report(paths: SweepPaths, timed: bool = True) -> str:
             or two.
 
     Raises:
-        ValueError: no sweep was started there.
+        ValueError: no sweep was started there, or another version wrote it.
     """
     findings = read_findings(paths, timed)
     page = SweepPage(findings, _about(findings), _facts(findings))
@@ -53,14 +52,9 @@ def read_findings(paths: SweepPaths, timed: bool = False) -> Findings:
     """What the ledger of a sweep comes to.
 
     Raises:
-        ValueError: no sweep was started there.
+        ValueError: no sweep was started there, or another version wrote it.
     """
-    require(
-        paths.folder.exists(paths.CONFIG),
-        f"sweep (={paths.folder.uri}) holds no {paths.CONFIG}; start the sweep first, or name "
-        "another",
-    )
-    config = from_json(paths.folder.read(paths.CONFIG))
+    config = read_sweep(paths)
     board = Board.of(Ledger(paths.folder).events())
     findings = Findings(config, board)
     if not timed:
@@ -71,8 +65,9 @@ def read_findings(paths: SweepPaths, timed: bool = False) -> Findings:
 
 def _text(page: SweepPage) -> str:
     """The ranking, what failed, and what the page says first, for a terminal and for Markdown."""
-    tables = [table for table in (page.ranking(), page.failed()) if table.rows]
-    return "\n".join([*map(str, tables), f"{page.answer()} {page.progress()}\n"])
+    every = (page.ranking(), page.staged(), page.failed())
+    tables = [str(table) for table in every if table.rows]
+    return "\n".join([*tables, f"{page.answer()} {page.progress()}\n"])
 
 
 def _write_best(paths: SweepPaths, findings: Findings) -> str:
@@ -83,11 +78,13 @@ def _write_best(paths: SweepPaths, findings: Findings) -> str:
     folder = paths.trial(best.name)
     if not folder.exists(RunPaths.CONFIG):
         return f"best.json    none: {folder.uri} has no {RunPaths.CONFIG} any more\n"
-    run = run_from_json(folder.read(RunPaths.CONFIG))
-    # What belonged to the trial alone: whoever trains it names a run of their own.
-    storage = findings.config.run.storage
-    run = replace(run, run_name="", resume=False, command="", storage=storage)
-    paths.folder.write(paths.BEST, run_to_json(run).encode())
+    run, base = from_json(folder.read(RunPaths.CONFIG)), findings.config.run
+    # What belonged to the trial alone: whoever trains it names a run of their own, which shares
+    # the machine with no other trial.
+    run = replace(
+        run, run_name="", resume=False, command="", storage=base.storage, scale=base.scale
+    )
+    paths.folder.write(paths.BEST, to_json(run).encode())
     return f"best.json    {paths.folder.uri}/{paths.BEST}\n"
 
 
@@ -112,7 +109,6 @@ def _facts(findings: Findings) -> dict[str, str]:
         "budget": _budget(config),
         "stopping": stopping if search.scheduler == "asha" else "none is stopped early",
         "data": run.data,
-        "trials": str(board),
         "drivers": f"{board.starts}; the last: {ended}" if board.starts else "none yet",
         "date": _days(board),
     }

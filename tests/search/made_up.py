@@ -36,8 +36,11 @@ class Teller:
         self.events.append({"event": what, "time": self.clock, **values})
         return self
 
-    def trial(self, name: str, values: dict, kind: str = "search", size: int = 10**6) -> "Teller":
-        told = {"values": values, "kind": kind, "parameters": size, "steps": STEPS, "flops": 9e12}
+    def trial(
+        self, name: str, values: dict, kind: str = "search", size: int = 10**6, label: str = ""
+    ) -> "Teller":
+        told = {"values": values, "kind": kind, "parameters": size, "steps": STEPS, "flops": 9e12,
+                "label": label}  # fmt: skip
         return self.tell("trial", trial=name, **told)
 
     def start(self, name: str) -> "Teller":
@@ -98,7 +101,7 @@ def sweep(folder: Path, events: list[Event], configs: bool = True, **search: Any
         if event["event"] == "trial" and configs:
             own = with_values(base, event["values"])
             own = replace(own, run_name=event["trial"], storage=paths.trials, resume=True,
-                          command=COMMAND)  # fmt: skip
+                          command=COMMAND, scale=replace(own.scale, threads=1))  # fmt: skip
             paths.trial(event["trial"]).write(RunPaths.CONFIG, to_json(own).encode())
     return paths
 
@@ -110,7 +113,7 @@ def twenty(cause: str = "it broke") -> list[Event]:
     0016 with 23.6 dB. 0000 and 0001 are stopped at the first rung, 0002 at the second, and 0017
     fails.
     """
-    teller, number = Teller(20, 1), 0
+    teller, number = Teller(18, 1), 0
     for (width, of_width), (layers, of_layers) in itertools.product(WIDTHS.items(), LAYERS.items()):
         for rate, of_rate in RATES.items():
             name, number = f"{number:04d}", number + 1

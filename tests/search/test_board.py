@@ -50,6 +50,14 @@ def test_a_trial_has_trained_for_what_each_of_its_starts_told_last():
     assert [report.besides for report in trial.reports] == [10, 15, 7]
 
 
+def test_what_a_lost_start_had_not_told_has_no_time_of_its_own():
+    """It is told from the run's log when the next start begins, without seconds."""
+    teller = begun("a").report("a", 1 / 3, 20.0, 30.0, after=40).start("a")
+    teller.report("a", 2 / 3, 21.0, 0.0, after=1).report("a", 1.0, 22.0, 30.0, after=39)
+    trial = Board.of(teller.events).trials["a"]
+    assert trial.seconds == 60 and trial.beginnings == [10, 10]
+
+
 def test_steps_that_were_not_known_at_first_are_told_later():
     teller = begun("a").tell("steps", trial="a", steps=77, flops=1e9)
     trial = Board.of(teller.events).trials["a"]

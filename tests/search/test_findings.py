@@ -68,38 +68,12 @@ def test_effects_are_those_that_the_scores_were_made_with(whole):
     assert whole.effects.trials == 14, "of 18 three were stopped, and one failed"
 
 
-def test_a_product_is_no_list(whole):
-    assert not whole.is_listed
-
-
-@pytest.mark.parametrize("space, values", [
-    ("ablation", [{"model.windows": True}, {"model.windows": False}]),
-    ("my.py:space", [{}, {"model.windows": False}, {"model.scan": "known"}]),
-    ("my.py:space", [
-        {"model.windows": False, "model.local_linear": False},
-        {"model.windows": True, "model.local_linear": False},
-        {"model.windows": True, "model.local_linear": True},
-    ]),
-])  # fmt: skip
-def test_a_list_is_known_by_its_name_by_its_fields_or_by_values_that_never_come_back(
-    tmp_path, space, values
-):
-    teller = Teller()
-    for number, one in enumerate(values):
-        run(teller.trial(f"{number}", one), f"{number}", 20.0 + number)
-    assert found(tmp_path, teller.events, space=space).is_listed
-
-
-def test_the_grid_of_two_fields_and_the_values_of_one_are_no_list(tmp_path):
-    grid, single = Teller(), Teller()
-    for number in range(6):
-        grid.trial(
-            f"{number}",
-            {"model.d_model": 32 * (1 + number // 2), "model.windows": bool(number % 2)},
-        )
-        single.trial(f"{number}", {"model.d_model": 32 * (1 + number)})
-    assert not found(tmp_path / "a", grid.events).is_listed
-    assert not found(tmp_path / "b", single.events).is_listed
+def test_a_list_is_known_by_the_names_of_its_runs(tmp_path, whole):
+    teller = Teller().trial("0000", {"model.windows": False}, label="V1")
+    listed = found(tmp_path, teller.events)
+    assert listed.is_listed and not whole.is_listed
+    assert listed.called(listed.board.trials["0000"]) == "0000 V1"
+    assert whole.called(whole.board.trials["0000"]) == "0000"
 
 
 def test_a_stage_is_compared_with_the_one_before_in_the_order_of_the_list(tmp_path):
@@ -107,9 +81,10 @@ def test_a_stage_is_compared_with_the_one_before_in_the_order_of_the_list(tmp_pa
               ({"model.windows": False, "model.start": "gaussian"}, 21.9), ({}, 22.0)]  # fmt: skip
     teller = Teller()
     for number, (values, final) in enumerate(stages):
-        run(teller.trial(f"{number}", values), f"{number}", final,
+        run(teller.trial(f"{number}", values, label=f"stage {number}"), f"{number}", final,
             cause="it broke" if number == 2 else "")  # fmt: skip
-    first, second, failed, last = found(tmp_path, teller.events, space="ablation").stages
+    first, second, failed, last = found(tmp_path, teller.events).stages
+    assert [one.label for one in (first, last)] == ["stage 0", "stage 3"]
     assert first.change == "the first" and math.isnan(first.difference)
     assert second.change == "windows on → off" and second.difference == pytest.approx(-0.3)
     assert failed.change == "start process → gaussian"

@@ -110,6 +110,12 @@ def test_the_first_words_answer(paths, page):
     assert numbers == ["23.60 dB", "+6.0 x", "20", "76 %"]
 
 
+def test_how_far_the_sweep_is_stands_in_its_first_words(paths, said):
+    told = "18 of 18 configurations were tried, and the base with 2 other seeds: 1 failed, "
+    assert told + "16 finished, 3 stopped." in said
+    assert told in words(paths.folder.read(paths.PAGE).decode().split("<section")[0])
+
+
 def test_the_noise_is_told_with_what_is_not_known_of_it(page):
     text = words(page[QUESTIONS[1]])
     assert "3 runs of the base configuration have 23.00 dB" in text
@@ -210,6 +216,7 @@ def test_the_best_configuration_is_its_trials_without_what_was_the_trials_own(pa
     assert (best.model, best.train) == (trial.model, trial.train)
     assert (best.run_name, best.resume, best.command) == ("", False, "")
     assert best.storage == paths.folder.uri.removesuffix("/s") != trial.storage
+    assert trial.scale.threads == 1 and best.scale.threads == 0, "it shares with no other trial"
 
 
 def test_a_report_is_the_same_when_it_is_made_again(paths, said):
@@ -280,6 +287,19 @@ def test_a_single_trial_has_a_report_that_says_what_is_not_known(tmp_path):
     paths = sweep(tmp_path, teller.events)
     assert "No run of the base configuration has ended" in write_report(paths)
     assert "It takes two finished runs" in words(page_of(paths)[QUESTIONS[1]])
+    assert "One driver ran for 1.9 minutes, with places for 2 trials at once: 3.8 minutes" in words(
+        page_of(paths)[QUESTIONS[6]]
+    )
+
+
+def test_without_two_configurations_to_compare_no_effect_is_told(tmp_path):
+    teller = Teller()
+    run(teller.trial("a", {"model.d_model": 32}), "a", 23.0)
+    run(teller.trial("b", {"model.d_model": 128}), "b", 23.0, until=1 / 9)
+    paths = sweep(tmp_path, teller.events)
+    write_report(paths, timed=False)
+    text = words(page_of(paths)[QUESTIONS[2]])
+    assert "Too few proposed trials have spent their whole budget to tell what these do" in text
 
 
 def test_too_few_trials_for_effects_are_said_to_be_too_few(tmp_path):
@@ -300,16 +320,20 @@ def test_a_list_is_shown_stage_by_stage_in_its_order(tmp_path):
               ({"model.start": "process"}, 23.0)]  # fmt: skip
     for number, (more, final) in enumerate(stages):
         values = values | more
-        run(teller.trial(f"{number}", values), f"{number}", final)
+        run(teller.trial(f"{number}", values, label=f"<{number}>"), f"{number}", final)
     paths = sweep(tmp_path, teller.events, space="ablation", scheduler="none")
     write_report(paths, timed=False)
     page = page_of(paths)
     assert "What does each field do?" not in page
     assert tables(page["What does each stage add?"])[0][1:] == [
-        ["0", "the first", "21.00", ""],
-        ["1", "windows on → off", "20.50", "−0.50"],
-        ["2", "start plain → process", "23.00", "+2.50"],
+        ["0 <0>", "the first", "21.00", ""],
+        ["1 <1>", "windows on → off", "20.50", "−0.50"],
+        ["2 <2>", "start plain → process", "23.00", "+2.50"],
     ]
+    assert [row[0] for row in tables(page[QUESTIONS[0]])[0][1:]] == ["2 <2>", "0 <0>", "1 <1>"]
+    text = words(paths.folder.read(paths.PAGE).decode())
+    assert "The best is trial 2 (<2>): 23.00 ± 0.12 dB" in text
+    assert "windows on → off" in paths.folder.read(paths.TABLE).decode()
 
 
 def test_a_trial_whose_folder_is_gone_has_no_configuration_to_give(tmp_path):
@@ -322,5 +346,5 @@ def test_a_trial_whose_folder_is_gone_has_no_configuration_to_give(tmp_path):
 
 
 def test_where_no_sweep_was_started_there_is_no_report(tmp_path):
-    with pytest.raises(ValueError, match=r"sweep \(=.*\) holds no sweep.json; start the sweep"):
+    with pytest.raises(ValueError, match="sweep.json is not there: no sweep was begun here"):
         write_report(SweepPaths(at(tmp_path)))
