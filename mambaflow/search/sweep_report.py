@@ -79,11 +79,9 @@ def _write_best(paths: SweepPaths, findings: Findings) -> str:
     if not folder.exists(RunPaths.CONFIG):
         return f"best.json    none: {folder.uri} has no {RunPaths.CONFIG} any more\n"
     run, base = from_json(folder.read(RunPaths.CONFIG)), findings.config.run
-    # What belonged to the trial alone: whoever trains it names a run of their own, which shares
-    # the machine with no other trial.
-    run = replace(
-        run, run_name="", resume=False, command="", storage=base.storage, scale=base.scale
-    )
+    # Names and addresses were the trial's own. Its threads stay, though a run that has the machine
+    # to itself could use more of them: with others its last bits, and figure, would be others.
+    run = replace(run, run_name="", resume=False, command="", storage=base.storage)
     paths.folder.write(paths.BEST, to_json(run).encode())
     return f"best.json    {paths.folder.uri}/{paths.BEST}\n"
 
