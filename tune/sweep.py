@@ -46,7 +46,8 @@ from mambaflow.search.conductor import Conductor
 from mambaflow.search.config import SearchConfig, SweepConfig
 from mambaflow.search.ledger import Ledger
 from mambaflow.search.opening import check_sweep, open_sweep, read_sweep
-from mambaflow.search.space import Space, check_space
+from mambaflow.search.proposals import optuna_log
+from mambaflow.search.space import Product, Space, check_space
 from mambaflow.search.sweep_paths import SweepPaths
 from mambaflow.search.sweep_report import write_report
 from mambaflow.storage import at
@@ -170,12 +171,19 @@ def shown(conductor: Conductor) -> Iterator[Callable[[], None]]:
         def line() -> None:
             if time.monotonic() - last[0] >= LINE_S:
                 last[0] = time.monotonic()
-                log.info("%s; best: %s", conductor.board, best(conductor.board))
+                # Locked: another thread adds trials to the board.
+                with conductor.lock:
+                    log.info("%s; best: %s", conductor.board, best(conductor.board))
 
         yield line
         return
     with Live(console=console, refresh_per_second=2) as live:
-        yield lambda: live.update(table(conductor.board, console.height - 6))
+
+        def update() -> None:
+            with conductor.lock:
+                live.update(table(conductor.board, console.height - 6))
+
+        yield update
 
 
 def best(board: Board) -> str:
@@ -230,9 +238,17 @@ def sweep(config: SweepConfig) -> int:
     return finish(conductor)
 
 
+def report(paths: SweepPaths, space: Space) -> str:
+    """Make the report and Optuna's journal of what there is; returns what to show of them."""
+    if isinstance(space, Product):
+        board = Board.of(Ledger(paths.folder).events())
+        paths.folder.write(SweepPaths.OPTUNA, optuna_log(space, board))
+    return write_report(paths)
+
+
 def finish(conductor: Conductor) -> int:
     """Report; returns the exit code."""
-    print(write_report(conductor.paths))
+    print(report(conductor.paths, conductor.space))
     board = conductor.board
     print(board)
     if board.ended == "failed":
@@ -248,9 +264,9 @@ def look(flags: Flags) -> int:
     """--status and --report-only; returns the exit code."""
     paths = SweepPaths.of(flags.run)
     try:
-        read_sweep(paths)
+        config = read_sweep(paths)
         if flags.report_only:
-            print(write_report(paths))
+            print(report(paths, space_of(config)))
             return 0
         board = Board.of(Ledger(paths.folder).events())
     except (ValueError, OSError) as error:

@@ -38,7 +38,7 @@ from mambaflow.distributed.cluster import worker_resources
 from mambaflow.distributed.progress import Report, last_line
 from mambaflow.distributed.train import Listen, train_on_ray
 from mambaflow.host import share_threads
-from mambaflow.report.run_log import logged
+from mambaflow.report.run_log import StoredRunLog, logged
 from mambaflow.run_paths import RunPaths
 from mambaflow.search.board import METRIC
 from mambaflow.search.budget import timed_steps, with_steps
@@ -47,7 +47,7 @@ from mambaflow.search.config import SearchConfig
 from mambaflow.search.ledger import ReplacedError
 from mambaflow.training.preflight import open_run
 from mambaflow.training.process_group import ProcessGroup
-from mambaflow.training.run import Outcome, train
+from mambaflow.training.run import Outcome, RunFailed, train
 
 # Seconds that a trial has to save and to let its workers go; then its actor is killed.
 STOPPING_S = 300
@@ -108,11 +108,11 @@ class TrialActor(ray.tune.Trainable):
 
         Args:
             config: `run`, as `to_dict` gives it; `search`, a SearchConfig; `known`, the step of
-                the newest report that the driver has.
+                the newest report that the driver has; `chosen`, what the trial is of the space.
         """
         self._told: queue.Queue[Told] = queue.Queue()
         self._run, self._search = from_dict(config["run"]), config["search"]
-        self._known = config["known"]
+        self._known, self._chosen = config["known"], config["chosen"]
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
 
@@ -132,6 +132,7 @@ class TrialActor(ray.tune.Trainable):
             self._tell_what_is_logged(run)
             outcome = self._trained(run)
             self._tell_what_is_logged(run)
+            self._log_settings(run)
             self._told.put(Told(run.run_name, ended=outcome.status))
         # Whatever it is, the sweep goes on, and the ledger has the cause.
         except Exception as error:
@@ -184,6 +185,18 @@ class TrialActor(ray.tune.Trainable):
         for line in logged(RunPaths.of(run).folder):
             if METRIC in line:
                 self._tell(run, line)
+
+    def _log_settings(self, run: RunConfig) -> None:
+        """What was chosen beside what came of it, for TensorBoard's table of settings."""
+        folder = RunPaths.of(run).folder
+        scores = [line[METRIC] for line in logged(folder) if METRIC in line]
+        if not scores:
+            return
+        run_log = StoredRunLog(folder, self._known)
+        try:
+            run_log.hparams(self._chosen, {"sweep/psnr": scores[-1]})
+        finally:
+            run_log.close()
 
     def step(self) -> dict[str, Any]:
         """What the run says next."""
@@ -261,6 +274,7 @@ class _Searcher(Searcher):
             "run": to_dict(conductor.run_of(trial)),
             "search": conductor.sweep.search,
             "known": trial.last.step if trial.last else 0,
+            "chosen": trial.values | {"parameters": trial.parameters, "flops": trial.flops},
         }
 
     def on_trial_complete(
@@ -387,8 +401,11 @@ def _watched(tuner: Any, watch: Callable[[], None]) -> None:
         try:
             ending.result()
         except ray.tune.TuneError as error:
-            # Tune wraps what its searcher raised, and keeps the cause.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, ReplacedError):
-                cause = cause.__cause__ or cause.__context__
-            raise cause or error from None
+            raise _replaced(error) or RunFailed(f"Ray Tune failed: {last_line(error)}") from error
+
+
+def _replaced(error: BaseException | None) -> ReplacedError | None:
+    """What a conductor raised because of another driver, in what Tune made of it."""
+    while error is not None and not isinstance(error, ReplacedError):
+        error = error.__cause__ or error.__context__
+    return error

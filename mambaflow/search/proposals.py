@@ -6,8 +6,10 @@ a sweep that goes on after a kill proposes what an unbroken one with the same bo
 
 import itertools
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -16,6 +18,8 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
 )
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mambaflow.search.board import Board, Trial
@@ -106,6 +110,15 @@ def study_of(
     searched = [trial for trial in board.trials.values() if trial.kind == "search"]
     study.add_trials([_frozen(trial, space) for trial in searched])
     return study
+
+
+def optuna_log(space: Product, board: Board) -> bytes:
+    """The trials as a journal of Optuna's, which `optuna-dashboard FILE` shows."""
+    with tempfile.TemporaryDirectory(prefix="mambaflow-") as folder:
+        path = Path(folder) / "optuna.log"
+        backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+        study_of(space, board, 0, JournalStorage(backend))
+        return path.read_bytes()
 
 
 def _frozen(trial: Trial, space: Product) -> FrozenTrial:

@@ -1,11 +1,14 @@
 """What is proposed is of the space, was not tried before, and follows from the board alone."""
 
 import numpy as np
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from mambaflow.search.board import Board, Report, Trial
-from mambaflow.search.proposals import identity, propose, study_of
+from mambaflow.search.proposals import identity, optuna_log, propose, study_of
 from mambaflow.search.space import Choice, Listed, LogUniform, Product
 
 SMALL = Product({"model.d_model": Choice([8, 16]), "model.num_layers": Choice([2, 4, 6])})
@@ -79,6 +82,17 @@ def test_optuna_finds_a_peak_that_chance_finds_less_well():
         for search in ("optuna", "random")
     }  # fmt: skip
     assert found["optuna"] > found["random"]
+
+
+def test_the_journal_for_optunas_dashboard_holds_the_trials(tmp_path):
+    trials = walk(WIDE, "random", 5)
+    trials[3].status = "failed"
+    (tmp_path / "optuna.log").write_bytes(optuna_log(WIDE, board_of(trials)))
+    backend = JournalFileBackend(str(tmp_path / "optuna.log"))
+    study = optuna.load_study(study_name="sweep", storage=JournalStorage(backend))
+    assert [trial.params for trial in study.trials] == [trial.values for trial in trials]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3 + ["FAIL", "COMPLETE"]
+    assert [trial.user_attrs["trial"] for trial in study.trials] == [t.name for t in trials]
 
 
 def test_optuna_is_told_what_became_of_every_trial():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import small
 from processes import processes, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mambaflow.config import from_json
 from mambaflow.distributed.sweep import FAILURE, Asha
@@ -235,6 +236,25 @@ def test_a_sweep_that_is_stopped_keeps_its_trials_and_takes_more(job, sweep, mar
     assert not board.with_status("running", "waiting", "interrupted", "failed")
 
 
+@pytest.mark.ray
+def test_tensorboard_has_each_trials_curve_and_settings(finished):
+    for trial in finished.board.trials.values():
+        events = EventAccumulator(str(finished.folder / "trials" / trial.name))
+        events.Reload()
+        curve = [point.value for point in events.Scalars("val/psnr")]
+        assert curve == pytest.approx([report.psnr for report in trial.reports], rel=1e-6)
+        (last,) = events.Scalars("sweep/psnr")
+        assert last.value == pytest.approx(trial.last.psnr, rel=1e-6)
+        plugins = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        for name in ("model.d_model", "model.perceiver_iterations", "parameters", "flops"):
+            assert name.encode() in plugins
+
+
+@pytest.mark.ray
+def test_optunas_journal_is_there(finished):
+    assert b"model.d_model" in (finished.folder / "optuna.log").read_bytes()
+
+
 SPACE = """
 from mambaflow.search.space import Choice, Product
 
@@ -263,8 +283,11 @@ def test_a_trial_that_fails_is_told_with_its_cause_and_the_others_go_on(sweep, t
 @pytest.mark.slow
 def test_trials_of_two_workers_train_as_one_run_of_two_workers(sweep, marked, monkeypatch):
     monkeypatch.setenv("MAMBAFLOW_CORES", "4")
-    code, _, err = sweep.run("--num-workers=2", "--num-samples=2", "--seed-trials=0",
-                             "--scheduler=none", "--threads=1")  # fmt: skip
+    # In seconds: how many steps they are, a worker's own machine must tell.
+    code, _, err = sweep.run(
+        "--num-workers=2", "--num-samples=2", "--seed-trials=0", "--scheduler=none",
+        "--threads=1", "--budget=seconds", "--trial-minutes=0.02",
+    )  # fmt: skip
     assert code == 0, err
     board = sweep.board
     assert board.concurrent == 2 and board.counts() == {"finished": 2}
@@ -273,6 +296,6 @@ def test_trials_of_two_workers_train_as_one_run_of_two_workers(sweep, marked, mo
         folder = sweep.folder / "trials" / trial.name
         assert not (folder / FAILURE).exists()
         assert max(weights.saved_steps(at(folder))) == trial.steps
-        assert len(trial.reports) == 4
+        assert len(trial.reports) >= 1 and trial.steps > 0 and trial.flops > 0
         config = json.loads((folder / "config.json").read_text())
         assert config["scale"]["num_workers"] == 2
