@@ -324,8 +324,8 @@ class _Callback(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The actor is lost, more often than it is begun anew."""
-        error = trial.get_error()
-        cause = last_line(error or Exception("?"))
+        error = trial.get_error()  # None where Tune could not keep it
+        cause = _cause(error or RuntimeError("its actor was lost"))
         self.shared.conductor.ended(trial.config["trial"], "failed", cause)
 
 

@@ -74,6 +74,7 @@ class Conductor:
         self._to_stop: set[str] = set()
         self.lock = threading.RLock()
         self._began = self._polled = time.monotonic()
+        self._spent = 0.0  # by the drivers before
 
     # What happens, in the order in which it does.
 
@@ -90,6 +91,7 @@ class Conductor:
             for event in before:
                 self.board.add(event)
                 self._replay(event)
+            self._spent = self.board.seconds
             wanted = max(self.board.wanted, self.sweep.search.num_samples)
             self._append(
                 "begin", wanted=wanted, concurrent=concurrent, command=command,
@@ -279,20 +281,26 @@ class Conductor:
                 if key not in self.board.served:
                     self._serve(key)
             hours = self.sweep.search.max_hours
-            if hours and now - self._began > 3600 * hours:
+            if hours and self._spent + now - self._began > 3600 * hours:
                 self.stop("hours", f"max_hours (={hours:g}) are over")
             self._repeat_stops()
 
     def _serve(self, key: str) -> None:
-        request = json.loads(self.paths.folder.read(key))
-        if "more" in request:
-            self._append("more", count=int(request["more"]), request=key)
-        elif request.get("stop") in self.board.trials:
-            self._append("asked", request=key)
-            self._to_stop.add(request["stop"])
+        text = self.paths.folder.read(key)
+        try:
+            request = json.loads(text)
+            more, stop = int(request.get("more", 0)), request.get("stop")
+        except (ValueError, TypeError, AttributeError) as error:
+            more, stop = 0, f"? ({error!r})"
+        if more > 0:
+            self._append("more", count=more, request=key)
+            return
+        # Answered even so: a request that nobody understands must not be read again and again.
+        self._append("asked", request=key)
+        if stop in self.board.trials:
+            self._to_stop.add(stop)
         else:
-            self._append("asked", request=key)
-            log.warning("%s asks for a trial that there is not: %s", key, request)
+            log.warning("%s asks for what there is not: %.80r", key, text)
 
     def _repeat_stops(self) -> None:
         """Have trials stop that are to: again and again, since a run that is just beginning takes
@@ -317,6 +325,9 @@ class Conductor:
         """The end, where nothing has stopped the sweep before."""
         with self.lock:
             self.shards.close()
+            for trial in self.board.with_status("running"):
+                status = "interrupted" if self.stopping else "failed"
+                self.ended(trial.name, status, "ended without a word")
             if not self.stopping:
                 self._append("done", status="finished", cause="")
 

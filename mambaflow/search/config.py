@@ -27,7 +27,7 @@ class SearchConfig:
     turn. Runs that a space lists are taken in their order."""
     num_samples: int = 16
     """Configurations to try."""
-    seed_trials: int = 2
+    seed_trials: int = 3
     """Trials of the base configuration with other seeds, besides num_samples and never stopped
     early: the noise that a difference must exceed."""
     budget: Literal["samples", "flops", "seconds"] = "samples"

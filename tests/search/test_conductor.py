@@ -250,6 +250,39 @@ def test_the_hours_are_over(tmp_path, data):
     assert conductor.stopping == "hours" and "max_hours (=1)" in conductor.board.cause
 
 
+def test_hours_are_counted_over_all_drivers(tmp_path, data):
+    first = conductor_of(sweep_in(tmp_path, data, max_hours=1.0))
+    path = first.paths.folder.path / "ledger" / "0001.jsonl"
+    begun = json.loads(path.read_text())
+    late = {"event": "done", "time": begun["time"] + 3000, "status": "interrupted", "cause": ""}
+    path.write_text(json.dumps(begun) + "\n" + json.dumps(late) + "\n")
+    second = conductor_of(sweep_in(tmp_path, data, max_hours=1.0))
+    for seconds, stopping in ((500, ""), (200, "hours")):  # 3,500 s, then 3,700 s
+        second._began -= seconds
+        second._polled -= 100
+        second.poll()
+        assert second.stopping == stopping
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"more": "x"}', '{"stop": "0099"}', "{}"])
+def test_a_request_that_nobody_understands_is_told_once(tmp_path, data, text, caplog):
+    conductor = conductor_of(sweep_in(tmp_path, data))
+    conductor.paths.folder.write("requests/odd.json", text.encode())
+    for _ in range(2):
+        conductor._polled -= 100
+        conductor.poll()
+    told = [record for record in caplog.records if "what there is not" in record.message]
+    assert len(told) == 1 and not conductor.stopping
+
+
+def test_a_trial_that_ended_without_a_word_is_accounted_for(tmp_path, data):
+    conductor = conductor_of(sweep_in(tmp_path, data))
+    trial = conductor.next_trial()
+    conductor.started(trial.name)
+    conductor.close()
+    assert trial.status == "failed" and trial.cause == "ended without a word"
+
+
 def test_what_is_told_again_after_a_restart_is_decided_as_before(tmp_path, data):
     conductor = conductor_of(sweep_in(tmp_path, data))
     trial = conductor.next_trial()
