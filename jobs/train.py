@@ -287,6 +287,10 @@ def carry_out(config: RunConfig, group: ProcessGroup | None) -> int:
     except RunFailed as error:
         print(f"error: {error}\ngo on with {resuming}", file=sys.stderr)
         return FAILED
+    if outcome.status == "diverged":
+        if leads(group):
+            print(f"error: {outcome.cause}", file=sys.stderr)
+        return FAILED
     if outcome.status == "stopped":
         if leads(group):
             print(f"stopped after step {outcome.step}; go on with {resuming}")

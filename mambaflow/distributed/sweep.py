@@ -133,7 +133,8 @@ class TrialActor(ray.tune.Trainable):
             outcome = self._trained(run)
             self._tell_what_is_logged(run)
             self._log_settings(run)
-            self._told.put(Told(run.run_name, ended=outcome.status))
+            ended = "failed" if outcome.status == "diverged" else outcome.status
+            self._told.put(Told(run.run_name, ended=ended, cause=outcome.cause))
         # Whatever it is, the sweep goes on, and the ledger has the cause.
         except Exception as error:
             # The whole of it beside the run: a line is not enough to mend it.

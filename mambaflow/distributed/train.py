@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -78,7 +79,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     check_storage(config)
     outcome = (train_and_score if settings["score_test"] else train)(config, group)
     # Ray hands the first worker's to the driver.
-    return {"status": outcome.status, "step": outcome.step}
+    return asdict(outcome)
 
 
 def train_on_ray(

@@ -39,10 +39,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "finished" or "stopped", and after which step."""
+    """How a run ended, and after which step."""
 
     status: str
+    """finished; stopped, as somebody asked; or diverged: a gradient that is not finite."""
     step: int
+    cause: str = ""
+    """Of a run that diverged: what a person should read."""
 
 
 class RunFailed(RuntimeError):
@@ -150,6 +153,7 @@ class Trainer:
         # Read once and held: every validation is of the same images.
         self.eval_set = EvalSet.read(validation, layout, config.train.eval_images)
         self._began = time.perf_counter()
+        self._norm: torch.Tensor | None = None  # of the newest step
         self._start_clock()
 
     def _start_clock(self) -> None:
@@ -178,10 +182,35 @@ class Trainer:
                 # agreed() stands first, being collective: behind `and` it would be left out at the
                 # last step, after which there is nothing to stop.
                 stopped = self.stop_signal.agreed() and result.step < self.steps
+                # Before anything is logged or saved of it. The same norm on every worker, so that
+                # all leave together; returned, not raised, since Ray would try again what cannot
+                # help.
+                if not self._finite(result, now=stopped):
+                    return Outcome("diverged", result.step, self._divergence(result))
                 self._after(result, stopped)
                 if stopped:
                     break
         return Outcome("stopped" if stopped else "finished", self.state.step)
+
+    def _finite(self, result: StepResult, now: bool) -> bool:
+        """Whether the gradient of a step is finite; on a GPU that of the step before, unless this
+        one is looked at anyway, or `now`: reading a number waits for the step to end."""
+        config, before = self.config.train, self._norm
+        self._norm = result.grad_norm
+        looked_at = result.step % config.log_every == 0 or result.step % config.eval_every == 0
+        if now or looked_at or result.step == self.steps or self.group.device.type == "cpu":
+            return bool(torch.isfinite(result.grad_norm))
+        return before is None or bool(torch.isfinite(before))
+
+    def _divergence(self, result: StepResult) -> str:
+        saved = weights.saved_steps(self.folder)
+        newest = RunPaths.checkpoint(max(saved)) if saved else "none yet"
+        train = self.config.train
+        return (
+            f"the gradient is not finite by step {result.step}; lower lr (={train.lr:g}) or "
+            f"grad_clip (={train.grad_clip:g}), or use precision fp32 (={train.precision}); the "
+            f"newest checkpoint is good: {newest}"
+        )
 
     def _after(self, result: StepResult, stopped: bool) -> None:
         """What is due after a step; the same on every worker, since all of it is collective."""

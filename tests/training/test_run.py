@@ -565,3 +565,37 @@ def test_workers_go_on_to_the_test_only_when_the_last_checkpoint_is_in_place(dat
     about = json.loads((tmp_path / "told-by-0" / "report/results.json").read_text())
     assert about["trained_steps"] == 5 and about["rows"]["posterior mean"]["images"] == 4
     assert [p.name for p in tmp_path.glob("told-by-*")] == ["told-by-0"]
+
+
+def test_a_run_whose_gradient_is_not_finite_stops_at_once_and_saves_nothing_of_it(data, tmp_path):
+    config = small.run_config(data, tmp_path, "bad", lr=1e30, warmup_steps=1, log_every=1)
+    outcome = start(config)
+    assert outcome.status == "diverged" and 1 < outcome.step < 6
+    assert "lower lr (=1e+30)" in outcome.cause and "none yet" in outcome.cause
+    assert weights.saved_steps(at(folder(config))) == []
+    logged = (folder(config) / "metrics.jsonl").read_text().splitlines()
+    assert len(logged) == outcome.step - 1
+    for line in logged:
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_run_that_diverges_late_keeps_what_it_saved_before(data, tmp_path, monkeypatch):
+    config = small.run_config(data, tmp_path, "late")
+    norms = {}
+
+    def broken(self, result, now):
+        norms[result.step] = float(result.grad_norm)
+        worse = replace(
+            result, grad_norm=result.grad_norm * float("nan" if result.step == 9 else 1)
+        )
+        return sound(self, worse, now)
+
+    sound = run_module.Trainer._finite
+    monkeypatch.setattr(run_module.Trainer, "_finite", broken)
+    outcome = start(config)
+    assert (outcome.status, outcome.step) == ("diverged", 9) and max(norms) == 9
+    assert weights.saved_steps(at(folder(config))) == [6]
+    assert "step_0000006" in outcome.cause
+    # It goes on from there, once the cause is gone.
+    monkeypatch.undo()
+    assert start(replace(config, resume=True)).status == "finished"
