@@ -35,7 +35,7 @@ from mambaflow.benchmarks import (
     step,
 )
 from mambaflow.benchmarks.bench import BenchmarkConfig
-from mambaflow.host import keep_memory
+from mambaflow.host import keep_memory, speak_plainly
 from mambaflow.report.tables import Table, provenance
 
 # A part is named here, in BenchmarkConfig.what and in the docstring above.
@@ -54,6 +54,7 @@ PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
+    speak_plainly()
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
     # Before the first tensor, as in training (see training.process_group).
     if config.keep_memory:

@@ -38,6 +38,7 @@ from mambaflow.evaluation.evaluate import Progress, Run, evaluate, in_process, s
 from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
+from mambaflow.host import speak_plainly
 from mambaflow.storage import at
 
 FAILED, BAD_INPUT, ROWS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
@@ -170,6 +171,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, and do what is asked for; returns the exit code."""
+    speak_plainly()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
     given = sys.argv[1:] if argv is None else argv

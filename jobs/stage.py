@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mambaflow.data.sources import Source, open_source
 from mambaflow.data.staging import ShardResult, ShardTask, StageConfig, in_process, stage
 from mambaflow.distributed.environment import set_ray_environment
+from mambaflow.host import speak_plainly
 
 
 def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
@@ -36,6 +37,7 @@ def shown(tasks: list[ShardTask], config: StageConfig, source: Source) -> Iterat
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, stage, say what was done; returns the exit code."""
+    speak_plainly()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
     # Outside of `try`: a flag that tyro refuses ends the process with code 2 by itself.

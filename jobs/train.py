@@ -31,6 +31,7 @@ from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
+from mambaflow.host import speak_plainly
 from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
@@ -234,6 +235,7 @@ def show(config: RunConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, train, show; returns the exit code."""
+    speak_plainly()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
     # However this ends, what was entered is left: a private Ray with all its processes, or the

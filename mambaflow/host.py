@@ -1,8 +1,10 @@
 """What a worker's process takes of its machine: cores and memory."""
 
 import ctypes
+import io
 import os
 import platform
+import sys
 
 import torch
 
@@ -53,6 +55,15 @@ def share_threads(workers: int, threads: int = 0) -> None:
     share = max(1, cores() // workers)
     # What this machine says wins over what a run says anywhere.
     torch.set_num_threads(_stated("MAMBAFLOW_THREADS") or threads or share)
+
+
+def speak_plainly() -> None:
+    """Have this process's output put '?' for what its encoding does not know, rather than end a
+    job that has done its work: a log in ASCII has no ± and no é."""
+    for stream in (sys.stdout, sys.stderr):
+        # What stands in for them, in a notebook say, need not be able to.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 # `keep_memory` for a process that trains in a thread, in the environment that it starts with:

@@ -6,10 +6,13 @@ only room that knows S3; credentials, region and endpoint come from boto3's usua
 """
 
 import contextlib
+import errno
 import io
 import os
 import shutil
 import tempfile
+import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
@@ -34,9 +37,16 @@ MULTIPART_BYTES = 8 * 2**20
 # either wait.
 ATTEMPTS = 5
 CONNECT_S, READ_S = 10, 60
+# What a file system without hard links answers: a bucket that is mounted, exFAT, many SMB shares.
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+# Seconds that a folder which locks a name may be old; that a claim in S3 needs to be seen by others
+# (twice the second in which services count times); that a claim may be old.
+LOCK_S, SETTLE_S, CLAIM_S = 10.0, 2.0, 60.0
 # A HEAD has no body, and so no error's name: botocore gives its status as the code, here and in
 # "403" below.
 MISSING = {"404", "NoSuchKey", "NotFound"}
+# What a service says that does not know a header.
+UNKNOWN = {"NotImplemented", "501", "MethodNotAllowed"}
 # What a body raises that ends early or stands still.
 BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 CURES = {
@@ -45,6 +55,15 @@ CURES = {
     "SignatureDoesNotMatch": "set the AWS_SECRET_ACCESS_KEY of this key id",
     "AccessDenied": "ask for read and write access to this prefix",
     "403": "check the credentials, and ask for access to this prefix",
+    **dict.fromkeys(
+        ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"),
+        "get a new AWS_SESSION_TOKEN, with its key id and secret",
+    ),
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    **dict.fromkeys(
+        ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
+        "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required if the service is older than checksums",
+    ),
     "ConditionalRequestConflict": "another process is writing it: try again",
 }
 
@@ -71,6 +90,12 @@ def at(uri: str | Path) -> "Storage":
         return LocalStorage(Path(rest).resolve())
     if scheme != "s3":
         raise ValueError(f"unknown scheme {scheme!r} in {text!r}; valid: a path, file://, s3://")
+    # Of pyarrow's addresses; here it would silently be a part of every key.
+    if "?" in rest:
+        raise ValueError(
+            f"an S3 address must have no '?' ({text.partition('?')[0]}?…); set AWS_ENDPOINT_URL "
+            "and the like in the environment"
+        )
     bucket, _, prefix = rest.partition("/")
     if not bucket:
         raise ValueError(f"{text!r} must name a bucket; use s3://bucket/prefix")
@@ -169,6 +194,28 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _renamed_unless_taken(partial: Path, path: Path) -> bool:
+    """A file under its name unless that is taken, where there are no links: one process at a time,
+    by a folder beside it, since a folder is made by one of many on every file system."""
+    lock, since = path.with_name(f".{path.name}.lock"), time.monotonic()
+    while not path.exists():
+        try:
+            lock.mkdir()
+        except FileExistsError:
+            # Whoever made it looks and renames at once: by now it has been killed in between.
+            if time.monotonic() - since > LOCK_S:
+                with contextlib.suppress(OSError):
+                    lock.rmdir()
+            time.sleep(0.05)
+            continue
+        try:
+            # Looked at again: it may have got its name before the folder was ours.
+            return not path.exists() and bool(partial.replace(path))
+        finally:
+            lock.rmdir()
+    return False
+
+
 class LocalStorage(Storage):
     """A folder."""
 
@@ -201,6 +248,10 @@ class LocalStorage(Storage):
                 (self.root / key).hardlink_to(partial)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                return _renamed_unless_taken(partial, self.root / key)
         return True
 
     def upload(self, path: Path, key: str) -> None:
@@ -243,11 +294,34 @@ def _client() -> Any:
     return _client_for(os.getpid(), settings)
 
 
+def _refuse_stray_characters(settings: tuple[tuple[str, str], ...]) -> None:
+    """Settings go into headers, and what refuses them there tells them, secrets and all."""
+    for name, value in settings:
+        if not value.isprintable():
+            raise ValueError(
+                f"{name} (of {len(value)} characters) must not hold control characters, such as "
+                "the end of a line that was copied with it; set it again"
+            )
+
+
+def _without_secrets(text: str) -> str:
+    """A message without the values of secrets, which some services quote."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if value := os.environ.get(name):
+            text = text.replace(value, f"({name})")
+    return text
+
+
 # One client for all threads of a process, which clients allow and sessions do not.
 @lru_cache(maxsize=8)
 def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
     # What is stated in the client's Config hides the variable, so it is read here.
-    attempts = int(dict(settings).get("AWS_MAX_ATTEMPTS", ATTEMPTS))
+    _refuse_stray_characters(settings)
+    # An empty variable is none: job files often set what they have no value for.
+    text = dict(settings).get("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(f"AWS_MAX_ATTEMPTS (={text!r}) must be a whole number above 0; use 5")
+    attempts = int(text)
     config = Config(
         # adaptive also slows down all requests of this client when the service asks for fewer.
         # total_max_attempts counts the first request; max_attempts, its neighbour, does not.
@@ -258,6 +332,10 @@ def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
     # A session of its own: boto3.client would take the process's one, which keeps the credentials
     # that it found first.
     return boto3.session.Session().client("s3", config=config)
+
+
+# Client and bucket -> whether the service keeps conditions.
+_CONDITIONS: dict[tuple[Any, str], bool] = {}
 
 
 def _code(error: ClientError) -> str:
@@ -289,13 +367,12 @@ class S3Storage(Storage):
             if code in MISSING:
                 raise FileNotFoundError(f"{where} is not there") from error
             cure = CURES.get(code, "see the cause")
-            raise StorageError(f"{where}: {error}; {cure}") from error
+            raise StorageError(_without_secrets(f"{where}: {error}; {cure}")) from error
         # No answer at all, or the transfer's own errors: botocore's and boto3's have no common
         # base.
         except (BotoCoreError, Boto3Error) as error:
-            raise StorageError(
-                f"{where}: {error}; check AWS_ENDPOINT_URL, the network and the credentials"
-            ) from error
+            told = f"{where}: {error}; check AWS_ENDPOINT_URL, the network and the credentials"
+            raise StorageError(_without_secrets(told)) from error
 
     def child(self, name: str) -> Storage:
         return S3Storage(self.bucket, self._key(name).strip("/"))
@@ -316,14 +393,25 @@ class S3Storage(Storage):
         self._put(key, io.BytesIO(data))
 
     def create(self, key: str, data: bytes) -> bool:
+        if not self._keeps_conditions():
+            return self._create_by_claims(key, data)
+        writer = uuid.uuid4().hex
+        if self._put_if_free(key, data, writer):
+            return True
+        # boto3 repeats a request whose answer was lost, and it then meets its own file.
+        with self._named(key):
+            found = _client().head_object(Bucket=self.bucket, Key=self._key(key))
+        return bool(found.get("Metadata", {}).get("writer") == writer)
+
+    def _put_if_free(self, key: str, data: bytes, writer: str) -> bool:
         try:
             with self._named(key):
                 # One request, which S3 does only if the key is free: of many writers one gets 200.
-                # upload_fileobj takes no such condition. boto3 repeats a request whose answer was
-                # lost, and it then meets its own file: False may also say that.
+                # upload_fileobj takes no such condition.
                 _client().put_object(
-                    Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"
-                )
+                    Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*",
+                    Metadata={"writer": writer},
+                )  # fmt: skip
         except StorageError as error:
             # 412 is the answer "taken". 409, while another writer is at it, is no answer, and stays
             # an error.
@@ -333,6 +421,55 @@ class S3Storage(Storage):
             raise
         return True
 
+    def _keeps_conditions(self) -> bool:
+        """Whether the service refuses to replace a file where it is asked to; some gateways answer
+        that they do not know how, and some replace it without a word. Tried once a process."""
+        known = (_client(), self.bucket)
+        if known not in _CONDITIONS:
+            _CONDITIONS[known] = self._tried_condition()
+        return _CONDITIONS[known]
+
+    def _tried_condition(self) -> bool:
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            return self._put_if_free(probe, b"", "") and not self._put_if_free(probe, b"", "")
+        except StorageError as error:
+            cause = error.__cause__
+            if isinstance(cause, ClientError) and _code(cause) in UNKNOWN:
+                return False
+            raise
+        finally:
+            # Without the right to delete the empty file stays, which no listing shows.
+            with contextlib.suppress(OSError):
+                self.delete(probe)
+
+    def _create_by_claims(self, key: str, data: bytes) -> bool:
+        """Create without conditions: everybody puts a claim beside the file, waits until all can
+        see it, and the oldest has it. Listings must show at once what was put, as S3's do."""
+        folder, _, name = key.rpartition("/")
+        claims = f"{folder}/.{name}.claim-" if folder else f".{name}.claim-"
+        mine = claims + uuid.uuid4().hex
+        if self.exists(key):
+            return False
+        self.write(mine, b"")
+        try:
+            # A claim that is put from here on is younger than ours by the service's own clock.
+            time.sleep(SETTLE_S)
+            first = self._oldest(claims, mine)
+            # In this order: who had it has written the file before its claim went away.
+            if first != mine or self.exists(key):
+                return False
+            self.write(key, data)
+            return True
+        finally:
+            self.delete(mine)
+
+    def _oldest(self, claims: str, mine: str) -> str:
+        """The oldest of some claims, but for those that a killed process has left."""
+        found = {o["Key"][len(self._key("")) :]: o["LastModified"] for o in self._objects(claims)}
+        living = [name for name in found if (found[mine] - found[name]).total_seconds() < CLAIM_S]
+        return min(living, key=lambda name: (found[name], name))
+
     def upload(self, path: Path, key: str) -> None:
         with path.open("rb") as file:
             self._put(key, file)
@@ -340,9 +477,9 @@ class S3Storage(Storage):
     def _put(self, key: str, file: io.BufferedIOBase) -> None:
         """In parts beyond MULTIPART_BYTES, which become a file when all are there."""
         # SHA256, which the service checks and keeps, rather than botocore's CRC. Older services
-        # know neither: their users set when_required, and nothing is added. botocore reads the
-        # variable in either case of letters.
-        asked = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported").lower()
+        # know neither: their users set when_required, in the environment or in boto3's own file,
+        # and nothing is added.
+        asked = _client().meta.config.request_checksum_calculation
         extra = {"ChecksumAlgorithm": "SHA256"} if asked == "when_supported" else {}
         parts = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES
@@ -359,15 +496,21 @@ class S3Storage(Storage):
             _client().download_file(self.bucket, self._key(key), str(partial))
 
     def list(self, prefix: str = "") -> list[str]:
-        # Keys come whole, from the bucket's root on, and a thousand at a time.
-        skip = len(self._key(""))
+        # Keys come whole, from the bucket's root on.
+        keys = (o["Key"][len(self._key("")) :] for o in self._objects(prefix))
+        # As in a folder: names with a dot are no files of anybody's.
+        return sorted(key for key in keys if not key.rpartition("/")[2].startswith("."))
+
+    def _objects(self, prefix: str) -> Iterator[dict[str, Any]]:
+        """What the service lists, a thousand at a time."""
         with self._named(prefix):
             pages = (
                 _client()
                 .get_paginator("list_objects_v2")
                 .paginate(Bucket=self.bucket, Prefix=self._key(prefix))
             )
-            return sorted(o["Key"][skip:] for page in pages for o in page.get("Contents", ()))
+            for page in pages:
+                yield from page.get("Contents", ())
 
     def exists(self, key: str) -> bool:
         try:

@@ -1,14 +1,18 @@
 """What a worker's process takes of its machine."""
 
+import ast
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from mambaflow import host
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_workers_share_the_cores_of_their_node(monkeypatch):
@@ -89,3 +93,21 @@ def test_cores_can_be_stated_and_an_empty_statement_is_none(monkeypatch):
     assert host.cores() == 64
     monkeypatch.setenv("MAMBAFLOW_CORES", "")
     assert host.cores() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("job", ["jobs/train.py", "jobs/evaluate.py", "jobs/stage.py",
+                                 "jobs/benchmark.py", "tune/sweep.py"])  # fmt: skip
+def test_every_job_speaks_where_only_ascii_is_understood(job):
+    main = next(
+        node for node in ast.parse((ROOT / job).read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
+    )  # fmt: skip
+    # First of all, behind its docstring: a refusal may quote what was given.
+    assert ast.unparse(main.body[1]) == "speak_plainly()"
+
+
+def test_output_in_ascii_loses_a_sign_and_not_the_job():
+    code = "from mambaflow.host import speak_plainly as s; s(); print('24 \xb1 1'); exit(7)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert (done.returncode, done.stdout) == (7, "24 ? 1\n"), done.stderr

@@ -1,5 +1,6 @@
 """One contract, kept by a local folder and by a real S3 service; and S3's own refusals."""
 
+import errno
 import io
 import os
 import subprocess
@@ -13,6 +14,7 @@ import boto3
 import pytest
 from conftest import s3_environment
 
+from mambaflow import storage as storage_module
 from mambaflow.storage import MULTIPART_BYTES, LocalStorage, StorageError, at
 
 CASES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
@@ -69,6 +71,182 @@ def test_only_the_first_creates(storage):
     assert not storage.create("claims/one", b"yours")
     assert storage.read("claims/one") == b"mine"
     assert storage.list() == ["claims/one"]
+
+
+def creators(storage, count: int) -> list[bool]:
+    """Whether each of some writers, all at once, has created the same file."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda n: storage.create("a/one", b"%d" % n), range(count)))
+
+
+def without_links(monkeypatch, number=errno.EPERM):
+    """A file system as a mounted bucket is, exFAT, or many an SMB share."""
+
+    def refused(self, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_a_file_system_without_hard_links_lets_one_create(tmp_path, monkeypatch, number):
+    without_links(monkeypatch, number)
+    storage = at(tmp_path)
+    won = creators(storage, 8)
+    assert sum(won) == 1
+    assert storage.read("a/one") == b"%d" % won.index(True)
+    assert not storage.create("a/one", b"late")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["one"]
+
+
+def test_a_process_that_was_killed_while_it_created_holds_nobody_up(tmp_path, monkeypatch):
+    without_links(monkeypatch)
+    monkeypatch.setattr(storage_module, "LOCK_S", 0.2)
+    (tmp_path / ".one.lock").mkdir()
+    assert at(tmp_path).create("one", b"mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_folder_that_one_may_not_write_to_is_no_file_system_without_links(tmp_path, monkeypatch):
+    without_links(monkeypatch, errno.EACCES)
+    with pytest.raises(PermissionError):
+        at(tmp_path).create("one", b"mine")
+
+
+@pytest.mark.s3
+def test_a_gateway_that_ignores_conditions_lets_one_create(strict_bucket):
+    """rclone replaces what is there, whatever it is asked."""
+    client, name = boto3.client("s3"), strict_bucket.removeprefix("s3://")
+    for body in (b"one", b"two"):
+        client.put_object(Bucket=name, Key="plain", Body=body, IfNoneMatch="*")
+    assert client.get_object(Bucket=name, Key="plain")["Body"].read() == b"two"
+
+    storage = at(strict_bucket)
+    won = creators(storage, 4)
+    assert sum(won) == 1 and storage.read("a/one") == b"%d" % won.index(True)
+    assert not storage.create("a/one", b"late")
+    assert storage.list() == ["a/one", "plain"]
+    assert {path.name for path in strict_bucket_files(client, name)} == {"one", "plain"}
+
+
+def strict_bucket_files(client, name) -> list[Path]:
+    return [Path(o["Key"]) for o in client.list_objects_v2(Bucket=name)["Contents"]]
+
+
+@pytest.mark.s3
+def test_a_gateway_that_does_not_know_conditions_lets_one_create(bucket, monkeypatch):
+    refused = []
+
+    def gateway(model, params, request_signer, **rest):
+        if "If-None-Match" in params["headers"]:
+            refused.append(params["url_path"])
+            error = {"Code": "NotImplemented", "Message": "A header you provided …"}
+            return _Answer(501), {"Error": error, "ResponseMetadata": {"HTTPStatusCode": 501}}
+        return None
+
+    client = storage_module._client()
+    client.meta.events.register("before-call.s3.PutObject", gateway)
+    try:
+        storage = at(bucket)
+        assert storage.create("a/one", b"mine") and not storage.create("a/one", b"yours")
+    finally:
+        client.meta.events.unregister("before-call.s3.PutObject", gateway)
+    assert len(refused) == 1 and storage.read("a/one") == b"mine"  # asked once, and remembered
+
+
+class _Answer:
+    def __init__(self, status: int) -> None:
+        self.status_code = status
+
+
+@pytest.mark.s3
+def test_who_died_with_a_claim_holds_nobody_up(strict_bucket, monkeypatch):
+    storage = at(strict_bucket)
+    storage.write(".one.claim-0000", b"")
+    time.sleep(1.1)
+    assert not storage.create("one", b"too soon")  # it may be alive
+    monkeypatch.setattr(storage_module, "CLAIM_S", 0.5)
+    assert storage.create("one", b"mine")
+
+
+@pytest.mark.s3
+def test_who_created_and_did_not_hear_so_has_created(bucket, monkeypatch):
+    storage = at(bucket)
+    assert storage.create("before", b"")  # what the service can do is known from here on
+    real, calls = storage_module._client().put_object, []
+
+    def twice(**what):
+        """The request is done, its answer is lost, and boto3 repeats it."""
+        calls.append(what)
+        real(**what)
+        return real(**what)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage_module._client(), "put_object", twice)
+        assert storage.create("one", b"mine")
+    assert len(calls) == 1 and not storage.create("one", b"yours")
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SESSION_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]
+)
+@pytest.mark.parametrize("end", ["\r", "\n", "\x07"])
+def test_a_setting_with_a_stray_character_is_refused_by_name_and_never_told(
+    name, end, monkeypatch, caplog, capsys
+):
+    s3_environment(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv(name, f"verysecretvalue{end}")
+    for act in (lambda s: s.read("a"), lambda s: s.write("a", b""), lambda s: s.list()):
+        with pytest.raises(ValueError, match=f"{name} .*must not hold") as refused:
+            act(at("s3://bucket/prefix"))
+        assert "verysecret" not in str(refused.value)
+    captured = capsys.readouterr()
+    assert "verysecret" not in caplog.text + captured.out + captured.err
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("code", ["ExpiredToken", "RequestTimeTooSkewed", "BadDigest", "Odd"])
+def test_no_message_holds_a_secret_and_common_faults_have_a_cure(bucket, code, monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "sessiontokenvalue")
+    cures = {"ExpiredToken": "new AWS_SESSION_TOKEN", "RequestTimeTooSkewed": "set the clock",
+             "BadDigest": "AWS_REQUEST_CHECKSUM_CALCULATION=when_required", "Odd": "see the cause"}  # fmt: skip
+
+    def service(model, params, request_signer, **rest):
+        # Some services quote what they were sent.
+        secrets = (os.environ[name] for name in ("AWS_SESSION_TOKEN", "AWS_SECRET_ACCESS_KEY"))
+        error = {"Code": code, "Message": f"you sent {' and '.join(secrets)}"}
+        return _Answer(400), {"Error": error, "ResponseMetadata": {"HTTPStatusCode": 400}}
+
+    client = storage_module._client()
+    client.meta.events.register("before-call.s3", service)
+    storage = at(bucket)
+    acts = [lambda: storage.read("a"), lambda: storage.write("a", b""), lambda: storage.list(),
+            lambda: storage.create("a", b""), lambda: storage.exists("a"),
+            lambda: storage.delete("a")]  # fmt: skip
+    try:
+        for act in acts:
+            with pytest.raises(StorageError, match=cures[code]) as refused:
+                act()
+            told = str(refused.value)
+            assert "sessiontokenvalue" not in told and "TESTSECRET" not in told
+    finally:
+        client.meta.events.unregister("before-call.s3", service)
+
+
+@pytest.mark.s3
+def test_checksums_are_as_boto3s_own_file_says(bucket, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("[default]\nrequest_checksum_calculation = when_required\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    at(bucket).write("small", b"small")
+    head = boto3.client("s3").head_object(
+        Bucket=bucket.removeprefix("s3://"), Key="small", ChecksumMode="ENABLED"
+    )
+    assert "ChecksumSHA256" not in head
+
+
+def test_an_address_with_a_query_is_refused():
+    with pytest.raises(ValueError, match=r"must have no '\?'.*AWS_ENDPOINT_URL"):
+        at("s3://bucket/prefix?endpoint_override=localhost:9000")
 
 
 @pytest.mark.parametrize("size", [MULTIPART_BYTES - 1, 2 * MULTIPART_BYTES + 5])

@@ -41,6 +41,7 @@ from mambaflow.config import RECIPES, RunConfig
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
+from mambaflow.host import speak_plainly
 from mambaflow.search.board import Board
 from mambaflow.search.conductor import Conductor
 from mambaflow.search.config import SearchConfig, SweepConfig
@@ -307,6 +308,7 @@ def request(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, then sweep, look or ask; returns the exit code."""
+    speak_plainly()
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found

@@ -129,7 +129,8 @@ def _trainer(config: RunConfig, settings: dict[str, Any], scratch: str) -> Any:
             elastic_resize_monitor_interval_s=growth_s(),
         ),
         run_config=api.RunConfig(
-            name=config.run_name,
+            # Of Ray's own files, in scratch. Not the run's, which may hold what Ray does not take.
+            name="run",
             storage_path=scratch,
             failure_config=api.FailureConfig(
                 max_failures=scale.max_failures,
