@@ -208,8 +208,10 @@ def test_a_setting_with_a_stray_character_is_refused_by_name_and_never_told(
 @pytest.mark.parametrize("code", ["ExpiredToken", "RequestTimeTooSkewed", "BadDigest", "Odd"])
 def test_no_message_holds_a_secret_and_common_faults_have_a_cure(bucket, code, monkeypatch):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "sessiontokenvalue")
-    cures = {"ExpiredToken": "new AWS_SESSION_TOKEN", "RequestTimeTooSkewed": "set the clock",
-             "BadDigest": "AWS_REQUEST_CHECKSUM_CALCULATION=when_required", "Odd": "see the cause"}  # fmt: skip
+    cures = {
+        "ExpiredToken": "new AWS_SESSION_TOKEN", "RequestTimeTooSkewed": "set the clock",
+        "BadDigest": "AWS_REQUEST_CHECKSUM_CALCULATION=when_required", "Odd": "see the cause",
+    }  # fmt: skip
 
     def service(model, params, request_signer, **rest):
         # Some services quote what they were sent.
