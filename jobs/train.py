@@ -33,6 +33,7 @@ from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.host import speak_plainly
 from mambaflow.kernels.build import NativeError, compiler
+from mambaflow.lease import owning
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import at
@@ -144,9 +145,10 @@ def cluster(config: RunConfig) -> Iterator[None]:
         yield
 
 
-def prepare(config: RunConfig, stack: contextlib.ExitStack) -> RunConfig:
-    """The run, settled, checked and opened, on data that are there; a Ray to train on is in the
-    stack. What needs no data comes first: bad input must leave nothing behind.
+def prepare(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, int]:
+    """The run, settled, checked and opened, on data that are there, and under which number its
+    folder is owned; that, and a Ray to train on, are in the stack. What needs no data comes first:
+    bad input must leave nothing behind.
 
     Raises:
         ValueError, OSError: bad input.
@@ -167,8 +169,24 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> RunConfig:
     if embedded:
         config = replace(config, data=at(stage_once(config.data)).uri)
         check_data(config)
-    open_run(config)
-    return config
+    return open_and_own(config, stack)
+
+
+def open_and_own(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, int]:
+    """The run with its folder opened, and under which number that is owned.
+
+    Raises:
+        ValueError: the name is taken, or another process trains the run.
+    """
+    folder, what = RunPaths.of(config).folder, f"run_name (={config.run_name!r})"
+    # A new name is owned by whoever creates its configuration; a run that goes on may be training.
+    if not config.resume:
+        open_run(config)
+    owner = stack.enter_context(owning(folder, what, config.take_over))
+    config = replace(config, take_over=False)  # of this start alone, and not of the run
+    if config.resume:
+        open_run(config)
+    return config, owner
 
 
 @contextlib.contextmanager
@@ -209,16 +227,17 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         yield watch
 
 
-def train(config: RunConfig, group: ProcessGroup | None) -> Outcome:
+def train(config: RunConfig, group: ProcessGroup | None, owner: int) -> Outcome:
     """Train on the connected Ray, or without one as a worker of `group`."""
     if group is not None:
+        group.owner = owner
         with progress_bar() as group.watch:
             return train_and_score(config, group)
     # Imports Ray, and so only where the run is on it.
     from mambaflow.distributed.train import train_on_ray
 
     with stoppable(config), progress_bar() as watch:
-        return train_on_ray(config, watch)
+        return train_on_ray(config, watch, owner=owner)
 
 
 def show(config: RunConfig) -> None:
@@ -255,12 +274,12 @@ def main(argv: list[str] | None = None) -> int:
             scale = config.scale
             group = stack.enter_context(launched_group(scale.use_gpu, scale.threads))
         ready = prepared(config, group, stack)
-        return BAD_INPUT if ready is None else carry_out(ready, group)
+        return BAD_INPUT if ready is None else carry_out(*ready, group)
 
 
 def prepared(
     config: RunConfig, group: ProcessGroup | None, stack: contextlib.ExitStack
-) -> RunConfig | None:
+) -> tuple[RunConfig, int] | None:
     """The run as its first process has prepared it, to all of them; None where it is refused."""
     ready = None
     # One process stages, and creates the run's folder; the others wait in the broadcast, and all of
@@ -278,18 +297,18 @@ def leads(group: ProcessGroup | None) -> bool:
     return group is None or group.rank == 0
 
 
-def carry_out(config: RunConfig, group: ProcessGroup | None) -> int:
+def carry_out(config: RunConfig, owner: int, group: ProcessGroup | None) -> int:
     """Train and show; returns the exit code."""
     resuming = f"--resume --run-name {config.run_name}"
     try:
-        outcome = train(config, group)
+        outcome = train(config, group, owner)
     except (ShardError, CheckpointError) as error:
         print(f"error: {error}\nmended? go on with {resuming}", file=sys.stderr)
         return DAMAGED
     except RunFailed as error:
         print(f"error: {error}\ngo on with {resuming}", file=sys.stderr)
         return FAILED
-    if outcome.status == "diverged":
+    if outcome.status in ("diverged", "lost"):
         if leads(group):
             print(f"error: {outcome.cause}", file=sys.stderr)
         return FAILED

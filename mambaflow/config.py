@@ -264,6 +264,8 @@ class RunConfig:
     cifar10."""
     resume: bool = False
     """Go on from the newest checkpoint of this run name."""
+    take_over: bool = False
+    """With --resume: take the run from a process that still trains it, which then ends."""
     init_from: str = ""
     """Start from the weights of another run's best checkpoint (its folder or s3://…), with a fresh
     optimiser; empty: from weights drawn by the seed."""
@@ -353,7 +355,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 RENAMED = {"model": {"surroundings": "local_linear"}}
 # Part -> field -> what a configuration without it meant.
 ADDED: dict[str, dict[str, Any]] = {
-    "a run": {"init_from": ""},
+    "a run": {"init_from": "", "take_over": False},
     "model": {"query_attention": True},
     "train": {"max_steps": 0},
     "scale": {"threads": 0},

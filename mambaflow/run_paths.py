@@ -5,6 +5,7 @@
   metrics.jsonl               the training and validation curves; events.out.tfevents.* the same
   step_0000400/               checkpoints: the newest, and the best on validation
   report/                     results.json, table.md and picture.png on the test split
+  owner/0001.json             which process trains it (see lease)
   STOP                        put there by anyone: checkpoint and stop
 """
 

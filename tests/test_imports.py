@@ -11,7 +11,7 @@ LIBRARY = ROOT / "mambaflow"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 # Who may import whom. The ground is what lies beside the wings in mambaflow/.
-GROUND = {"config", "checks", "storage", "host", "run_paths"}
+GROUND = {"config", "checks", "storage", "host", "lease", "run_paths"}
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "data": {"kernels"},
@@ -27,8 +27,10 @@ ARROWS: dict[str, set[str]] = {
 # What the wings may import of the ground: kernels know numbers alone, and flow nothing at all.
 ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": set(), "flow": {"checks"}}
 # Inside the ground.
-BELOW = {"checks": set(), "host": {"checks"}, "storage": {"checks"}, "config": {"checks"},
-         "run_paths": {"config", "storage"}}  # fmt: skip
+BELOW = {
+    "checks": set(), "host": {"checks"}, "storage": {"checks"}, "lease": {"checks", "storage"},
+    "config": {"checks"}, "run_paths": {"config", "storage"},
+}  # fmt: skip
 ONLY = {
     "ray": {"distributed"},
     "boto3": {"storage"},

@@ -42,6 +42,7 @@ from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.host import speak_plainly
+from mambaflow.lease import owning
 from mambaflow.search.board import Board
 from mambaflow.search.conductor import Conductor
 from mambaflow.search.config import SearchConfig, SweepConfig
@@ -142,7 +143,12 @@ def prepare(config: SweepConfig, stack: contextlib.ExitStack) -> tuple[SweepConf
     if embedded:
         config = replace(config, run=replace(config.run, data=at(stage_once(base.data)).uri))
         check_data(replace(config.run, resume=False))
-    open_sweep(config)
+    if not config.run.resume:
+        open_sweep(config)
+    what = f"run_name (={config.run.run_name!r})"
+    stack.enter_context(owning(SweepPaths.of(config.run).folder, what, config.run.take_over))
+    if config.run.resume:
+        open_sweep(config)
     return config, space, concurrency(config.search, config.run.scale)
 
 

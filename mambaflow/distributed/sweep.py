@@ -38,6 +38,7 @@ from mambaflow.distributed.cluster import worker_resources
 from mambaflow.distributed.progress import Report, last_line
 from mambaflow.distributed.train import Listen, train_on_ray
 from mambaflow.host import share_threads
+from mambaflow.lease import owning
 from mambaflow.report.run_log import StoredRunLog, logged
 from mambaflow.run_paths import RunPaths
 from mambaflow.search.board import METRIC
@@ -127,14 +128,12 @@ class TrialActor(ray.tune.Trainable):
 
     def _train(self) -> None:
         try:
-            run = self._opened()
-            # What the driver did not hear before it, or this actor, was lost.
-            self._tell_what_is_logged(run)
-            outcome = self._trained(run)
-            self._tell_what_is_logged(run)
-            self._log_settings(run)
-            ended = "failed" if outcome.status == "diverged" else outcome.status
-            self._told.put(Told(run.run_name, ended=ended, cause=outcome.cause))
+            # The actor of a driver that was lost may live on for a while.
+            folder = RunPaths.of(self._run).folder
+            with owning(folder, f"trial {self._run.run_name}") as owner:
+                outcome = self._carried_out(owner)
+            ended = "failed" if outcome.status in ("diverged", "lost") else outcome.status
+            self._told.put(Told(self._run.run_name, ended=ended, cause=outcome.cause))
         # Whatever it is, the sweep goes on, and the ledger has the cause.
         except Exception as error:
             # The whole of it beside the run: a line is not enough to mend it.
@@ -142,14 +141,28 @@ class TrialActor(ray.tune.Trainable):
             folder.write(FAILURE, traceback.format_exc().encode())
             self._told.put(Told(self._run.run_name, ended="failed", cause=_cause(error)))
 
-    def _trained(self, run: RunConfig) -> Outcome:
+    def _carried_out(self, owner: int) -> Outcome:
+        run = self._opened()
+        # What the driver did not hear before it, or this actor, was lost.
+        self._tell_what_is_logged(run)
+        outcome = self._trained(run, owner)
+        if outcome.status != "lost":
+            self._tell_what_is_logged(run)
+            self._log_settings(run)
+        return outcome
+
+    def _trained(self, run: RunConfig, owner: int) -> Outcome:
         def listen(report: Report) -> None:
             self._tell(run, report)
 
         if run.scale.num_workers > 1:
-            return train_on_ray(run, lambda progress: None, listen=listen, score_test=False)
+            return train_on_ray(
+                run, lambda progress: None, listen=listen, score_test=False, owner=owner
+            )
         share_threads(1, run.scale.threads)
-        return train(run, TrialGroup(run.scale, listen))
+        group = TrialGroup(run.scale, listen)
+        group.owner = owner
+        return train(run, group)
 
     def _opened(self) -> RunConfig:
         """The run, with its folder; one that is there goes on as it was begun."""

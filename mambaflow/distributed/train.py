@@ -69,10 +69,11 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: `run`, a configuration as `to_dict` gives it; `progress`, a progress actor;
-            `score_test`, whether the test split is scored at the end.
+            `score_test`, whether the test split is scored at the end; `owner`, see `train_on_ray`.
     """
     config, actor = from_dict(settings["run"]), settings["progress"]
     group = RayProcessGroup(actor.report_progress.remote)  # returns at once: no step waits
+    group.owner = settings["owner"]
     share_threads(ray.train.get_context().get_local_world_size(), config.scale.threads)
     logging.getLogger("mambaflow").addHandler(ActorLogHandler(actor, group.rank))
     # On every node: one that does not share the folder would train on nothing that others see.
@@ -88,6 +89,7 @@ def train_on_ray(
     *,
     listen: Listen = lambda report: None,
     score_test: bool = True,
+    owner: int = 0,
 ) -> Outcome:
     """Train through Ray Train on the connected cluster, and wait for the end.
 
@@ -95,6 +97,7 @@ def train_on_ray(
         watch: called about twice a second with the newest progress of the run.
         listen: called with what workers said at each checkpoint.
         score_test: whether the test split is scored at the end; a search does not look at it.
+        owner: under which number the run's folder is owned (see `lease`).
 
     Raises:
         RunFailed: no room for the workers, or they failed more often than max_failures.
@@ -103,7 +106,9 @@ def train_on_ray(
     # First, so that what is missing is said in our words, and waited for within bounds.
     await_room(config.scale)
     actor = start_progress_actor()
-    settings = {"run": to_dict(config), "progress": actor, "score_test": score_test}
+    settings = {
+        "run": to_dict(config), "progress": actor, "score_test": score_test, "owner": owner,
+    }  # fmt: skip
     # For Ray's own files, which it would otherwise leave in ~/ray_results.
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as scratch:
         trainer = _trainer(config, settings, scratch)

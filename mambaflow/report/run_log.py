@@ -149,11 +149,13 @@ class StoredRunLog(RunLog):
             if file.is_file():
                 self._run.upload(file, file.relative_to(folder).as_posix())
 
-    def close(self) -> None:
-        """Push, and give the scratch folder back; a second close does nothing."""
+    def close(self, push: bool = True) -> None:
+        """Push, unless what is in the run's folder is somebody else's by now, and give the scratch
+        folder back; a second close does nothing."""
         if self._lines.closed:
             return
-        self.push()
+        if push:
+            self.push()
         super().close()
         if self._scratch is not None:
             self._scratch.cleanup()

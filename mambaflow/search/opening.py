@@ -85,7 +85,13 @@ def _require_same(config: SweepConfig, before: SweepConfig) -> None:
     # The command differs by --resume; an embedded data set has its address once it is staged.
     theirs = before.run
     data = theirs.data if config.run.data in EMBEDDED else config.run.data
-    ours = replace(config.run, command=theirs.command, resume=theirs.resume, data=data)
+    ours = replace(
+        config.run,
+        command=theirs.command,
+        resume=theirs.resume,
+        take_over=theirs.take_over,
+        data=data,
+    )
     changed += differences(theirs, ours)
     require(
         not changed,

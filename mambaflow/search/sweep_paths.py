@@ -3,6 +3,7 @@
 <storage>/<run_name>/
   sweep.json           what was asked for, and the base configuration
   ledger/0001.jsonl    what happened (see search.ledger)
+  owner/0001.json      which process leads it (see lease)
   requests/            asked for while it runs: more-….json, stop-TRIAL.json
   trials/0003/         the run of a trial, as jobs/train.py would have it
   best.json            the best trial's configuration, for jobs/train.py --config

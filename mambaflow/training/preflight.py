@@ -100,6 +100,10 @@ def check_flags(config: RunConfig) -> None:
     Raises:
         ValueError: naming the flag, the rule and the cure.
     """
+    require(
+        config.resume or not config.take_over,
+        "take_over (=True) takes a run that is there: use it with --resume, or leave it out",
+    )
     _check_name(config)
     if config.data in EMBEDDED:
         # It is not staged yet, and its sizes are known: they are the defaults.

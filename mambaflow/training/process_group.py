@@ -47,6 +47,8 @@ class ProcessGroup:
         watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.rank, self.size, self.device, self.watch = rank, size, device, watch
+        self.owner = 0
+        """Under which number the run's folder is theirs (see `lease`); 0 where nobody asks."""
 
     def wrap(self, objective: nn.Module) -> Forward:
         """The objective with its gradients averaged over the workers."""

@@ -42,10 +42,11 @@ class Outcome:
     """How a run ended, and after which step."""
 
     status: str
-    """finished; stopped, as somebody asked; or diverged: a gradient that is not finite."""
+    """finished; stopped, as somebody asked; diverged: a gradient that is not finite; or lost:
+    another process has taken the run over."""
     step: int
     cause: str = ""
-    """Of a run that diverged: what a person should read."""
+    """Of a run that diverged or was lost: what a person should read."""
 
 
 class RunFailed(RuntimeError):
@@ -181,7 +182,10 @@ class Trainer:
             for result in fit(self.state, batches, self.config.train, self.steps, forward):
                 # agreed() stands first, being collective: behind `and` it would be left out at the
                 # last step, after which there is nothing to stop.
-                stopped = self.stop_signal.agreed() and result.step < self.steps
+                answer = self.stop_signal.agreed()
+                if answer == "lost":
+                    return Outcome("lost", result.step, self._loss_of_the_folder())
+                stopped = answer == "stop" and result.step < self.steps
                 # Before anything is logged or saved of it. The same norm on every worker, so that
                 # all leave together; returned, not raised, since Ray would try again what cannot
                 # help.
@@ -190,6 +194,9 @@ class Trainer:
                 self._after(result, stopped)
                 if stopped:
                     break
+        # What the first worker found as it saved last, all know before they score the test.
+        if self.group.broadcast(self.stop_signal.taken_by):
+            return Outcome("lost", self.state.step, self._loss_of_the_folder())
         return Outcome("stopped" if stopped else "finished", self.state.step)
 
     def _finite(self, result: StepResult, now: bool) -> bool:
@@ -211,6 +218,10 @@ class Trainer:
             f"grad_clip (={train.grad_clip:g}), or use precision fp32 (={train.precision}); the "
             f"newest checkpoint is good: {newest}"
         )
+
+    def _loss_of_the_folder(self) -> str:
+        who = self.stop_signal.taken_by or "another process"
+        return f"{self.folder.uri} was taken over by {who}; this run ends, and leaves it as it is"
 
     def _after(self, result: StepResult, stopped: bool) -> None:
         """What is due after a step; the same on every worker, since all of it is collective."""
@@ -255,7 +266,9 @@ class Trainer:
             if self.run_log is not None and picture is not None:
                 self.run_log.scalars(step, scores | self._law())
                 self.run_log.image(step, "validation", picture)
-        if self.run_log is not None:
+        # Looked at again, right before anything is written: what was taken over meanwhile is not
+        # ours to write to, nor to prune. The next step's question ends the run for all workers.
+        if self.run_log is not None and not self.stop_signal.look_for_owner():
             # Curves before the checkpoint: whoever goes on from it finds all points up to it.
             self.run_log.push()
             info = CheckpointInfo(
@@ -278,9 +291,9 @@ class Trainer:
         return {f"law/{name}": x for name, x in self.state.ema.residual_law.numbers().items()}
 
     def close(self) -> None:
-        """End the logs."""
+        """End the logs; those of a run that was taken over stay as they are."""
         if self.run_log is not None:
-            self.run_log.close()
+            self.run_log.close(push=not self.stop_signal.taken_by)
 
 
 def reported_steps(folder: Storage) -> int | None:

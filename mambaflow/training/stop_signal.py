@@ -1,4 +1,8 @@
-"""Whether to stop: one answer for all workers, at the same step."""
+"""Whether to stop: one answer for all workers, at the same step.
+
+There are two reasons: somebody asked, and the run saves and ends; or another process has taken its
+folder over, and it ends without a word to it.
+"""
 
 import signal
 import threading
@@ -10,11 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mambaflow.lease import taken_by
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage
 from mambaflow.training.process_group import ProcessGroup
 
 STOP_POLL_S = 1.0  # between two looks for the file
+# What a worker adds to the sum where the folder is lost: more than all that are asked to stop.
+LOST = 1e6
 
 
 class StopSignal:
@@ -27,6 +34,7 @@ class StopSignal:
     def __init__(self, group: ProcessGroup, run: Storage) -> None:
         self.group, self.run = group, run
         self.received = False
+        self.taken_by = ""
         self._looked = time.monotonic()
         # What was sent after the step before, and the collective that sums it up.
         self._travelling: tuple[Tensor, dist.Work | None] | None = None
@@ -49,29 +57,34 @@ class StopSignal:
         # Nothing more: a handler may run in the middle of a step or of a save.
         self.received = True
 
-    def agreed(self) -> bool:
-        """Whether all workers stop after this step; every one of them asks at every step."""
+    def agreed(self) -> str:
+        """Whether all workers end after this step: "stop", "lost", or "" for neither; every one of
+        them asks at every step."""
         self._poll()
         if self.group.size == 1:
-            return self.received
+            return _meaning(self._said)
         # The answer of a step ago, then the next question. All workers read the same sum at the
         # same step, so that none leaves while others wait for it in a collective.
         answer = self._arrived()
         # On the worker's device, since NCCL takes no other. The sum is above 0 where any worker was
         # asked: a signal need not reach all.
-        flag = torch.tensor(float(self.received), device=self.group.device)
+        flag = torch.tensor(self._said, device=self.group.device)
         self._travelling = (flag, dist.all_reduce(flag, async_op=True))
         return answer
 
-    def _arrived(self) -> bool:
+    @property
+    def _said(self) -> float:
+        return LOST if self.taken_by else float(self.received)
+
+    def _arrived(self) -> str:
         """The answer to what was sent a step ago."""
         if self._travelling is None:
-            return False
+            return ""
         flag, work = self._travelling
         if work is not None:
             # Under NCCL this orders work on the GPU alone: reading the flag is what waits.
             work.wait()
-        return bool(flag.item())
+        return _meaning(flag.item())
 
     def _poll(self) -> None:
         """Look for the file, now and then: a look may be a request to S3."""
@@ -80,3 +93,14 @@ class StopSignal:
         if self.group.rank == 0 and now - self._looked > STOP_POLL_S:
             self._looked = now
             self.received = self.received or self.run.exists(RunPaths.STOP)
+            self.look_for_owner()
+
+    def look_for_owner(self) -> str:
+        """Who has taken the run's folder over; "" for nobody. Asked by the worker that writes."""
+        if self.group.owner and not self.taken_by:
+            self.taken_by = taken_by(self.run, self.group.owner)
+        return self.taken_by
+
+
+def _meaning(total: float) -> str:
+    return "lost" if total >= LOST else "stop" if total else ""

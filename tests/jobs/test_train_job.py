@@ -38,6 +38,7 @@ from mambaflow.storage import at
 FLAG_VALUES: dict[str, tuple[object, str]] = {
     "arch": ("v1", ""), "recipe": ("first-run", ""), "run_name": ("mine", ""),
     "storage": ("elsewhere", ""), "data": ("shards", ""), "resume": (True, ""),
+    "take_over": (True, ""),
     "init_from": ("elsewhere/run", ""),
     "d_model": (96, ""), "num_layers": (6, ""), "bidirectional": (False, ""),
     "scan": ("append", "--start plain"), "curve": ("raster", ""), "d_state": (8, ""),

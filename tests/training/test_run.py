@@ -15,11 +15,12 @@ import small
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from processes import wait_for
 from small import CPU, FLAGS, LAYOUT, STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from mambaflow.config import RunConfig, ScaleConfig, to_json
+from mambaflow.config import RunConfig, ScaleConfig, from_json, to_json
 from mambaflow.data.batches import Batches
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.complete import EvalSet
@@ -599,3 +600,55 @@ def test_a_run_that_diverges_late_keeps_what_it_saved_before(data, tmp_path, mon
     # It goes on from there, once the cause is gone.
     monkeypatch.undo()
     assert start(replace(config, resume=True)).status == "finished"
+
+
+@pytest.mark.parametrize("step", [6, 7])  # as a checkpoint is due, and between two
+def test_a_run_that_another_process_takes_over_ends_and_touches_nothing(data, tmp_path, step):
+    config = small.run_config(data, tmp_path, "taken")
+    run = open_run(config)
+    run.write("owner/0001.json", b"{}")
+    files: dict[str, bytes] = {}
+
+    def take():
+        run.write("owner/0002.json", b"{}")
+        files.update({key: run.read(key) for key in run.list() if "metrics" not in key})
+
+    group = Scripted({step: take})
+    group.owner = 1
+    outcome = train_and_score(config, group)
+    assert outcome.status == "lost" and outcome.step in (step, step + 1)
+    assert "was taken over by another process" in outcome.cause
+    after = {key: run.read(key) for key in run.list() if "metrics" not in key}
+    # TensorBoard's file may grow: it is the loser's own, by its name.
+    assert {k: v for k, v in after.items() if "tfevents" not in k} == {
+        k: v for k, v in files.items() if "tfevents" not in k
+    }
+    assert weights.saved_steps(run) == ([6] if step > 6 else [])
+
+
+TWICE = [sys.executable, "jobs/train.py", *FLAGS, "--epochs=4000", "--run-name=one"]
+
+
+def test_a_run_that_is_alive_is_not_resumed_but_taken_over_by_force(data, tmp_path):
+    """The command line, in processes of their own."""
+    flags = [*TWICE, f"--data={data}", f"--storage={tmp_path}"]
+    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = at(tmp_path / "one")
+    first = subprocess.Popen(flags, **pipes)
+    second = None
+    try:
+        wait_for(lambda: weights.saved_steps(run))
+        refused = subprocess.run([*flags, "--resume"], **pipes)
+        assert refused.returncode == 2, refused.stderr
+        assert f"is owned by process {first.pid} on " in refused.stderr
+        assert "--take-over" in refused.stderr and first.poll() is None
+        second = subprocess.Popen([*flags, "--resume", "--take-over"], **pipes)
+        _, told = first.communicate(timeout=300)
+        assert first.returncode == 1 and f"taken over by process {second.pid} on" in told
+        second.send_signal(signal.SIGTERM)
+        _, told = second.communicate(timeout=300)
+        assert second.returncode == 143, told
+    finally:
+        for process in filter(None, (first, second)):
+            process.kill()
+    assert from_json(run.read("config.json")).take_over is False
