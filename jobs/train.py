@@ -41,6 +41,7 @@ from mambaflow.training.preflight import (
     check_data,
     check_flags,
     check_launch,
+    check_opening,
     open_run,
     settings_of,
     settle,
@@ -180,7 +181,9 @@ def open_and_own(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunCon
     """
     folder, what = RunPaths.of(config).folder, f"run_name (={config.run_name!r})"
     # A new name is owned by whoever creates its configuration; a run that goes on may be training.
-    if not config.resume:
+    if config.resume:
+        check_opening(config)
+    else:
         open_run(config)
     owner = stack.enter_context(owning(folder, what, config.take_over))
     config = replace(config, take_over=False)  # of this start alone, and not of the run

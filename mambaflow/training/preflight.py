@@ -200,18 +200,28 @@ def open_run(config: RunConfig) -> Storage:
             was another model or other training, or is already longer.
     """
     run, text = RunPaths.of(config).folder, to_json(config).encode()
-    _check_name(config)
+    check_opening(config)
     if not config.resume:
         # Of two that looked at once, one creates it.
         require(run.create(RunPaths.CONFIG, text), _taken(config, run))
         return run
-    _require_not_longer(config, run)
     _warn_of_another_cosine(config, _config_of(run))
     # What stopped the run before must not stop it again. It is removed once nothing refuses the
     # resume any more: bad input changes nothing.
     run.delete(RunPaths.STOP)
     run.write(RunPaths.CONFIG, text)
     return run
+
+
+def check_opening(config: RunConfig) -> None:
+    """Refuse what `open_run` would, and write nothing.
+
+    Raises:
+        ValueError: as `open_run`.
+    """
+    _check_name(config)
+    if config.resume:
+        _require_not_longer(config, RunPaths.of(config).folder)
 
 
 def _check_name(config: RunConfig) -> None:
