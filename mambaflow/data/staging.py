@@ -47,8 +47,8 @@ class StageConfig:
     """What to stage, how, and where."""
 
     source: str = "sample"
-    """sample, cifar10, a .parquet file, a folder with train*.parquet and test*.parquet, or a folder
-    of images by class."""
+    """sample, cifar10, a .parquet file, a folder with train*.parquet, val*.parquet and
+    test*.parquet, or a folder of images by class, in train/, val/ and test/ or without them."""
     out: str = "data/sample"
     """Where to: a folder or s3://bucket/prefix."""
     size: int = 32
@@ -63,8 +63,8 @@ class StageConfig:
     mask_seed: int = 42
     """Seed of the masks."""
     validation: int = 256
-    """Training images held out for validation, and as many again for testing where the source
-    has no test images."""
+    """Training images held out for validation, unless the source has a validation split, which is
+    then taken whole; and as many again for testing where the source has no test images."""
     full_images: bool = False
     """Keep whole training images too, for training with fresh masks."""
     rows_per_shard: int = 1024
@@ -72,7 +72,14 @@ class StageConfig:
     on_corrupt: Literal["stop", "count"] = "stop"
     """A corrupt image is named, and stops the staging, or is counted and left out."""
     limit: int = 0
-    """Stage only as many training images as this; 0: all."""
+    """Stage only as many training images as this, drawn from all of them; a larger limit keeps
+    those of a smaller one. 0: all."""
+    image_column: str = ""
+    """Of Parquet: the column of images; by default img or image."""
+    label_column: str = ""
+    """Of Parquet: the column of labels; by default label. CIFAR-100 has fine_label."""
+    labels: Literal["keep", "ignore"] = "keep"
+    """No training uses labels: ignore stages sources that have none, or more than 128 classes."""
     ray: bool = True
     """Fan out over Ray; --no-ray: one shard after the other in this process."""
 
@@ -127,6 +134,8 @@ class SplitPlan:
     stored_split: str
     places: np.ndarray
     on_corrupt: str
+    options: tuple[tuple[str, str], ...] = ()
+    """See `Source.options`."""
 
     @property
     def storage(self) -> Storage:
@@ -153,7 +162,7 @@ class SplitPlan:
             places = self.places[first : first + rows]
             yield ShardTask(
                 self.source, self.out, self.spec, self.stored_split, places, number,
-                self.on_corrupt, claim_hash,
+                self.on_corrupt, claim_hash, self.options,
             )  # fmt: skip
 
 
@@ -169,6 +178,7 @@ class ShardTask:
     number: int
     on_corrupt: str
     claim_hash: str
+    options: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,14 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
             places = places[: config.limit]
         parts.append(
             SplitPlan(
-                source.address, source.fingerprint, out, spec, stored, places, config.on_corrupt
+                source.address,
+                source.fingerprint,
+                out,
+                spec,
+                stored,
+                places,
+                config.on_corrupt,
+                source.options,
             )
         )
     return parts
@@ -255,9 +272,21 @@ def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) 
 
 # For the life of a worker process, which makes the shards of one staging.
 @lru_cache(maxsize=1)
-def _opened(address: str) -> Source:
+def _opened(address: str, options: tuple[tuple[str, str], ...]) -> Source:
     """A worker's source: opened once, for all of its shards."""
-    return open_source(address)
+    return open_source(address, **dict(options))
+
+
+def opened(config: StageConfig) -> Source:
+    """The source that a staging is of.
+
+    Raises:
+        SourceError: there is none, or it is not clear what it holds.
+    """
+    return open_source(
+        config.source, image_column=config.image_column, label_column=config.label_column,
+        labels=config.labels,
+    )  # fmt: skip
 
 
 def make(task: ShardTask, source: Source | None = None) -> ShardResult:
@@ -273,7 +302,7 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     if made is not None:
         return made
     split, name = at(task.out).child(task.spec.split), shard_name(task.number)
-    images, labels, ids, corrupt = _read(source or _opened(task.source), task)
+    images, labels, ids, corrupt = _read(source or _opened(task.source, task.options), task)
     data = to_bytes(encode(images, labels, ids, task.spec), task.spec)
     info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
     # The shard, then its note: where a note is, the shard is whole. Two that make the same shard at
@@ -343,11 +372,28 @@ def _checked(item: Item, spec: ShardSpec) -> Pixels:
             f"image {item.where}{again} is {width} x {height} pixels, and size (={size}) says "
             f"{size} x {size}; crop or reduce {cure}"
         )
+    _check_label(item)
+    return pixels
+
+
+def _check_label(item: Item) -> None:
     if item.label not in LABELS:
         raise SourceError(
-            f"image {item.where} has label {item.label}; labels must be in [-1, 127], an int8"
+            f"image {item.where} has label {item.label}; labels must be in [-1, 127], an int8; no "
+            "training uses them: leave them out by --labels ignore"
         )
-    return pixels
+
+
+def _check_labels(part: SplitPlan, source: Source) -> None:
+    """Refuse a label beyond the format before anything is written."""
+    labels = source.labels(part.stored_split)
+    if labels is None:
+        return
+    found = labels[part.places]
+    beyond = part.places[(found < LABELS.start) | (found >= LABELS.stop)]
+    for item in source.items(part.stored_split, beyond[:1]):
+        # Whether its pixels can be read or not, which is not what is asked here.
+        _check_label(item)
 
 
 def _reduced(item: Item, reduce: int) -> Pixels:
@@ -392,6 +438,8 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
     for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
         if item.pixels is not None:
             _checked(item, parts[0].spec)
+    for part in parts:
+        _check_labels(part, source)
     stake_claim(config.out, parts)
     done: dict[str, list[ShardResult]] = {part.spec.split: [] for part in parts}
     # Shards come in any order. Their notes, not this list, are what a staging goes on from.
