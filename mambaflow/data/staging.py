@@ -10,6 +10,7 @@ Two stagings of the same images write the same bytes; another one finds the clai
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -18,9 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
 from mambaflow.checks import require
 from mambaflow.data.pixels import reduced
+from mambaflow.data.random_bits import drawn
 from mambaflow.data.shards import (
     MANIFEST,
     Manifest,
@@ -33,11 +36,12 @@ from mambaflow.data.shards import (
     to_bytes,
     write_manifest,
 )
-from mambaflow.data.sources import Item, Pixels, Source, SourceError, open_source
+from mambaflow.data.sources import SPLIT_SEED, Item, Pixels, Source, SourceError, open_source
 from mambaflow.storage import Storage, StorageError, at
 
 # Beside the shards' own names: a listing of "shard-" sees neither.
 CLAIM, NOTES = "claim.json", "staging"
+TOLD = 3  # images in two splits that are named
 LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
 
@@ -189,6 +193,8 @@ class ShardResult:
     info: ShardInfo
     reused: bool
     corrupt: list[str]
+    contents: dict[int, str]
+    """Of each image's pixels, as the source has them: the same picture, the same text."""
 
 
 def _json(value: Any) -> bytes:
@@ -217,9 +223,9 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
             rows_per_shard=config.rows_per_shard,
             reduce=config.reduce,
         )
-        # The first of the training images; the held-out splits stay as they are.
+        # The held-out splits stay as they are.
         if split == "train" and config.limit:
-            places = places[: config.limit]
+            places = _limited(places, config.limit)
         parts.append(
             SplitPlan(
                 source.address,
@@ -233,6 +239,12 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
             )
         )
     return parts
+
+
+def _limited(places: Int[np.ndarray, " m"], limit: int) -> Int[np.ndarray, " n"]:
+    """Some of the images, drawn from all: the first of them are often of one class."""
+    kept = drawn(SPLIT_SEED, "limit", torch.from_numpy(places), limit).numpy()
+    return np.sort(places[kept])  # ascending, so that a Parquet file's row groups are read once
 
 
 def stake_claim(out: str, parts: list[SplitPlan]) -> None:
@@ -302,15 +314,18 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     if made is not None:
         return made
     split, name = at(task.out).child(task.spec.split), shard_name(task.number)
-    images, labels, ids, corrupt = _read(source or _opened(task.source, task.options), task)
+    images, labels, ids, corrupt, contents = _read(
+        source or _opened(task.source, task.options), task
+    )
     data = to_bytes(encode(images, labels, ids, task.spec), task.spec)
     info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
     # The shard, then its note: where a note is, the shard is whole. Two that make the same shard at
     # once write the same bytes.
     split.write(name, data)
-    note = {"claim": task.claim_hash, "info": asdict(info), "corrupt": corrupt}
+    about = {"corrupt": corrupt, "contents": contents}
+    note = {"claim": task.claim_hash, "info": asdict(info), **about}
     split.write(f"{NOTES}/{name}.json", _json(note))
-    return ShardResult(task.spec.split, info, False, corrupt)
+    return ShardResult(task.spec.split, info, False, corrupt, contents)
 
 
 def _made(task: ShardTask) -> ShardResult | None:
@@ -336,12 +351,16 @@ def _made(task: ShardTask) -> ShardResult | None:
     # A kept shard remembers what it lacks: a staging that stops at corrupt images also stops at
     # those that an earlier one counted.
     _stop_at(note["corrupt"], task.on_corrupt)
-    return ShardResult(task.spec.split, info, True, note["corrupt"])
+    # Notes of earlier versions have no contents: such a shard is compared with none.
+    contents = {int(id): text for id, text in note.get("contents", {}).items()}
+    return ShardResult(task.spec.split, info, True, note["corrupt"], contents)
 
 
-def _read(source: Source, task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Images, labels and ids of a shard's whole images, and the faults of the others."""
-    kept, labels, ids, corrupt = [], [], [], []
+def _read(
+    source: Source, task: ShardTask
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], dict[int, str]]:
+    """Images, labels and ids of a shard's whole images, the faults of the others, and contents."""
+    kept, labels, ids, corrupt, contents = [], [], [], [], {}
     for item in source.items(task.stored_split, task.places):
         if item.pixels is None:
             corrupt.append(item.fault)
@@ -350,9 +369,16 @@ def _read(source: Source, task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.n
             kept.append(_checked(item, task.spec))
             labels.append(item.label)
             ids.append(item.id)
+            contents[item.id] = _content(item.pixels)
     # A shard of corrupt images alone is a shard without rows; np.stack takes no empty list.
     images = np.stack(kept) if kept else np.empty((0, *[task.spec.size] * 2, 3), np.uint8)
-    return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
+    return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt, contents
+
+
+def _content(pixels: Pixels) -> str:
+    # Of the pixels and not of the file: a picture saved anew is the same picture.
+    data = np.ascontiguousarray(pixels).tobytes()
+    return hashlib.blake2b(data, digest_size=12, salt=str(pixels.shape).encode()[:16]).hexdigest()
 
 
 def _stop_at(corrupt: list[str], on_corrupt: str) -> None:
@@ -449,6 +475,9 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
             log.warning("left out corrupt image %s", fault)
     for part in parts:
         _check_whole(part, done[part.spec.split])
+    shared = _in_two_splits(parts, done)
+    for line in told_twice(source, shared):
+        log.warning("%s", line)
     # All splits are whole before the first is published. "test" is the last of them.
     for part in parts:
         # By name: a row's number follows from the manifest, not from who was first.
@@ -460,7 +489,49 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
         "shards": len(every),
         "reused": sum(s.reused for s in every),
         "corrupt": sum(len(s.corrupt) for s in every),
+        # Where there is none there is nothing to say.
+        **({"in two splits": len(shared)} if shared else {}),
     }
+
+
+Place = tuple[SplitPlan, int]
+
+
+def _in_two_splits(
+    parts: list[SplitPlan], done: dict[str, list[ShardResult]]
+) -> list[tuple[Place, Place]]:
+    """Images whose pixels an earlier split has too, each with one of these."""
+    first: dict[str, Place] = {}
+    shared = []
+    for part in parts:
+        mine: dict[str, Place] = {}
+        for shard in done[part.spec.split]:
+            for id, content in shard.contents.items():
+                if content in first:
+                    shared.append((first[content], (part, id)))
+                else:
+                    mine[content] = part, id
+        first |= mine
+    return shared
+
+
+def told_twice(source: Source, shared: list[tuple[Place, Place]]) -> list[str]:
+    """How many images are in two splits, for each two, and a few of them by name."""
+    pairs: dict[tuple[str, str], list[tuple[Place, Place]]] = defaultdict(list)
+    for one, other in shared:
+        pairs[one[0].spec.split, other[0].spec.split].append((one, other))
+    return [
+        f"{len(found)} image(s) of {b} have the pixels of an image of {a}, such as "
+        + "; ".join(f"{_where(source, y)} = {_where(source, x)}" for x, y in found[:TOLD])
+        + ": scores on them are of what was trained on" * (a == "train")
+        for (a, b), found in pairs.items()
+    ]
+
+
+def _where(source: Source, place: Place) -> str:
+    part, id = place
+    (item,) = source.items(part.stored_split, np.array([id]))
+    return item.where
 
 
 def _check_whole(part: SplitPlan, done: list[ShardResult]) -> None:
