@@ -8,7 +8,7 @@ The same content gives the same pixels, whatever it was saved as without loss. I
     12 bits (TIFF)                the highest 8
     integers of 32 bits (TIFF)    16 bits if the largest is in (255, 65535]; else refused, since
                                   nothing says what is white
-    floats, 16 bits with a sign   refused for the same reason
+    floats, numbers with a sign   refused for the same reason
     transparency of any kind      laid on white, as on a page; opaque: dropped
     transparent everywhere        refused: an alpha channel that was never filled
     CMYK, YCCK                    by its profile, else R = (1 - C)(1 - K) and its like
@@ -17,7 +17,7 @@ The same content gives the same pixels, whatever it was saved as without loss. I
     a colour profile              converted to sRGB; if no colour moves by more than 2 of 255, it
                                   is sRGB, and nothing is done
     a broken profile, or one of   refused
-      other channels
+      other channels; broken EXIF
     PNG without a profile         gAMA is applied; cHRM or cICP other than sRGB's: refused
     Adobe RGB by EXIF alone       refused
     several frames or pages       refused: which is meant is not said; of MPO the first, to which
@@ -34,7 +34,7 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from mambaflow.checks import require
 
@@ -49,7 +49,8 @@ SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, red
 SRGB_GAMMA, SAME_GAMMA, SAME_PRIMARY = 1 / 2.2, 0.01, 0.01
 SRGB_CICP = (1, 13, 0, 1)  # ITU-T H.273: BT.709 primaries, sRGB's curve, RGB, full range
 # Names of TIFF and EXIF tags.
-BITS, PHOTOMETRIC, ORIENTATION, INTEROPERABILITY = 258, 262, 274, 0xA005
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT, INTEROPERABILITY = 258, 262, 274, 339, 0xA005
+SIGNED = 2  # of SAMPLE_FORMAT
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,7 +75,7 @@ def decode(data: bytes) -> Pixels:
         _require_stated_inks(image)
         alpha = _alpha(image, data)
         # Asked of the file's own image: what is made of it has no EXIF.
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        turn = TURNS.get(_exif(image).get(ORIENTATION, 1))
         pixels = np.asarray(_in_srgb(image, _channels(image, data), data).convert("RGB"))
     laid = pixels if alpha is None else _on_white(pixels, alpha)
     return laid if turn is None else np.asarray(Image.fromarray(laid).transpose(turn))
@@ -83,9 +84,25 @@ def decode(data: bytes) -> Pixels:
 def _verify(data: bytes) -> None:
     # PNG has checksums, which decoding alone does not look at. `verify` leaves an image that cannot
     # be read any more.
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == "PNG":
-            image.verify()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "PNG":
+                image.verify()
+    except UnidentifiedImageError as error:
+        raise ValueError(_unknown(data)) from error
+
+
+def _unknown(data: bytes) -> str:
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS stands in the picture's place; fetch it by git lfs pull"
+    return f"no picture that can be read: {len(data)} bytes that begin with {data[:12]!r}"
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    try:
+        return image.getexif()
+    except Exception as error:  # Pillow has no one error for it
+        raise ValueError(f"its EXIF is broken ({error}); save it without") from error
 
 
 def _require_one_picture(image: Image.Image) -> None:
@@ -115,6 +132,11 @@ def _require_stated_inks(image: Image.Image) -> None:
 
 def _channels(image: Image.Image, data: bytes) -> Image.Image:
     """L, RGB, CMYK or LAB, without alpha."""
+    require(
+        # Pillow looks at it where there are more than 8 bits.
+        image.mode == "I" or _tag(image, SAMPLE_FORMAT) != SIGNED,
+        "numbers with a sign, of which nothing says what is white; save it without",
+    )
     if image.mode.startswith("I"):
         return Image.fromarray(_high_byte(_deep_grey(image), _depth(image)))
     if image.mode in ("La", "RGBa"):  # premultiplied: Pillow goes back by one mode alone
@@ -282,7 +304,7 @@ def _probe(mode: str) -> Image.Image:
 
 def _require_no_adobe_rgb(image: Image.Image) -> None:
     # What a camera writes that was set to Adobe RGB and embeds no profile (DCF 2.0, "R03").
-    stated = image.getexif().get_ifd(INTEROPERABILITY).get(1)
+    stated = _exif(image).get_ifd(INTEROPERABILITY).get(1)
     require(
         stated != "R03", "EXIF says Adobe RGB, and there is no profile to convert it by; save it "
         "as sRGB",

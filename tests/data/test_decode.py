@@ -145,6 +145,25 @@ def test_floats_are_refused_since_nothing_says_what_is_white(scale):
     )
 
 
+def test_numbers_with_a_sign_are_refused_at_any_depth():
+    def stating(values, bits):  # SampleFormat is a tag of its own
+        data = bytearray(tiff(values, bits, 1))
+        place = data.index(
+            struct.pack("<HHI", 278, 3 + 1, 1)
+        )  # RowsPerStrip, which may be left out
+        data[place : place + 12] = struct.pack("<HHII", 339, 3, 1, 2)
+        return bytes(data)
+
+    for values, bits in ((GREY.astype(np.int8), 8), (GREY.astype("<i2"), 16)):
+        assert "nothing says what is white" in refusal(stating(values, bits))
+
+
+def test_what_is_no_picture_is_named_by_how_it_begins():
+    assert "0 bytes that begin with b''" in refusal(b"")
+    assert "begin with b'<html>404'" in refusal(b"<html>404")
+    assert "fetch it by git lfs pull" in refusal(b"version https://git-lfs.github.com/spec/v1\n")
+
+
 def test_one_bit_is_black_and_white():
     bits = GREY > 100
     for kind in ("PNG", "TIFF", "PPM", "BMP"):
@@ -176,6 +195,10 @@ def test_an_orientation_that_is_none_leaves_a_picture_as_it_is(orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     assert np.array_equal(decode(saved(COLOUR, exif=exif)), COLOUR)
+
+
+def test_broken_exif_is_refused():
+    assert "its EXIF is broken" in refusal(saved(COLOUR, exif=b"garbage-garbage"))
 
 
 # Transparency
