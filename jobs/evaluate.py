@@ -53,12 +53,17 @@ def staged(config: EvaluateConfig) -> str:
     if config.data in EMBEDDED:
         return stage_once(config.data)
     # Beside the results, whose masks they are; of the training images no more than one is wanted.
-    source, out = open_source(config.data), at(config.out).child("data").uri
+    # Labels are no part of an evaluation, and sources of many classes have some beyond the format.
+    source, out = open_source(config.data, labels="ignore"), at(config.out).child("data").uri
+    for line in source.found().lines():
+        log.info("%s: %s", config.data, line)
     held = max(1, min(256, source.count("train") // 10))
     (first,) = source.items("train", np.zeros(1, np.int64))
     require(first.pixels is not None, f"data (={config.data}): {first.fault}; mend it")
     size = 0 if first.pixels is None else len(first.pixels)
-    asked = StageConfig(source=config.data, out=out, limit=1, validation=held, size=size)
+    asked = StageConfig(
+        source=config.data, out=out, limit=1, validation=held, size=size, labels="ignore"
+    )
     log.info("staged %s: %s", out, stage(asked, source, stage_here(source)))
     return out
 

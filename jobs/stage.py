@@ -3,8 +3,10 @@
     python jobs/stage.py --source sample --out data/sample
     python jobs/stage.py --source train.parquet --out s3://bucket/cifar10
 
-One Ray task makes one shard. A staging that stopped goes on where it was: finished shards are
-kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
+What was found is said before anything is written: images of each split, classes, and what was
+passed over, by kind and why. Of a source without a validation or test split these are cut out of
+training. One Ray task makes one shard. A staging that stopped goes on where it was: finished shards
+are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
 """
 
 import logging
@@ -14,8 +16,15 @@ from collections.abc import Iterable, Iterator
 import tyro
 from tqdm import tqdm
 
-from mambaflow.data.sources import Source, open_source
-from mambaflow.data.staging import ShardResult, ShardTask, StageConfig, in_process, stage
+from mambaflow.data.sources import Source
+from mambaflow.data.staging import (
+    ShardResult,
+    ShardTask,
+    StageConfig,
+    in_process,
+    opened,
+    stage,
+)
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.host import speak_plainly
 
@@ -43,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     # Outside of `try`: a flag that tyro refuses ends the process with code 2 by itself.
     config = tyro.cli(StageConfig, args=argv, description=__doc__)
     try:
-        source = open_source(config.source)
+        source = opened(config)
+        # To stderr, as all that is said on the way: the last line alone is the answer.
+        print(f"{config.source}:", *source.found().lines(), sep="\n  ", file=sys.stderr)
         # Called once, with the tasks of all splits: one bar for all of them.
         done = stage(config, source, lambda tasks: shown(tasks, config, source))
     except (ValueError, OSError) as error:

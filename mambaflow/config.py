@@ -181,9 +181,9 @@ class TrainConfig:
     eval_every: int = 1000
     """Steps between validations; each also saves a checkpoint."""
     eval_images: int = 256
-    """Validation images scored each time."""
+    """Validation images scored each time, drawn from all."""
     test_images: int = 512
-    """Test images scored once, at the end; 0: the test split is left alone."""
+    """Test images scored once, at the end, drawn from all; 0: the test split is left alone."""
     sample_steps: int = 16
     """Heun steps of the samples in validation, in pictures and in the final table."""
 

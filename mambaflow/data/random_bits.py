@@ -97,6 +97,20 @@ def uniform(
     return ((bits(seed, purpose, stream, item, count) >> 9).float() + 0.5) * 2.0**-23
 
 
+def drawn(seed: int, purpose: str, items: Int[Tensor, " m"], count: int) -> Int[Tensor, " n"]:
+    """Places of `count` items drawn from all, in the order of the draw; all places as they stand
+    where there are no more.
+
+    Whether an item is among them depends on no place, and a longer draw begins with a shorter one.
+    """
+    if count >= len(items):
+        return torch.arange(len(items))
+    # By the items first: of two equal words the smaller item's is the first, wherever it stands.
+    ascending = items.argsort(stable=True)
+    words = bits(seed, purpose, 0, items[ascending], 1)[:, 0]
+    return ascending[words.argsort(stable=True)[:count]]
+
+
 def normal(
     seed: int, purpose: str, stream: int, item: Int[Tensor, " m"], count: int
 ) -> Float[Tensor, "m count"]:

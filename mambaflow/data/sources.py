@@ -5,11 +5,13 @@ an image is its place in its source, so that masks, which depend on it, never mo
 """
 
 import hashlib
-import io
 import logging
+import tarfile
+import tempfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,19 +25,24 @@ from filelock import FileLock
 from jaxtyping import Int, UInt8
 from PIL import Image
 
+from mambaflow.data.decode import Pixels, decode
 from mambaflow.data.random_bits import bits, uniform
+from mambaflow.data.tree import (
+    PARQUET,
+    SPLITS,
+    Found,
+    SourceError,
+    Tree,
+    parquet,
+    pictures,
+    stray_parquet,
+)
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 # Names that jobs take for data which they stage themselves.
 EMBEDDED = ("sample", "cifar10")
 CIFAR10_FOLDER = "cifar-10-batches-py"
 log = logging.getLogger(__name__)
-Pixels = UInt8[np.ndarray, "h w 3"]
-
-
-class SourceError(ValueError):
-    """Images that cannot be had or used; the message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +70,41 @@ class Source(ABC):
 
     @abstractmethod
     def count(self, split: str) -> int:
-        """Images in "train" or "test"; 0 where there is no such split."""
+        """Images in "train", "test" or "validation"; 0 where there is no such split."""
 
     @abstractmethod
     def items(self, split: str, places: Int[np.ndarray, " m"]) -> Iterator[Item]:
         """The images at some places of a split, in that order; quickest where places ascend."""
+
+    options: tuple[tuple[str, str], ...] = ()
+    """What was chosen of it beside the address, as `open_source` takes it."""
+
+    def own_validation(self) -> int:
+        """Images of a validation split of its own."""
+        return 0
+
+    def labels(self, split: str) -> Int[np.ndarray, " n"] | None:
+        """The labels of a split, where no image need be read for them."""
+        return None
+
+    def found(self) -> Found:
+        """What it holds, and what beside it was passed over."""
+        counts = {"train": self.count("train"), "test": self.count("test")}
+        return Found(counts | {"validation": self.own_validation()})
 
     def splits(self, validation: int) -> dict[str, tuple[str, np.ndarray]]:
         """Split -> (where its images are, their places).
 
         Args:
             validation: images to hold out of training, chosen by ranked random words of their
-                places, so that the choice does not depend on the masks. As many again become
-                the test split of a source that has none.
+                places, so that the choice does not depend on the masks; of a source that has a
+                validation split, all of that instead. As many again become the test split of a
+                source that has none.
         """
-        train, test = self.count("train"), self.count("test")
-        held = validation if test else 2 * validation
-        if not 0 < held < train:
+        train, test, own = self.count("train"), self.count("test"), self.own_validation()
+        cut = 0 if own else validation
+        held = cut if test else cut + validation
+        if held >= train or validation <= 0:
             raise SourceError(
                 f"validation (={validation}) leaves nothing to train on: {self.name} has {train} "
                 f"training and {test} test images; use {max(1, train // 10)}, or more images"
@@ -92,52 +117,136 @@ class Source(ABC):
         return {
             # Ascending, so that a Parquet file's row groups are each read once.
             "train": ("train", np.sort(places[held:])),
-            "validation": ("train", np.sort(places[:validation])),
+            "validation": ("validation", np.arange(own)) if own
+            else ("train", np.sort(places[:cut])),
             "test": ("test", np.arange(test)) if test
-            else ("train", np.sort(places[validation:held])),
+            else ("train", np.sort(places[cut:held])),
         }  # fmt: skip
 
 
-def open_source(address: str, download_to: Path = Path("data/torchvision")) -> Source:
+class Unlabelled(Source):
+    """A source whose images have no labels."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.name, self.address = source, source.name, source.address
+        self.options = (*source.options, ("labels", "ignore"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one than with labels, which shards hold."""
+        return f"{self.source.fingerprint}, labels ignored"
+
+    def count(self, split: str) -> int:
+        return self.source.count(split)
+
+    def own_validation(self) -> int:
+        return self.source.own_validation()
+
+    def found(self) -> Found:
+        return self.source.found()
+
+    def splits(self, validation: int) -> dict[str, tuple[str, np.ndarray]]:
+        return self.source.splits(validation)
+
+    def items(self, split: str, places: Int[np.ndarray, " m"]) -> Iterator[Item]:
+        return (replace(item, label=-1) for item in self.source.items(split, places))
+
+
+def open_source(
+    address: str,
+    download_to: Path | str = "data/torchvision",
+    *,
+    image_column: str = "",
+    label_column: str = "",
+    labels: str = "keep",
+) -> Source:
     """The source that a name or a path describes.
 
     Args:
-        address: sample; cifar10; a folder in which torchvision keeps it; a .parquet file, or a
-            folder with train*.parquet and test*.parquet; a folder of images with one folder for
-            each class (inside train/ and test/, or at its top for training alone).
+        address: sample; cifar10; a folder in which torchvision keeps it, that folder's folder, or
+            the archive that it came in; a Parquet file; a folder of Parquet files or of pictures
+            (see `data.tree` for what of it is data).
+        image_column: of Parquet; "": img or image.
+        label_column: of Parquet; "": label.
+        labels: "ignore": no image has one.
 
     Raises:
         SourceError: it is none of these.
     """
+    source = _open(
+        address, Path(download_to), Columns(image_column, label_column, labels == "keep")
+    )
+    if (image_column or label_column) and not isinstance(source, ParquetSource):
+        raise SourceError(
+            f"image_column (={image_column!r}) and label_column (={label_column!r}) are of "
+            f"Parquet, and source (={address!r}) is none; leave them out"
+        )
+    return source if labels == "keep" else Unlabelled(source)
+
+
+def _open(address: str, download_to: Path, columns: "Columns") -> Source:
     if address == "sample":
         return Sample()
     if address == "cifar10":
         return Cifar10(download_to, download=True)
-    # Absolute, since other processes open it again from folders of their own.
-    path = Path(address).expanduser().resolve()
-    if path.is_file() and path.suffix == ".parquet":
-        return ParquetSource({"train": [path], "test": []}, path)
+    path = _named(address)
     if path.is_dir():
-        # torchvision's folder before a folder of images, which it would else be taken for.
-        if (path / CIFAR10_FOLDER).is_dir():
-            return Cifar10(path, download=False)
-        files = sorted(path.glob("*.parquet"))
-        return ParquetSource(_parquet_splits(path, files), path) if files else FolderSource(path)
+        return _open_folder(path, columns)
+    if path.is_file():
+        return _open_file(path, columns)
     raise SourceError(
         f"source (={address!r}) is none of: {', '.join(EMBEDDED)}, a .parquet file, a folder of "
         "them, a folder of images; a path must be one that every node sees"
     )
 
 
-def _parquet_splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    splits = {s: [f for f in files if f.name.startswith(s)] for s in ("train", "test")}
-    if not splits["train"]:
-        raise SourceError(
-            f"{folder} holds no train*.parquet, only {[f.name for f in files][:5]}; name one file"
-        )
-    # One data set has one training file; other encodings of the same images stay out.
-    exact = [f for f in splits["train"] if f.stem == "train"]
-    return splits | {"train": exact or splits["train"]}
+def _named(address: str) -> Path:
+    """An absolute path, since other processes open it again from folders of their own."""
+    path = Path(address).expanduser().absolute()
+    # Its own name stays: a link is called what it is called, whatever it leads to.
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
+def _open_folder(path: Path, columns: "Columns") -> Source:
+    # torchvision's folder before a folder of images, which it would else be taken for.
+    if (path / CIFAR10_FOLDER).is_dir():
+        return Cifar10(path, download=False)
+    if all((path / name).is_file() for name in ("data_batch_1", "test_batch")):
+        return Cifar10(path.parent, download=False, within=path.name, address=path)
+    tree = parquet(path)
+    if tree is None and not (stray := stray_parquet(path)):
+        return FolderSource(path)
+    if tree is None:
+        return _beside_parquet(path, stray)
+    if "train" not in tree.files:
+        raise SourceError(_no_training(path, [f.name for fs in tree.files.values() for f in fs]))
+    return ParquetSource(tree.files, path, columns, tree)
+
+
+def _beside_parquet(path: Path, stray: list[str]) -> Source:
+    """Pictures beside Parquet files that are no split of theirs, such as tables about them."""
+    try:
+        return FolderSource(path)
+    except SourceError as error:
+        raise SourceError(_no_training(path, stray)) from error
+
+
+def _no_training(folder: Path, names: list[str]) -> str:
+    return f"{folder} holds no train*.parquet, only {names[:5]}; name one file"
+
+
+def _open_file(path: Path, columns: "Columns") -> Source:
+    with path.open("rb") as opened:
+        start = opened.read(4)
+    # By what it is, where its name does not say it: a cache may have named it by a hash.
+    if path.suffix.lower() in PARQUET or start == b"PAR1":
+        return ParquetSource({"train": [path]}, path, columns)
+    if tarfile.is_tarfile(path):
+        return Cifar10.of_archive(path)
+    raise SourceError(
+        f"source (={str(path)!r}) is a file, and no .parquet file; give its folder, or unpack it "
+        "and give what comes out"
+    )
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -150,21 +259,9 @@ def _digest(parts: Iterable[bytes]) -> str:
 def decoded(id: int, label: int, data: bytes, where: str) -> Item:
     """An item from an encoded image; one that cannot be decoded keeps the reason."""
     try:
-        return Item(id, label, _decode(data), where)
+        return Item(id, label, decode(data), where)
     except Exception as error:  # whatever a decoder trips over, the image is at fault
         return Item(id, label, None, where, f"{where}: {error or type(error).__name__}")
-
-
-def _decode(data: bytes) -> Pixels:
-    # PIL reads only the header here, and decodes in `convert`, which raises where data are cut off.
-    # Grey, palette and transparent images become RGB.
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format != "PNG":
-            return np.asarray(image.convert("RGB"))
-        image.verify()  # PNG has checksums, which decoding alone does not look at
-    # Opened anew: `verify` leaves an image that cannot be read any more.
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 @dataclass(frozen=True)
@@ -175,15 +272,40 @@ class RowGroup:
     number: int
     rows: int
     image: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of Parquet are images and labels; "": the usual ones."""
+
+    image: str = ""
+    label: str = ""
+    labelled: bool = True
+
+    @property
+    def options(self) -> tuple[tuple[str, str], ...]:
+        """What was chosen, as `open_source` takes it."""
+        chosen = {"image_column": self.image, "label_column": self.label}
+        return tuple((name, value) for name, value in chosen.items() if value)
 
 
 class ParquetSource(Source):
     """The public CIFAR-10 Parquet layout: img (or image) struct<bytes, path>, label."""
 
-    def __init__(self, files: dict[str, list[Path]], path: Path) -> None:
-        self.name, self.address = path.name, str(path)
-        self.files = files
-        self.groups = {split: [g for f in fs for g in _groups(f)] for split, fs in files.items()}
+    def __init__(
+        self,
+        files: dict[str, list[Path]],
+        path: Path,
+        columns: Columns = Columns(),  # noqa: B008 - frozen
+        tree: Tree | None = None,
+    ) -> None:
+        self.name, self.address, self.options = path.name, str(path), columns.options
+        self.files: dict[str, list[Path]] = {"test": [], "train": []} | files
+        self.tree = tree
+        self.groups = {
+            s: [g for f in fs for g in _groups(f, columns)] for s, fs in self.files.items()
+        }
         # The row group in memory, the one last asked for: places that ascend read each once.
         self._open: tuple[RowGroup, pa.ChunkedArray, np.ndarray] | None = None
 
@@ -192,10 +314,29 @@ class ParquetSource(Source):
         """Of every byte of the files."""
         # Of all of the data, hence cached.
         files = [file for split in sorted(self.files) for file in self.files[split]]
-        return _digest(part for file in files for part in _blocks(file))
+        chosen = "".join(f", {name} {value}" for name, value in self.options)
+        return _digest(part for file in files for part in _blocks(file)) + chosen
 
     def count(self, split: str) -> int:
-        return sum(group.rows for group in self.groups[split])
+        return sum(group.rows for group in self.groups.get(split, []))
+
+    def own_validation(self) -> int:
+        return self.count("validation")
+
+    def found(self) -> Found:
+        counts = {split: self.count(split) for split in SPLITS}
+        return Found(counts, (), self.tree.passed) if self.tree else Found(counts)
+
+    @cached_property
+    def _labels(self) -> dict[str, np.ndarray]:
+        none = np.empty(0, np.int64)
+        return {
+            split: np.concatenate([none, *map(_only_labels, groups)])
+            for split, groups in self.groups.items()
+        }
+
+    def labels(self, split: str) -> Int[np.ndarray, " n"] | None:
+        return self._labels[split]
 
     def items(self, split: str, places: Int[np.ndarray, " m"]) -> Iterator[Item]:
         groups = self.groups[split]
@@ -213,11 +354,23 @@ class ParquetSource(Source):
         """Encoded images and labels (-1 where there is none) of the row group last asked for."""
         if self._open is None or self._open[0] is not group:
             # The two columns alone: what else a release holds is not read.
-            table = _parquet(group.file).read_row_group(group.number, [group.image, "label"])
-            labels = pc.fill_null(table["label"], -1).to_numpy()
+            names = [group.image, group.label] if group.label else [group.image]
+            table = _parquet(group.file).read_row_group(group.number, names)
             # The images stay encoded in Arrow's memory, and are decoded one at a time.
-            self._open = group, pc.struct_field(table[group.image], "bytes"), labels
+            cells = pc.struct_field(table[group.image], "bytes")
+            self._open = group, cells, _labels_of(table, group)
         return self._open[1:]
+
+
+def _only_labels(group: RowGroup) -> np.ndarray:
+    names = [group.label] if group.label else []
+    return _labels_of(_parquet(group.file).read_row_group(group.number, names), group)
+
+
+def _labels_of(table: pa.Table, group: RowGroup) -> np.ndarray:
+    if not group.label:
+        return np.full(group.rows, -1)
+    return pc.fill_null(table[group.label], -1).to_numpy().astype(np.int64)
 
 
 def _parquet(file: Path) -> pq.ParquetFile:
@@ -227,7 +380,7 @@ def _parquet(file: Path) -> pq.ParquetFile:
         raise SourceError(f"{file} is not whole Parquet: {error}; fetch it again") from error
 
 
-def _groups(file: Path) -> list[RowGroup]:
+def _groups(file: Path, columns: Columns) -> list[RowGroup]:
     """The row groups of a file whose columns are those of images.
 
     Raises:
@@ -235,21 +388,35 @@ def _groups(file: Path) -> list[RowGroup]:
     """
     # The footer alone: a folder is refused before any image is read.
     opened = _parquet(file)
-    schema, about = opened.schema_arrow, opened.metadata
-    image = next((name for name in ("img", "image") if name in schema.names), None)
-    kinds = f"columns {dict(zip(schema.names, map(str, schema.types), strict=True))}"
-    if image is None or "label" not in schema.names:
-        raise SourceError(f"{file} has {kinds}; it must have img (or image) and label")
-    kind = schema.field(image).type
-    encoded = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not encoded or not pa.types.is_integer(schema.field("label").type):
-        raise SourceError(
-            f"{file} has {kinds}; {image} must be struct<bytes, path> and label an integer"
-        )
+    about = opened.metadata
+    image, label = _columns_of(file, opened.schema_arrow, columns)
     return [
-        RowGroup(file, number, about.row_group(number).num_rows, image)
+        RowGroup(file, number, about.row_group(number).num_rows, image, label)
         for number in range(about.num_row_groups)
     ]
+
+
+def _columns_of(file: Path, schema: pa.Schema, columns: Columns) -> tuple[str, str]:
+    """The columns of images and labels, the second "" where labels are not wanted."""
+    kinds = f"columns {dict(zip(schema.names, map(str, schema.types), strict=True))}"
+    usual = [columns.image] if columns.image else ["img", "image"]
+    image = next((name for name in usual if name in schema.names), None)
+    label = (columns.label or "label") if columns.labelled else ""
+    if image is None or (label and label not in schema.names):
+        raise SourceError(
+            f"{file} has {kinds}; it must have {' (or '.join(usual)}{')' * (len(usual) > 1)}"
+            f"{' and ' * bool(label)}{label}; choose by --image-column and --label-column, or "
+            "leave labels out by --labels ignore"
+        )
+    kind = schema.field(image).type
+    encoded = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not encoded or (label and not pa.types.is_integer(schema.field(label).type)):
+        raise SourceError(
+            f"{file} has {kinds}; {image} must be struct<bytes, path>"
+            f"{' and ' * bool(label)}{label}{' an integer' * bool(label)}; choose by "
+            "--image-column and --label-column, or leave labels out by --labels ignore"
+        )
+    return image, label
 
 
 def _blocks(file: Path, size: int = 2**20) -> Iterator[bytes]:
@@ -259,20 +426,24 @@ def _blocks(file: Path, size: int = 2**20) -> Iterator[bytes]:
 
 
 class FolderSource(Source):
-    """Images in a folder for each class, sorted by name."""
+    """Images in a folder for each class, sorted by name; what of a folder they are: `data.tree`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.name, self.address = root, root.name, str(root)
-        # A folder without train/ and test/ is training alone; `splits` cuts the test split from it.
-        train = root / "train" if (root / "train").is_dir() else root
-        self.files = {"train": _images(train), "test": _images(root / "test")}
+        self.tree = pictures(root)
+        self.files: dict[str, list[Path]] = {"test": [], "train": []} | self.tree.files
         if not self.files["train"]:
-            raise SourceError(
-                f"{root} holds no images in class folders; put them in {train}/CLASS/NAME.png"
-            )
+            raise SourceError(self._nothing())
         # Labels are places among the training classes, in the order of their names. A class that is
-        # in the test split alone has no label, -1.
-        self.classes = sorted({f.parent.name for f in self.files["train"]})
+        # in the test split alone has no label, -1; nor has an image without a class.
+        named = {self.tree.class_of("train", f) for f in self.files["train"]} - {None}
+        self.classes = sorted(map(str, named))
+
+    def _nothing(self) -> str:
+        # A folder that has other splits, and no training split, is told where that would be.
+        train = self.root if self.root in self.tree.split_folders.values() else self.root / "train"
+        seen = "".join(f"; {line}" for line in self.tree.passed.lines()[:3])
+        return f"{self.root} holds no images in class folders; put them in {train}/CLASS/NAME{seen}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -284,19 +455,29 @@ class FolderSource(Source):
         return _digest(name.encode() for name in names)
 
     def count(self, split: str) -> int:
-        return len(self.files[split])
+        return len(self.files.get(split, []))
+
+    def own_validation(self) -> int:
+        return self.count("validation")
+
+    def found(self) -> Found:
+        counts = {split: self.count(split) for split in SPLITS}
+        return Found(counts, tuple(self.classes), self.tree.passed)
+
+    @cached_property
+    def _label(self) -> dict[str | None, int]:
+        return {name: number for number, name in enumerate(self.classes)}
+
+    def labels(self, split: str) -> Int[np.ndarray, " n"] | None:
+        return np.array([self._of(split, f) for f in self.files.get(split, [])], np.int64)
+
+    def _of(self, split: str, file: Path) -> int:
+        return self._label.get(self.tree.class_of(split, file), -1)
 
     def items(self, split: str, places: Int[np.ndarray, " m"]) -> Iterator[Item]:
         for place in places.tolist():
             file = self.files[split][place]
-            known = file.parent.name in self.classes
-            label = self.classes.index(file.parent.name) if known else -1
-            yield decoded(place, label, file.read_bytes(), str(file))
-
-
-def _images(root: Path) -> list[Path]:
-    # Sorted: an image's id is its place, and a file system lists in any order.
-    return sorted(f for f in root.glob("*/*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            yield decoded(place, self._of(split, file), file.read_bytes(), str(file))
 
 
 class Cifar10(Source):
@@ -305,24 +486,51 @@ class Cifar10(Source):
     name = "cifar10"
     fingerprint = "cifar-10-python"  # torchvision compares the files with their known checksums
 
-    def __init__(self, folder: Path, *, download: bool) -> None:
+    def __init__(
+        self, folder: Path, *, download: bool, within: str = CIFAR10_FOLDER,
+        address: Path | None = None,
+    ) -> None:  # fmt: skip
         # Here and not above: who stages other data does not wait for torchvision.
         from torchvision.datasets import CIFAR10
 
-        self.address = str(folder.resolve())
+        kept, self.address = str(folder.resolve()), str(address or folder.resolve())
+        kind = type("CIFAR10", (CIFAR10,), {"base_folder": within})
         try:
             if download:
                 folder.mkdir(parents=True, exist_ok=True)
                 # Of several jobs that begin at once one downloads; the others wait, and find it.
                 with FileLock(folder / "download.lock"):
-                    CIFAR10(self.address, download=True)
-            self.sets = {s: CIFAR10(self.address, train=s == "train") for s in ("train", "test")}
+                    kind(kept, download=True)
+            self.sets = {s: kind(kept, train=s == "train") for s in ("train", "test")}
         except (OSError, RuntimeError) as error:
             raise SourceError(
                 f"CIFAR-10 could not be {'downloaded to' if download else 'read in'} {folder} "
                 f"({error}); offline, use --source FILE.parquet (its public Parquet release), "
                 "--source FOLDER of images, or --source sample"
             ) from error
+
+    @classmethod
+    def of_archive(cls, archive: Path) -> "Cifar10":
+        """From the archive that it is published in, or another of the same files.
+
+        Raises:
+            SourceError: it is of other files.
+        """
+        from torchvision.datasets import CIFAR10
+
+        wanted = {name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)}
+        # torchvision reads all images into memory: the files themselves are not kept.
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder) / CIFAR10_FOLDER
+            kept.mkdir()
+            if not wanted <= _unpacked(archive, kept, wanted | {CIFAR10.meta["filename"]}):
+                raise SourceError(
+                    f"{archive} is no archive of {CIFAR10_FOLDER}; unpack it, and give the folder"
+                )
+            return cls(Path(folder), download=False, address=archive)
+
+    def labels(self, split: str) -> Int[np.ndarray, " n"] | None:
+        return np.array(self.sets[split].targets, np.int64) if split in self.sets else None
 
     def count(self, split: str) -> int:
         return len(self.sets[split].targets)
@@ -331,6 +539,22 @@ class Cifar10(Source):
         data = self.sets[split]
         for place in places.tolist():
             yield Item(place, data.targets[place], data.data[place], f"cifar10, {split} {place}")
+
+
+def _unpacked(archive: Path, folder: Path, names: set[str]) -> set[str]:
+    """Write the files of some names, wherever in the archive they are; returns those found."""
+    found = set()
+    try:
+        with tarfile.open(archive) as opened:
+            for member in opened:
+                name = Path(member.name).name
+                # By its bare name: an archive's own paths may lead anywhere.
+                if name in names and (data := opened.extractfile(member)):
+                    (folder / name).write_bytes(data.read())
+                    found.add(name)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise SourceError(f"{archive} is not whole ({error}); fetch it again") from error
+    return found
 
 
 # Photographs inside packages that are installed anyway; no photograph is in two splits.
@@ -364,7 +588,10 @@ def photograph(name: str) -> Pixels:
         if found is not None and found.origin is not None:
             file = Path(found.origin).parent / folder / name
             if file.is_file():
-                return _decode(file.read_bytes())
+                # Its numbers as they stand: rocket.jpg is in Adobe RGB, and the sample, which is
+                # pinned, was cut from what it says as if that were sRGB.
+                with Image.open(file) as image:
+                    return np.asarray(image.convert("RGB"))
     raise SourceError(f"photograph {name} is in none of {list(KEPT_IN)}; install scikit-image, "
                       "scikit-learn and matplotlib as constraints.txt says")  # fmt: skip
 

@@ -10,6 +10,7 @@ Two stagings of the same images write the same bytes; another one finds the clai
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -18,9 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
 from mambaflow.checks import require
 from mambaflow.data.pixels import reduced
+from mambaflow.data.random_bits import drawn
 from mambaflow.data.shards import (
     MANIFEST,
     Manifest,
@@ -33,11 +36,12 @@ from mambaflow.data.shards import (
     to_bytes,
     write_manifest,
 )
-from mambaflow.data.sources import Item, Pixels, Source, SourceError, open_source
+from mambaflow.data.sources import SPLIT_SEED, Item, Pixels, Source, SourceError, open_source
 from mambaflow.storage import Storage, StorageError, at
 
 # Beside the shards' own names: a listing of "shard-" sees neither.
 CLAIM, NOTES = "claim.json", "staging"
+TOLD = 3  # images in two splits that are named
 LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
 
@@ -47,8 +51,8 @@ class StageConfig:
     """What to stage, how, and where."""
 
     source: str = "sample"
-    """sample, cifar10, a .parquet file, a folder with train*.parquet and test*.parquet, or a folder
-    of images by class."""
+    """sample, cifar10, a .parquet file, a folder with train*.parquet, val*.parquet and
+    test*.parquet, or a folder of images by class, in train/, val/ and test/ or without them."""
     out: str = "data/sample"
     """Where to: a folder or s3://bucket/prefix."""
     size: int = 32
@@ -63,8 +67,8 @@ class StageConfig:
     mask_seed: int = 42
     """Seed of the masks."""
     validation: int = 256
-    """Training images held out for validation, and as many again for testing where the source
-    has no test images."""
+    """Training images held out for validation, unless the source has a validation split, which is
+    then taken whole; and as many again for testing where the source has no test images."""
     full_images: bool = False
     """Keep whole training images too, for training with fresh masks."""
     rows_per_shard: int = 1024
@@ -72,7 +76,14 @@ class StageConfig:
     on_corrupt: Literal["stop", "count"] = "stop"
     """A corrupt image is named, and stops the staging, or is counted and left out."""
     limit: int = 0
-    """Stage only as many training images as this; 0: all."""
+    """Stage only as many training images as this, drawn from all of them; a larger limit keeps
+    those of a smaller one. 0: all."""
+    image_column: str = ""
+    """Of Parquet: the column of images; by default img or image."""
+    label_column: str = ""
+    """Of Parquet: the column of labels; by default label. CIFAR-100 has fine_label."""
+    labels: Literal["keep", "ignore"] = "keep"
+    """No training uses labels: ignore stages sources that have none, or more than 128 classes."""
     ray: bool = True
     """Fan out over Ray; --no-ray: one shard after the other in this process."""
 
@@ -127,6 +138,8 @@ class SplitPlan:
     stored_split: str
     places: np.ndarray
     on_corrupt: str
+    options: tuple[tuple[str, str], ...] = ()
+    """See `Source.options`."""
 
     @property
     def storage(self) -> Storage:
@@ -153,7 +166,7 @@ class SplitPlan:
             places = self.places[first : first + rows]
             yield ShardTask(
                 self.source, self.out, self.spec, self.stored_split, places, number,
-                self.on_corrupt, claim_hash,
+                self.on_corrupt, claim_hash, self.options,
             )  # fmt: skip
 
 
@@ -169,6 +182,7 @@ class ShardTask:
     number: int
     on_corrupt: str
     claim_hash: str
+    options: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,6 +193,8 @@ class ShardResult:
     info: ShardInfo
     reused: bool
     corrupt: list[str]
+    contents: dict[int, str]
+    """Of each image's pixels, as the source has them: the same picture, the same text."""
 
 
 def _json(value: Any) -> bytes:
@@ -207,15 +223,28 @@ def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
             rows_per_shard=config.rows_per_shard,
             reduce=config.reduce,
         )
-        # The first of the training images; the held-out splits stay as they are.
+        # The held-out splits stay as they are.
         if split == "train" and config.limit:
-            places = places[: config.limit]
+            places = _limited(places, config.limit)
         parts.append(
             SplitPlan(
-                source.address, source.fingerprint, out, spec, stored, places, config.on_corrupt
+                source.address,
+                source.fingerprint,
+                out,
+                spec,
+                stored,
+                places,
+                config.on_corrupt,
+                source.options,
             )
         )
     return parts
+
+
+def _limited(places: Int[np.ndarray, " m"], limit: int) -> Int[np.ndarray, " n"]:
+    """Some of the images, drawn from all: the first of them are often of one class."""
+    kept = drawn(SPLIT_SEED, "limit", torch.from_numpy(places), limit).numpy()
+    return np.sort(places[kept])  # ascending, so that a Parquet file's row groups are read once
 
 
 def stake_claim(out: str, parts: list[SplitPlan]) -> None:
@@ -255,9 +284,21 @@ def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) 
 
 # For the life of a worker process, which makes the shards of one staging.
 @lru_cache(maxsize=1)
-def _opened(address: str) -> Source:
+def _opened(address: str, options: tuple[tuple[str, str], ...]) -> Source:
     """A worker's source: opened once, for all of its shards."""
-    return open_source(address)
+    return open_source(address, **dict(options))
+
+
+def opened(config: StageConfig) -> Source:
+    """The source that a staging is of.
+
+    Raises:
+        SourceError: there is none, or it is not clear what it holds.
+    """
+    return open_source(
+        config.source, image_column=config.image_column, label_column=config.label_column,
+        labels=config.labels,
+    )  # fmt: skip
 
 
 def make(task: ShardTask, source: Source | None = None) -> ShardResult:
@@ -273,15 +314,18 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     if made is not None:
         return made
     split, name = at(task.out).child(task.spec.split), shard_name(task.number)
-    images, labels, ids, corrupt = _read(source or _opened(task.source), task)
+    images, labels, ids, corrupt, contents = _read(
+        source or _opened(task.source, task.options), task
+    )
     data = to_bytes(encode(images, labels, ids, task.spec), task.spec)
     info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
     # The shard, then its note: where a note is, the shard is whole. Two that make the same shard at
     # once write the same bytes.
     split.write(name, data)
-    note = {"claim": task.claim_hash, "info": asdict(info), "corrupt": corrupt}
+    about = {"corrupt": corrupt, "contents": contents}
+    note = {"claim": task.claim_hash, "info": asdict(info), **about}
     split.write(f"{NOTES}/{name}.json", _json(note))
-    return ShardResult(task.spec.split, info, False, corrupt)
+    return ShardResult(task.spec.split, info, False, corrupt, contents)
 
 
 def _made(task: ShardTask) -> ShardResult | None:
@@ -307,12 +351,16 @@ def _made(task: ShardTask) -> ShardResult | None:
     # A kept shard remembers what it lacks: a staging that stops at corrupt images also stops at
     # those that an earlier one counted.
     _stop_at(note["corrupt"], task.on_corrupt)
-    return ShardResult(task.spec.split, info, True, note["corrupt"])
+    # Notes of earlier versions have no contents: such a shard is compared with none.
+    contents = {int(id): text for id, text in note.get("contents", {}).items()}
+    return ShardResult(task.spec.split, info, True, note["corrupt"], contents)
 
 
-def _read(source: Source, task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Images, labels and ids of a shard's whole images, and the faults of the others."""
-    kept, labels, ids, corrupt = [], [], [], []
+def _read(
+    source: Source, task: ShardTask
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], dict[int, str]]:
+    """Images, labels and ids of a shard's whole images, the faults of the others, and contents."""
+    kept, labels, ids, corrupt, contents = [], [], [], [], {}
     for item in source.items(task.stored_split, task.places):
         if item.pixels is None:
             corrupt.append(item.fault)
@@ -321,9 +369,16 @@ def _read(source: Source, task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.n
             kept.append(_checked(item, task.spec))
             labels.append(item.label)
             ids.append(item.id)
+            contents[item.id] = _content(item.pixels)
     # A shard of corrupt images alone is a shard without rows; np.stack takes no empty list.
     images = np.stack(kept) if kept else np.empty((0, *[task.spec.size] * 2, 3), np.uint8)
-    return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt
+    return images, np.array(labels, np.int64), np.array(ids, np.int64), corrupt, contents
+
+
+def _content(pixels: Pixels) -> str:
+    # Of the pixels and not of the file: a picture saved anew is the same picture.
+    data = np.ascontiguousarray(pixels).tobytes()
+    return hashlib.blake2b(data, digest_size=12, salt=str(pixels.shape).encode()[:16]).hexdigest()
 
 
 def _stop_at(corrupt: list[str], on_corrupt: str) -> None:
@@ -343,11 +398,28 @@ def _checked(item: Item, spec: ShardSpec) -> Pixels:
             f"image {item.where}{again} is {width} x {height} pixels, and size (={size}) says "
             f"{size} x {size}; crop or reduce {cure}"
         )
+    _check_label(item)
+    return pixels
+
+
+def _check_label(item: Item) -> None:
     if item.label not in LABELS:
         raise SourceError(
-            f"image {item.where} has label {item.label}; labels must be in [-1, 127], an int8"
+            f"image {item.where} has label {item.label}; labels must be in [-1, 127], an int8; no "
+            "training uses them: leave them out by --labels ignore"
         )
-    return pixels
+
+
+def _check_labels(part: SplitPlan, source: Source) -> None:
+    """Refuse a label beyond the format before anything is written."""
+    labels = source.labels(part.stored_split)
+    if labels is None:
+        return
+    found = labels[part.places]
+    beyond = part.places[(found < LABELS.start) | (found >= LABELS.stop)]
+    for item in source.items(part.stored_split, beyond[:1]):
+        # Whether its pixels can be read or not, which is not what is asked here.
+        _check_label(item)
 
 
 def _reduced(item: Item, reduce: int) -> Pixels:
@@ -392,6 +464,8 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
     for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
         if item.pixels is not None:
             _checked(item, parts[0].spec)
+    for part in parts:
+        _check_labels(part, source)
     stake_claim(config.out, parts)
     done: dict[str, list[ShardResult]] = {part.spec.split: [] for part in parts}
     # Shards come in any order. Their notes, not this list, are what a staging goes on from.
@@ -401,6 +475,9 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
             log.warning("left out corrupt image %s", fault)
     for part in parts:
         _check_whole(part, done[part.spec.split])
+    shared = _in_two_splits(parts, done)
+    for line in told_twice(source, shared):
+        log.warning("%s", line)
     # All splits are whole before the first is published. "test" is the last of them.
     for part in parts:
         # By name: a row's number follows from the manifest, not from who was first.
@@ -412,7 +489,49 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
         "shards": len(every),
         "reused": sum(s.reused for s in every),
         "corrupt": sum(len(s.corrupt) for s in every),
+        # Where there is none there is nothing to say.
+        **({"in two splits": len(shared)} if shared else {}),
     }
+
+
+Place = tuple[SplitPlan, int]
+
+
+def _in_two_splits(
+    parts: list[SplitPlan], done: dict[str, list[ShardResult]]
+) -> list[tuple[Place, Place]]:
+    """Images whose pixels an earlier split has too, each with one of these."""
+    first: dict[str, Place] = {}
+    shared = []
+    for part in parts:
+        mine: dict[str, Place] = {}
+        for shard in done[part.spec.split]:
+            for id, content in shard.contents.items():
+                if content in first:
+                    shared.append((first[content], (part, id)))
+                else:
+                    mine[content] = part, id
+        first |= mine
+    return shared
+
+
+def told_twice(source: Source, shared: list[tuple[Place, Place]]) -> list[str]:
+    """How many images are in two splits, for each two, and a few of them by name."""
+    pairs: dict[tuple[str, str], list[tuple[Place, Place]]] = defaultdict(list)
+    for one, other in shared:
+        pairs[one[0].spec.split, other[0].spec.split].append((one, other))
+    return [
+        f"{len(found)} image(s) of {b} have the pixels of an image of {a}, such as "
+        + "; ".join(f"{_where(source, y)} = {_where(source, x)}" for x, y in found[:TOLD])
+        + ": scores on them are of what was trained on" * (a == "train")
+        for (a, b), found in pairs.items()
+    ]
+
+
+def _where(source: Source, place: Place) -> str:
+    part, id = place
+    (item,) = source.items(part.stored_split, np.array([id]))
+    return item.where
 
 
 def _check_whole(part: SplitPlan, done: list[ShardResult]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mambaflow.checks import require
 from mambaflow.data.batches import Layout, PixelBatch, RowReader
 from mambaflow.data.pixels import choose, copy_known, unknown
-from mambaflow.data.random_bits import normal, uniform
+from mambaflow.data.random_bits import drawn, normal, uniform
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
 from mambaflow.evaluation.baselines import fill_images
@@ -30,6 +30,9 @@ from mambaflow.models.velocity_field import VelocityField
 
 # Images completed at a time, the same for any number of workers: see `score`.
 CHUNK = 32
+# Of draws of held-out images. Where ids are places in the split, a draw is the first of the order
+# in which jobs/evaluate.py takes them.
+ORDER_SEED, ORDER = 0, "evaluation/order"
 Images = Float[Tensor, "m h w 3"]
 
 
@@ -49,8 +52,13 @@ class EvalSet:
 
     @classmethod
     def read(cls, reader: RowReader, layout: Layout, count: int) -> "EvalSet":
-        """The first `count` images with their staged masks, or all if there are fewer."""
-        return cls._of(reader, layout, np.arange(min(count, len(reader))), None, None)
+        """`count` images with their staged masks, drawn from all by their ids, a larger draw
+        beginning with a smaller; or all in the order of the shards, if there are no more."""
+        rows = np.arange(len(reader))
+        if count < len(rows):
+            ids = torch.from_numpy(reader.rows(rows, pixels=False, images=False).ids)
+            rows = drawn(ORDER_SEED, ORDER, ids, count).numpy()
+        return cls._of(reader, layout, rows, None, None)
 
     @classmethod
     def of_rows(
@@ -92,7 +100,11 @@ class EvalSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows: slice) -> "EvalSet":
+    def some(self, count: int) -> "EvalSet":
+        """As many of them, drawn by their ids as `read` draws them; all if there are fewer."""
+        return self[drawn(ORDER_SEED, ORDER, self.ids, count)]
+
+    def __getitem__(self, rows: slice | Int[Tensor, " rows"]) -> "EvalSet":
         asked = None if self.asked is None else self.asked[rows]
         return EvalSet(
             self.layout, self.images[rows], self.known[rows], self.ids[rows], self.sextile[rows],

@@ -46,7 +46,7 @@ Picture = UInt8[np.ndarray, "height width 3"]
 def validate(
     model: VelocityField, eval_set: EvalSet, config: TrainConfig, workers: Workers | None = None
 ) -> tuple[dict[str, float], Picture | None]:
-    """Scores of the posterior mean and of one sample of each of the first images, the same on every
+    """Scores of the posterior mean and of one sample of each of some images, the same on every
     worker; and on the first of them a picture with one sample of a few images."""
     # All workers take part in this, and all get the scores; the picture is the first one's.
     means = score(
@@ -55,13 +55,13 @@ def validate(
     samples = score(
         [SAMPLE],
         lambda chunk: {SAMPLE: _mean_and_sample(model, chunk, config)[SAMPLE]},
-        eval_set[:SAMPLED_IMAGES],
+        eval_set.some(SAMPLED_IMAGES),
         workers,
     )
     named = curves("val", means[MEAN].report(), samples[SAMPLE].report())
     if workers is not None and workers.rank:
         return named, None
-    return named, completion_grid(eval_set[:SHOWN], model, config)
+    return named, completion_grid(eval_set.some(SHOWN), model, config)
 
 
 def curves(prefix: str, mean: Mapping[str, float], sample: Mapping[str, float]) -> dict[str, float]:
@@ -173,4 +173,4 @@ def final_report(
         "trained_steps": trained_steps,
     }
     rows = {name: sums.report() for name, sums in scores.items()}
-    return FinalReport(rows, facts, completion_grid(eval_set[:SHOWN], model, config.train))
+    return FinalReport(rows, facts, completion_grid(eval_set.some(SHOWN), model, config.train))

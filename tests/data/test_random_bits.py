@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mambaflow.data.random_bits import _bits, _philox, bits, normal, philox, uniform
+from mambaflow.data.random_bits import _bits, _philox, bits, drawn, normal, philox, uniform
 from mambaflow.kernels import random_cpu
 from mambaflow.kernels.build import library
 
@@ -139,3 +139,15 @@ def test_normal_is_standard_normal():
 def test_an_odd_count_of_normals_is_a_prefix_of_the_even_one():
     items = torch.arange(5)
     assert torch.equal(normal(0, "n", 0, items, 7), normal(0, "n", 0, items, 8)[:, :7])
+
+
+def test_a_draw_is_of_all_items_whatever_their_order_and_begins_with_a_smaller_draw():
+    items = torch.arange(1000) * 7 + 3
+    taken = items[drawn(0, "some", items, 200)].tolist()
+    assert len(set(taken)) == 200 and items[drawn(0, "some", items, 100)].tolist() == taken[:100]
+    # Of ten classes that lie one after the other, each has its share.
+    assert all(5 < sum(c <= i // 700 < c + 1 for i in taken) < 40 for c in range(10))
+    mixed = items.flip(0)
+    assert mixed[drawn(0, "some", mixed, 200)].tolist() == taken
+    assert drawn(0, "some", items, 1000).tolist() == list(range(1000))
+    assert items[drawn(1, "some", items, 200)].tolist() != taken

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +99,60 @@ def test_a_file_alone_is_read_by_the_row_group(tmp_path, monkeypatch):
     read(source, "train", range(4, 9))
     read(source, "train", [8])
     assert opened == [1, 2]  # not the first, and the last one once
+
+
+def test_a_link_is_called_what_it_is_called_and_not_what_it_leads_to(tmp_path):
+    """As caches of hubs keep files: by their hashes, under links with their names."""
+    blob = tmp_path / "blobs" / "0a1b"
+    write_parquet(blob, [encoded(i) for i in pictures(4)], range(4))
+    link = tmp_path / "snapshots" / "r" / "train-00000-of-00001.parquet"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("../../blobs/0a1b")
+    for address in (link, link.parent):
+        source = open_source(str(address))
+        assert (source.name, source.address) == (address.name, str(address))
+        assert np.array_equal(read(source, "train", [3])[0].pixels, pictures(4)[3])
+    assert open_source(str(blob)).count("train") == 4, "by what it is, where no name says it"
+    real = write_folder(tmp_path / "store" / "7f", pictures(4))
+    named = tmp_path / "birds"
+    named.symlink_to(real)
+    assert open_source(str(named)).name == "birds"
+
+
+def test_a_file_that_is_no_parquet_is_refused_with_a_cure(tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    with pytest.raises(SourceError, match=r"is a file, and no .parquet file; .*unpack it"):
+        open_source(str(tmp_path / "set.zip"))
+
+
+def cifar100(file):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [{"bytes": encoded(i), "path": None} for i in pictures(4)]
+    table = {
+        "img": pa.array(cells, kind),
+        "fine_label": [90, 1, 2, 3],
+        "coarse_label": [9, 0, 0, 0],
+    }
+    pq.write_table(pa.table(table), file)
+    return str(file)
+
+
+def test_columns_of_other_names_are_refused_with_those_that_there_are_and_can_be_chosen(tmp_path):
+    file = cifar100(tmp_path / "c.parquet")
+    with pytest.raises(SourceError, match=r"'fine_label': 'int64', 'coarse_label'.*--label-column"):
+        open_source(file)
+    fine, coarse = (open_source(file, label_column=f"{k}_label") for k in ("fine", "coarse"))
+    assert [i.label for i in read(fine, "train")] == [90, 1, 2, 3] == fine.labels("train").tolist()
+    assert read(coarse, "train")[0].label == 9
+    without = open_source(file, labels="ignore")
+    assert [i.label for i in read(without, "train")] == [-1] * 4
+    assert len({s.fingerprint for s in (fine, coarse, without)}) == 3
+    again = open_source(fine.address, **dict(fine.options))
+    assert again.fingerprint == fine.fingerprint
+    with pytest.raises(SourceError, match="it must have picture and fine_label"):
+        open_source(file, image_column="picture", label_column="fine_label")
+    with pytest.raises(SourceError, match="are of Parquet, and source .* is none; leave them out"):
+        open_source("sample", label_column="fine_label")
 
 
 @pytest.mark.parametrize(
@@ -206,9 +261,19 @@ def test_a_folder_with_train_and_test_gives_both(tmp_path):
     assert [item.label for item in read(source, "test")] == [1, 1, -1]  # no horse was trained on
 
 
-def test_a_folder_without_class_folders_is_refused_with_a_cure(tmp_path):
-    (tmp_path / "a.png").write_bytes(encoded(pictures(1)[0]))
-    with pytest.raises(SourceError, match=r"no images in class folders; put them in .*/CLASS/NAME"):
+def test_a_folder_without_class_folders_gives_images_without_labels(tmp_path):
+    for number, image in enumerate(pictures(3)):
+        (tmp_path / f"{number}.png").write_bytes(encoded(image))
+    items = read(open_source(str(tmp_path)), "train")
+    assert [item.label for item in items] == [-1] * 3
+    assert all(np.array_equal(i.pixels, p) for i, p in zip(items, pictures(3), strict=True))
+
+
+def test_a_folder_without_images_is_refused_with_a_cure(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.heic").write_bytes(b"x")
+    message = r"no images in class folders; put them in .*/CLASS/NAME; passed over 1 .heic file"
+    with pytest.raises(SourceError, match=message):
         open_source(str(tmp_path))
 
 
@@ -376,6 +441,34 @@ def test_torchvisions_folder_is_read_where_it_lies(small_cifar):
             assert np.array_equal(item.pixels, image) and item.label == item.id % 4
         assert np.array_equal(read(source, "test", [3])[0].pixels, images[23])
         assert source.name == "cifar10" and source.address == str(folder)
+
+
+def test_the_folder_itself_and_an_archive_of_it_are_cifar_too(small_cifar, tmp_path):
+    folder, images = small_cifar
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as opened:
+        opened.add(folder / CIFAR10_FOLDER, CIFAR10_FOLDER)
+    for path in (folder / CIFAR10_FOLDER, archive):
+        source = open_source(str(path))
+        assert (source.count("train"), source.count("test")) == (20, 4)
+        assert source.address == str(path) and source.fingerprint == "cifar-10-python"
+        for item, image in zip(read(source, "train"), images[:20], strict=True):
+            assert np.array_equal(item.pixels, image)
+        assert np.array_equal(read(open_source(source.address), "test", [3])[0].pixels, images[23])
+    renamed = (folder / CIFAR10_FOLDER).rename(tmp_path / "batches")
+    assert open_source(str(renamed)).count("train") == 20
+
+
+def test_an_archive_of_something_else_and_half_an_archive_are_refused(small_cifar, tmp_path):
+    folder, _ = small_cifar
+    archive = tmp_path / "a.tar.gz"
+    with tarfile.open(archive, "w:gz") as opened:
+        opened.add(folder / CIFAR10_FOLDER / "meta", "cats/meta")
+    with pytest.raises(SourceError, match=f"no archive of {CIFAR10_FOLDER}; unpack it"):
+        open_source(str(archive))
+    archive.write_bytes(archive.read_bytes()[:-20])
+    with pytest.raises(SourceError, match=r"is not whole .*fetch it again|unpack it"):
+        open_source(str(archive))
 
 
 def test_a_damaged_torchvision_folder_is_refused_with_a_cure(small_cifar):

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_sources import encoded, pictures, write_folder, write_parquet
 
@@ -17,7 +18,16 @@ from mambaflow.data import staging
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.data.shards import MANIFEST, ShardError, shard_name
 from mambaflow.data.sources import SourceError, open_source
-from mambaflow.data.staging import CLAIM, StageConfig, in_process, make, plan, stage, stage_once
+from mambaflow.data.staging import (
+    CLAIM,
+    StageConfig,
+    in_process,
+    make,
+    opened,
+    plan,
+    stage,
+    stage_once,
+)
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.storage import StorageError, at
 
@@ -94,10 +104,29 @@ def test_equal_stagings_give_equal_bytes_in_any_order(source, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
-def test_a_limit_keeps_the_first_training_images_and_all_others(source, tmp_path):
+def test_a_limit_draws_from_all_training_images_and_keeps_what_a_smaller_one_does(source, tmp_path):
+    kept = {}
+    for limit in (6, 13, 26, 52, 99):
+        config = config_of(source, tmp_path / str(limit), limit=limit)
+        parts = plan(config, open_source(config.source))
+        kept[limit] = parts[0].places.tolist()
+        assert len(parts[0].places) == min(limit, 52) and len(parts[1].places) == 8
+    assert set(kept[6]) < set(kept[13]) < set(kept[26]) < set(kept[52])
+    assert (
+        kept[52]
+        == kept[99]
+        == plan(config_of(source, "x"), open_source(str(source)))[0].places.tolist()
+    )
+    assert kept[13] == sorted(kept[13]) and max(kept[6]) > TRAIN // 2
     assert staged(config_of(source, tmp_path / "out", limit=13))["train"] == 13
-    whole = plan(config_of(source, tmp_path / "whole"), open_source(str(source)))[0].places
-    assert everything(tmp_path / "out", "train").ids.tolist() == whole[:13].tolist()
+    assert everything(tmp_path / "out", "train").ids.tolist() == kept[13]
+
+
+def test_a_limit_of_a_tree_of_classes_has_images_of_all_classes(tmp_path):
+    folder = write_folder(tmp_path / "set", pictures(80, SIZE), ("a", "b", "c", "d"))
+    staged(config_of(folder, tmp_path / "out", validation=4, limit=20))
+    labels = everything(tmp_path / "out", "train").labels.tolist()
+    assert all(labels.count(c) >= 2 for c in range(4))
 
 
 @pytest.mark.s3
@@ -470,6 +499,67 @@ def test_a_label_beyond_the_format_is_refused_by_name(source, tmp_path):
         staged(config_of(source, tmp_path / "out"))
 
 
+def test_more_classes_than_the_format_has_are_refused_before_anything_is_written(tmp_path):
+    classes = [f"c{n:03d}" for n in range(200)]
+    folder = write_folder(tmp_path / "set", pictures(400, SIZE), classes)
+    message = r"has label \d+; labels must be in \[-1, 127\].*leave them out by --labels ignore"
+    with pytest.raises(SourceError, match=message):
+        staged(config_of(folder, tmp_path / "out"))
+    assert at(tmp_path / "out").list() == []
+    config = config_of(folder, tmp_path / "out", labels="ignore")
+    without = opened(config)
+    assert stage(config, without, in_process(without))["train"] == 400 - 16
+    assert set(everything(tmp_path / "out", "train").labels.tolist()) == {-1}
+
+
+def test_a_label_beyond_the_format_is_refused_before_anything_is_written(source, tmp_path):
+    images = [encoded(i) for i in pictures(TRAIN, SIZE)]
+    write_parquet(source / "train.parquet", images, [*range(TRAIN - 1), 128])
+    with pytest.raises(SourceError, match="row 59 has label 128"):
+        staged(config_of(source, tmp_path / "out"))
+    assert at(tmp_path / "out").list() == []
+
+
+def test_workers_read_the_columns_that_were_chosen(source, tmp_path):
+    for name in ("train", "test"):
+        table = pq.read_table(source / f"{name}.parquet").rename_columns(["picture", "fine_label"])
+        pq.write_table(table, source / f"{name}.parquet")
+    config = config_of(source, tmp_path / "out", image_column="picture", label_column="fine_label")
+    stage(config, opened(config), lambda tasks: [make(task) for task in tasks])
+    rows = everything(tmp_path / "out", "test")
+    assert rows.labels.tolist() == (rows.ids % 10).tolist()
+    other = config_of(source, tmp_path / "out", image_column="picture", labels="ignore")
+    with pytest.raises(ValueError, match="holds another staging of train .images:"):
+        stage(other, opened(other), in_process(opened(other)))
+
+
+def test_a_picture_in_two_splits_is_counted_and_named_however_it_was_saved(tmp_path, caplog):
+    images = pictures(30, SIZE)
+    folder = tmp_path / "set"
+    write_folder(folder / "train", images)
+    write_folder(folder / "test", pictures(4, SIZE, seed=1))
+    (folder / "test/cat/copy.bmp").write_bytes(encoded(images[7], "BMP"))
+    (folder / "train/bird/copy.png").write_bytes(encoded(images[0]))  # of one split: no leak
+    done = staged(config_of(folder, tmp_path / "out", validation=3))
+    assert done["in two splits"] >= 1
+    assert f"{folder}/test/cat/copy.bmp = {folder}/train/cat/007.png" in caplog.text
+    again = staged(config_of(folder, tmp_path / "out", validation=3))
+    assert again["in two splits"] == done["in two splits"] and again["reused"] == again["shards"]
+
+
+def test_a_validation_split_of_the_source_is_staged_whole_under_its_own_ids(tmp_path):
+    folder = tmp_path / "set"
+    write_folder(folder / "train", pictures(20, SIZE))
+    write_folder(folder / "val", pictures(6, SIZE, seed=1))
+    write_folder(folder / "test", pictures(4, SIZE, seed=2))
+    done = staged(config_of(folder, tmp_path / "out", validation=3))
+    assert (done["train"], done["validation"], done["test"]) == (20, 6, 4)
+    held = everything(tmp_path / "out", "validation")
+    assert held.ids.tolist() == list(range(6))
+    want = {p.tobytes() for p in pictures(6, SIZE, seed=1)}
+    assert {image.tobytes() for image in held.images} == want
+
+
 # Workers anywhere
 
 
@@ -539,6 +629,21 @@ def test_the_job_says_what_it_did(source, tmp_path, capsys):
     assert job.main(flags) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"staged {source} to {tmp_path}/out: {{'train': 52, 'validation': 8")
+
+
+def test_the_job_says_what_it_found_before_it_stages(tmp_path, capsys):
+    folder = write_folder(tmp_path / "set", pictures(20, SIZE))
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "0-checkpoint.png").write_bytes(encoded(pictures(1)[0]))
+    (folder / "cat" / "notes.txt").write_bytes(b"x")
+    flags = f"--source {folder} --out {tmp_path}/out --size 9 --validation 3 --no-ray".split()
+    assert job.main(flags) == 2  # of another size: nothing is written, and yet all is said
+    said = capsys.readouterr().err
+    for line in (
+        "found train 20 images, no validation, no test; validation and test will be cut out of",
+        "2 classes: bird, cat", "passed over 1 hidden or left behind", "passed over 1 .txt file(s)",
+    ):  # fmt: skip
+        assert line in said and said.index(line) < said.index("error:")
 
 
 def exit_code(flags):

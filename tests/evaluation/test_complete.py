@@ -22,6 +22,7 @@ from mambaflow.evaluation import complete as complete_module
 from mambaflow.evaluation import final_report as report_module
 from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
 from mambaflow.evaluation.baselines import FILLS
+from mambaflow.evaluation.cells import order
 from mambaflow.evaluation.complete import EvalSet, complete, fill, score
 from mambaflow.evaluation.final_report import MEAN, QUICK_FILLS, SAMPLE, final_report, validate
 from mambaflow.evaluation.metrics import PERFECT_DB, VALIDATED, Scores
@@ -128,8 +129,22 @@ def test_the_same_images_and_masks_are_held_out_each_time(data, eval_set):
     fewer = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, 5)
     more = EvalSet.read(ShardSet(str(data), "test"), LAYOUT, 10**6)
     assert again.mask_hash == eval_set.mask_hash == more.mask_hash != fewer.mask_hash
-    assert torch.equal(fewer.known, eval_set.known[:5]) and len(more) == TEST
+    assert len(more) == TEST and torch.equal(more.ids, eval_set.ids)
+    of_them = torch.tensor([eval_set.ids.tolist().index(i) for i in fewer.ids.tolist()])
+    assert torch.equal(fewer.known, eval_set.known[of_them])
+    assert torch.equal(fewer.images, eval_set.images[of_them])
     assert (eval_set.is_known.sum((1, 2)) == LAYOUT.known).all()
+
+
+def test_a_part_of_the_images_is_drawn_from_all_and_begins_with_a_smaller_part(data, eval_set):
+    split = ShardSet(str(data), "test")
+    drawn = [EvalSet.read(split, LAYOUT, count).ids.tolist() for count in (3, 6, TEST - 1)]
+    assert drawn[0] == drawn[1][:3] and drawn[1] == drawn[2][:6]
+    assert len(set(drawn[2])) == TEST - 1 and drawn[1] != sorted(drawn[1])
+    assert max(drawn[1]) >= TEST // 2, "not the first of them"
+    assert drawn[2] == order(TEST)[: TEST - 1].tolist(), "as an evaluation takes them"
+    assert eval_set.some(6).ids.tolist() == drawn[1]
+    assert eval_set.some(TEST).ids.tolist() == eval_set.ids.tolist()
 
 
 def test_masks_of_validation_are_another_stream_than_those_of_the_test(data, eval_set):
@@ -266,7 +281,7 @@ def test_validation_draws_no_more_samples_than_its_limit_and_the_mean_is_of_all(
     everything, _ = validate(model, eval_set, small.FIT)
     monkeypatch.setattr(report_module, "SAMPLED_IMAGES", 3)
     first, _ = validate(model, eval_set, small.FIT)
-    of_three, _ = validate(model, eval_set[:3], small.FIT)
+    of_three, _ = validate(model, eval_set.some(3), small.FIT)
     for name, value in first.items():
         of_mean = name.removeprefix("val/") in VALIDATED
         assert value == (everything if of_mean else of_three)[name], name

@@ -2,18 +2,22 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
 from processes import wait_for
 
-from jobs.evaluate import BAD_INPUT, ROWS_FAILED, STOPPED, main
+from jobs.evaluate import BAD_INPUT, ROWS_FAILED, STOPPED, main, staged
 from jobs.train import main as train
+from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation import answers
+from mambaflow.evaluation.cells import EvaluateConfig
 from mambaflow.evaluation.rows import Results
 from mambaflow.storage import at
 
@@ -144,6 +148,18 @@ def test_a_source_is_staged_beside_the_results(run, tmp_path, capsys):
     assert "4 of 16 images, 3 cells:" in capsys.readouterr().out
     assert (out / "data/test/manifest.json").is_file()
     assert main(flags(images, run, out)) == 0, "staged once, found again"
+
+
+def test_a_source_of_more_classes_than_shards_have_labels_is_evaluated(tmp_path):
+    images = small.images(tmp_path / "images") / "train"
+    for number, file in enumerate(sorted(images.glob("any/*.png"))):
+        (images / f"c{number:03d}").mkdir()
+        file.rename(images / f"c{number:03d}" / file.name)
+    for number in range(48, 140):
+        (images / f"c{number:03d}").mkdir()
+        shutil.copy(images / "c000/000.png", images / f"c{number:03d}/{number}.png")
+    asked = EvaluateConfig(data=f"{tmp_path}/images", out=f"{tmp_path}/out", samplers=())
+    assert set(ShardSet(staged(asked), "test").rows(np.arange(16)).labels.tolist()) == {-1}
 
 
 def test_sigterm_ends_with_143_and_the_same_command_goes_on(shards, run, tmp_path):

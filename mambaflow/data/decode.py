@@ -1,0 +1,349 @@
+"""What an encoded picture means: 8-bit sRGB, upright and opaque; or why it means nothing certain.
+
+The same content gives the same pixels, whatever it was saved as without loss. In the file:
+
+    orientation 1 to 8            turned upright (of EXIF, XMP or TIFF); another number: is upright
+    1 to 8 bits of grey, palettes what they show; TIFF may say that 0 is white
+    16 bits, grey or colours      the high byte, which is what Pillow gives of colours
+    12 bits (TIFF)                the highest 8
+    integers of 32 bits (TIFF)    16 bits if the largest is in (255, 65535]; else refused, since
+                                  nothing says what is white
+    floats, numbers with a sign   refused for the same reason
+    transparency of any kind      laid on white, as on a page; opaque: dropped
+    transparent everywhere        refused: an alpha channel that was never filled
+    CMYK, YCCK                    by its profile, else R = (1 - C)(1 - K) and its like
+    JPEG of four inks, no marker  refused: Adobe's marker says which way up the inks are
+    YCbCr, HSV, Lab               sRGB, as Pillow converts them
+    a colour profile              converted to sRGB; if no colour moves by more than 2 of 255, it
+                                  is sRGB, and nothing is done
+    a broken profile, or one of   refused
+      other channels; broken EXIF
+    PNG without a profile         gAMA is applied; cHRM or cICP other than sRGB's: refused
+    Adobe RGB by EXIF alone       refused
+    several frames or pages       refused: which is meant is not said; of MPO the first, to which
+                                  cameras append copies and depths
+    cut off, wrong checksums,     refused
+      over 89 million pixels
+"""
+
+import hashlib
+import io
+import struct
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from mambaflow.checks import require
+
+Pixels = UInt8[np.ndarray, "h w 3"]
+Grey = UInt8[np.ndarray, "h w"]
+# Pillow's own bound, above which it only warns.
+MOST_PIXELS = 89_478_485
+SAME_COLOUR = 2
+"""Of 255: the colours of two profiles that are one in all but rounding and makers' tables."""
+ALPHA = ("RGBA", "RGBa", "LA", "La", "PA", "P")
+SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, red, green, blue
+SRGB_GAMMA, SAME_GAMMA, SAME_PRIMARY = 1 / 2.2, 0.01, 0.01
+SRGB_CICP = (1, 13, 0, 1)  # ITU-T H.273: BT.709 primaries, sRGB's curve, RGB, full range
+# Names of TIFF and EXIF tags.
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT, INTEROPERABILITY = 258, 262, 274, 339, 0xA005
+SIGNED = 2  # of SAMPLE_FORMAT
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes) -> Pixels:
+    """The picture in some bytes.
+
+    Raises:
+        Exception: whatever a decoder trips over; ValueError with a cure for what it means nothing.
+    """
+    _verify(data)
+    with Image.open(io.BytesIO(data)) as image:
+        _require_one_picture(image)
+        image.load()  # raises where data are cut off
+        _require_stated_inks(image)
+        alpha = _alpha(image, data)
+        # Asked of the file's own image: what is made of it has no EXIF.
+        turn = TURNS.get(_exif(image).get(ORIENTATION, 1))
+        pixels = np.asarray(_in_srgb(image, _channels(image, data), data).convert("RGB"))
+    laid = pixels if alpha is None else _on_white(pixels, alpha)
+    return laid if turn is None else np.asarray(Image.fromarray(laid).transpose(turn))
+
+
+def _verify(data: bytes) -> None:
+    # PNG has checksums, which decoding alone does not look at. `verify` leaves an image that cannot
+    # be read any more.
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "PNG":
+                image.verify()
+    except UnidentifiedImageError as error:
+        raise ValueError(_unknown(data)) from error
+
+
+def _unknown(data: bytes) -> str:
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS stands in the picture's place; fetch it by git lfs pull"
+    return f"no picture that can be read: {len(data)} bytes that begin with {data[:12]!r}"
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    try:
+        return image.getexif()
+    except Exception as error:  # Pillow has no one error for it
+        raise ValueError(f"its EXIF is broken ({error}); save it without") from error
+
+
+def _require_one_picture(image: Image.Image) -> None:
+    width, height = image.size
+    require(
+        width * height <= MOST_PIXELS,
+        f"{width} x {height} pixels must be at most {MOST_PIXELS} in all; crop or reduce it",
+    )
+    frames = getattr(image, "n_frames", 1)
+    # Cameras append a small copy or a map of depths to the photograph, which is the first.
+    require(
+        frames == 1 or image.format == "MPO",
+        f"holds {frames} frames, and nothing says which is meant; save that one as PNG",
+    )
+
+
+def _require_stated_inks(image: Image.Image) -> None:
+    require(
+        image.mode != "CMYK" or image.format not in ("JPEG", "MPO") or "adobe" in image.info,
+        "a JPEG of four inks without Adobe's marker does not say which way up they are; save it as "
+        "RGB",
+    )
+
+
+# Channels of 8 bits
+
+
+def _channels(image: Image.Image, data: bytes) -> Image.Image:
+    """L, RGB, CMYK or LAB, without alpha."""
+    require(
+        # Pillow looks at it where there are more than 8 bits.
+        image.mode == "I" or _tag(image, SAMPLE_FORMAT) != SIGNED,
+        "numbers with a sign, of which nothing says what is white; save it without",
+    )
+    if image.mode.startswith("I"):
+        return Image.fromarray(_high_byte(_deep_grey(image), _depth(image)))
+    if image.mode in ("La", "RGBa"):  # premultiplied: Pillow goes back by one mode alone
+        image = image.convert(image.mode[:-1] + "A")
+    kinds = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK", "LAB": "LAB"}
+    kinds |= dict.fromkeys(("RGB", "RGBX", "RGBA", "P", "PA", "YCbCr", "HSV"), "RGB")
+    require(
+        image.mode in kinds,
+        f"pixels of mode {image.mode}, of which nothing says what is white; save it with 8 bits a "
+        "channel",
+    )
+    wanted = kinds[image.mode]
+    # Palettes by way of RGBA, which takes each colour as it is, whatever is transparent.
+    return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else (
+        image if image.mode == wanted else image.convert(wanted)
+    )  # fmt: skip
+
+
+def _deep_grey(image: Image.Image) -> Integer[np.ndarray, "h w"]:
+    """Grey of more than 8 bits, 0 for black."""
+    values = np.asarray(image).astype(np.int64)
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # which state that 65535 is white
+        _require_16_bits(image, values)
+    # Pillow turns 8 bits round where TIFF says that 0 is white, and leaves 16 as they are.
+    negative = image.format == "TIFF" and _tag(image, PHOTOMETRIC) == 0
+    return 2 ** _depth(image) - 1 - values if negative else values
+
+
+def _require_16_bits(image: Image.Image, values: Integer[np.ndarray, "h w"]) -> None:
+    low, high = int(values.min()), int(values.max())
+    # Nothing but black is black by any reading.
+    known = low == high == 0 or (low >= 0 and 255 < high < 2**16 and _tag(image, BITS) != 16)
+    require(
+        known,
+        f"integers in [{low}, {high}] of which nothing says what is white; save it with 8 bits, "
+        "or with 16 without a sign",
+    )
+
+
+def _depth(image: Image.Image) -> int:
+    # Pillow leaves 12 bits of TIFF as they are, and brings all others to 16.
+    return 12 if _tag(image, BITS) == 12 else 16
+
+
+def _tag(image: Image.Image, number: int) -> int | None:
+    """The number under a tag of TIFF; None in other formats."""
+    value = getattr(image, "tag_v2", {}).get(number)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _high_byte(values: Integer[np.ndarray, "h w"], depth: int) -> Grey:
+    # Of 8 bits that were spread over 16, by times 257 or by times 256, it is what they were.
+    return (values >> (depth - 8)).astype(np.uint8)
+
+
+# Transparency
+
+
+def _alpha(image: Image.Image, data: bytes) -> Grey | None:
+    """How opaque each pixel is; None where all are."""
+    if image.mode in ALPHA:
+        whole = image.convert("LA") if image.mode == "La" else image
+        alpha = np.asarray(whole.convert("RGBA").getchannel("A"))
+    elif image.format == "PNG" and "transparency" in image.info:
+        alpha = _but_one_colour(image, data)
+    else:
+        return None
+    require(
+        bool(alpha.max() > 0),
+        "is transparent everywhere, as where an alpha channel was never filled; save it without",
+    )
+    return None if alpha.min() == 255 else alpha
+
+
+def _but_one_colour(image: Image.Image, data: bytes) -> Grey:
+    """PNG's tRNS: of one colour, written in the file's own depth, which Pillow leaves as it is."""
+    depth, key = data[24], image.info["transparency"]
+    require(
+        depth < 16 or image.mode != "RGB",
+        "a transparent colour of 16 bits cannot be told from its neighbours, of which 8 bits are "
+        "read; save it with 8 bits, or with an alpha channel",
+    )
+    # 2 and 4 bits come spread over 8; of 1 bit Pillow spreads the colour too.
+    spread = 255 // (2**depth - 1) if image.mode == "L" else 1
+    values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    same = values == np.array(key) * spread
+    return np.where(same.all(-1) if same.ndim == 3 else same, 0, 255).astype(np.uint8)
+
+
+def _on_white(pixels: Pixels, alpha: Grey) -> Pixels:
+    cover = alpha[..., None].astype(np.int64)
+    # In whole numbers, rounded to the nearest: the same bytes on every machine.
+    return ((pixels * cover + 255 * (255 - cover) + 127) // 255).astype(np.uint8)
+
+
+# Colours
+
+
+def _in_srgb(image: Image.Image, channels: Image.Image, data: bytes) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if profile:
+        return _by_profile(channels, profile)
+    _require_no_adobe_rgb(image)
+    return _by_png(image, channels, data) if image.format == "PNG" else channels
+
+
+def _by_profile(channels: Image.Image, profile: bytes) -> Image.Image:
+    space = _space(profile)
+    if space == "RGB" and channels.mode == "L":
+        channels = channels.convert("RGB")
+    modes = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+    require(
+        modes.get(space) == channels.mode,
+        f"a picture in {channels.mode} with a colour profile for {space}; save it with its own "
+        "profile, or with none",
+    )
+    transform = _to_srgb(profile, channels.mode)
+    return channels if transform is None else _applied(transform, channels)
+
+
+def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
+    moved = ImageCms.applyTransform(image, transform)
+    assert moved is not None  # which it is in place alone
+    return moved
+
+
+def _space(profile: bytes) -> str:
+    try:
+        return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(_broken(profile)) from error
+
+
+def _broken(profile: bytes) -> str:
+    name = hashlib.sha256(profile).hexdigest()[:8]
+    return f"its colour profile ({len(profile)} bytes, {name}) is broken; save it as sRGB"
+
+
+# Data sets have a few profiles, and a transform takes longer to make than to apply.
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile's colours to sRGB; None where they are that."""
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode,
+            "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )  # fmt: skip
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(_broken(profile)) from error
+    if mode not in ("L", "RGB"):
+        return transform
+    probe = _probe(mode)
+    moved = np.asarray(_applied(transform, probe)).astype(int)
+    off = np.abs(moved - np.asarray(probe.convert("RGB")).astype(int)).max()
+    return None if off <= SAME_COLOUR else transform
+
+
+def _probe(mode: str) -> Image.Image:
+    """All greys, or colours on a grid."""
+    if mode == "L":
+        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    steps = np.append(np.arange(0, 255, 15), 255).astype(np.uint8)
+    return Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 18, 3))
+
+
+def _require_no_adobe_rgb(image: Image.Image) -> None:
+    # What a camera writes that was set to Adobe RGB and embeds no profile (DCF 2.0, "R03").
+    stated = _exif(image).get_ifd(INTEROPERABILITY).get(1)
+    require(
+        stated != "R03", "EXIF says Adobe RGB, and there is no profile to convert it by; save it "
+        "as sRGB",
+    )  # fmt: skip
+
+
+def _by_png(image: Image.Image, channels: Image.Image, data: bytes) -> Image.Image:
+    """PNG's own words on colour; of several the first in the order of the standard counts."""
+    cicp = dict(_chunks(data)).get(b"cICP")
+    require(
+        cicp is None or tuple(cicp) == SRGB_CICP,
+        f"cICP {tuple(cicp or b'')} is not sRGB's {SRGB_CICP}; save it as sRGB",
+    )
+    if cicp is not None or "srgb" in image.info:
+        return channels
+    primaries = image.info.get("chromaticity", SRGB_PRIMARIES)
+    require(
+        bool(np.abs(np.subtract(primaries, SRGB_PRIMARIES)).max() <= SAME_PRIMARY),
+        f"cHRM {primaries} is not sRGB's, and there is no profile; save it as sRGB",
+    )
+    return _by_gamma(channels, image.info.get("gamma", SRGB_GAMMA))
+
+
+def _by_gamma(channels: Image.Image, gamma: float) -> Image.Image:
+    require(gamma > 0, f"gAMA (={gamma}) must be positive; save it as sRGB")
+    if abs(gamma - SRGB_GAMMA) <= SAME_GAMMA:
+        return channels
+    light = np.linspace(0, 1, 256) ** (1 / gamma)
+    # IEC 61966-2-1.
+    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return channels.point(np.round(255 * srgb).astype(int).tolist() * len(channels.getbands()))
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and contents of a PNG's chunks, up to its pixels."""
+    place = 8
+    while place + 8 <= len(data):
+        length, name = struct.unpack(">I4s", data[place : place + 8])
+        if name == b"IDAT":
+            return
+        yield name, data[place + 8 : place + 8 + length]
+        place += 12 + length

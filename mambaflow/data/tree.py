@@ -1,0 +1,357 @@
+"""What of a folder is data: its splits, classes and pictures; and what is passed over, and why.
+
+The rules, of which none looks at what is in a file:
+
+- Hidden names, and those that systems and programs leave behind (`LEFT_BEHIND`), are no data.
+- A picture is a file with an ending of a format that Pillow unpacks. Other files are passed over.
+- A split is a folder called train or training, val, valid or validation, test or testing, in any
+  case, with a year or without. Folders such as trainA and testA are nearly that, and refused.
+- Without splits the folder itself is training.
+- Inside a split: CLASS/NAME, else CLASS/images/NAME; where no folder has pictures: NAME, without
+  classes. What lies deeper is passed over, unless a class would vanish with it: that is refused.
+- Parquet is data before pictures are: of the folder, else of data/, else of its one folder that has
+  some. A file's split is the word that its name begins with, or its folder.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+LEFT_BEHIND = {
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "lost+found", "@eadir",
+    "system volume information", "__pycache__", "icon\r",
+}  # fmt: skip
+# Drawings, films and tables: Pillow knows their endings, and has no pixels of them by itself.
+NO_PIXELS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+PARQUET = {".parquet", ".pq"}
+DEEPER = "images"
+"""Where some releases keep a class's pictures: CLASS/images/NAME."""
+NAMED = 12
+"""Classes that are told by name."""
+
+
+class SourceError(ValueError):
+    """Images that cannot be had or used; the message says what to do instead."""
+
+
+@cache
+def picture_endings() -> frozenset[str]:
+    """Of file names, in small letters."""
+    known = Image.registered_extensions()  # loads every format; before that OPEN lacks most
+    return frozenset(e for e, kind in known.items() if kind in Image.OPEN and kind not in NO_PIXELS)
+
+
+@dataclass
+class PassedOver:
+    """What is no data, by kind and reason."""
+
+    # Paths as keys: a folder that is listed twice is counted once.
+    kinds: dict[tuple[str, str], dict[str, None]] = field(default_factory=dict)
+
+    def add(self, kind: str, why: str, *paths: Path) -> None:
+        """Some more."""
+        if paths:
+            self.kinds.setdefault((kind, why), {}).update(dict.fromkeys(map(str, paths)))
+
+    def lines(self) -> list[str]:
+        """A line for each kind: how many, why, and one of them."""
+        return [
+            f"passed over {len(paths)} {kind}: {why}, such as {next(iter(paths))}"
+            for (kind, why), paths in sorted(self.kinds.items())
+        ]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source was found to hold."""
+
+    images: dict[str, int]
+    """In each split that it has."""
+    classes: tuple[str, ...] = ()
+    passed: PassedOver = field(default_factory=PassedOver)
+
+    def lines(self) -> list[str]:
+        """For a person, before anything is done with it."""
+        held = [
+            f"{split} {self.images[split]} images" if self.images.get(split) else f"no {split}"
+            for split in SPLITS
+        ]
+        named = ", ".join(self.classes[:NAMED]) + ", …" * (len(self.classes) > NAMED)
+        of = f"{len(self.classes)} classes: {named}" if self.classes else "no classes by name"
+        cut = [s for s in ("validation", "test") if not self.images.get(s)]
+        after = f"; {' and '.join(cut)} will be cut out of train" if cut else ""
+        return [f"found {', '.join(held)}{after}; {of}", *self.passed.lines()]
+
+
+@dataclass
+class Tree:
+    """The files of each split, in the order that gives images their ids."""
+
+    files: dict[str, list[Path]]
+    passed: PassedOver
+    split_folders: dict[str, Path] = field(default_factory=dict)
+
+    def class_of(self, split: str, file: Path) -> str | None:
+        """The folder, directly in its split, that a picture is in; None: in none."""
+        inner = file.relative_to(self.split_folders[split]).parts
+        return inner[0] if len(inner) > 1 else None
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder of exactly this name is."""
+    word = re.sub(r"\d{4}$", "", name.lower())  # as in train2017
+    return next((split for split, words in SPLITS.items() if word in words), None)
+
+
+def _nearly(name: str) -> str | None:
+    """The split that is a word of a name such as trainA or seg_test, and not the whole of it."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    return next((s for w in words if (s := split_of(w))), None) if not split_of(name) else None
+
+
+# Listing
+
+
+@dataclass
+class _Listing:
+    folders: list[Path]
+    files: list[Path]
+
+    @property
+    def pictures(self) -> list[Path]:
+        return [f for f in self.files if f.suffix.lower() in picture_endings()]
+
+    @property
+    def others(self) -> list[Path]:
+        return [f for f in self.files if f.suffix.lower() not in picture_endings()]
+
+
+def _no_data(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LEFT_BEHIND
+
+
+def _listed(folder: Path, passed: PassedOver) -> _Listing:
+    """What is in a folder, in the order of names: a file system lists in any."""
+    folders, files = [], []
+    for path in sorted(folder / name for name in os.listdir(folder)):
+        if _no_data(path.name):
+            passed.add("hidden or left behind", "a system or a program made it", path)
+        elif path.is_dir():
+            folders.append(path)
+        else:
+            files.append(path)
+    return _Listing(folders, files)
+
+
+def _pass_kinds(files: Iterable[Path], passed: PassedOver) -> None:
+    for file in files:
+        kind = f"{file.suffix.lower()} file(s)" if file.suffix else "file(s) without an ending"
+        passed.add(kind, "no pictures that can be read", file)
+
+
+def _require_there(files: Iterable[Path]) -> None:
+    gone = [f for f in files if not f.exists()]
+    if gone:
+        raise SourceError(
+            f"{gone[0]} is a link to what is not there ({len(gone)} such); fetch it, or remove it"
+        )
+
+
+def _deep(folder: Path, passed: PassedOver, above: frozenset[str] = frozenset()) -> list[Path]:
+    """The pictures anywhere in a folder; other files are passed over."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it is in
+        return []
+    listing = _listed(folder, passed)
+    _pass_kinds(listing.others, passed)
+    inner = [p for f in listing.folders for p in _deep(f, passed, above | {real})]
+    return listing.pictures + inner
+
+
+# Pictures
+
+
+def pictures(root: Path) -> Tree:
+    """The pictures of a folder by split and class.
+
+    Raises:
+        SourceError: there are none, or it is not clear what they are.
+    """
+    passed = PassedOver()
+    top = _listed(root, passed)
+    splits = _splits(root, top.folders)
+    if splits:
+        _pass_kinds(top.others, passed)
+        passed.add("picture(s)", "beside the splits", *top.pictures)
+        for folder in (f for f in top.folders if f not in splits.values()):
+            passed.add("picture(s)", "in folders that are no split", *_deep(folder, passed))
+    splits = splits or {"train": root}
+    files = {split: _of_split(folder, passed) for split, folder in splits.items()}
+    for found in files.values():
+        _require_there(found)
+    return Tree(files, passed, splits)
+
+
+def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
+    """The folders that are splits, if any is; refused where that is not clear."""
+    exact: dict[str, list[Path]] = defaultdict(list)
+    for folder in folders:
+        if split := split_of(folder.name):
+            exact[split].append(folder)
+    others = [f for f in folders if not split_of(f.name) and _deep(f, PassedOver())]
+    _refuse_nearly(root, exact, others)
+    for split, found in exact.items():
+        if len(found) > 1:
+            raise SourceError(f"{_names(found)} in {root} are all {split}; leave one of them there")
+    if len(exact) == 1 and others:
+        ((split, (only,)),) = exact.items()
+        raise SourceError(
+            f"{only} may be a split or a class, beside {_names(others)}; move the classes into "
+            f"{root / 'train'}, or move it away"
+        )
+    return {split: exact[split][0] for split in SPLITS if split in exact}
+
+
+def _refuse_nearly(root: Path, exact: dict[str, list[Path]], others: list[Path]) -> None:
+    near = {f: split for f in others if (split := _nearly(f.name))}
+    # One folder such as test_tube among other classes is a class.
+    if near and (exact or len({*near.values()}) > 1 or len(near) == len(others)):
+        raise SourceError(
+            f"{_names(near)} in {root} may be splits or classes; call them train, val and test "
+            f"with one folder for each class inside, or give one of them, as --source "
+            f"{next(iter(near))}"
+        )
+
+
+def _names(folders: Iterable[Path]) -> str:
+    names = [f"{f.name}/" for f in folders]
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+
+
+def _of_split(split: Path, passed: PassedOver) -> list[Path]:
+    here = _listed(split, passed)
+    found = [picture for folder in here.folders for picture in _of_class(folder, passed)]
+    _pass_kinds(here.others, passed)
+    if not found:
+        return here.pictures
+    passed.add("picture(s)", "beside class folders", *here.pictures)
+    # Over all at once, as Paths are compared: the order that ids have always come from.
+    return sorted(found)
+
+
+def _of_class(folder: Path, passed: PassedOver) -> list[Path]:
+    here = _listed(folder, passed)
+    _pass_kinds(here.others, passed)
+    taken, left = here.pictures, here.folders
+    if not taken and folder / DEEPER in left:
+        inner = _listed(folder / DEEPER, passed)
+        _pass_kinds(inner.others, passed)
+        taken, left = inner.pictures, [f for f in left if f.name != DEEPER] + inner.folders
+    deeper = [picture for f in left for picture in _deep(f, passed)]
+    if deeper and not taken:
+        raise SourceError(
+            f"{folder} holds pictures in folders of its own alone, such as {deeper[0]}; give the "
+            "folder whose folders are the classes, or move them up"
+        )
+    passed.add("picture(s)", "deeper than CLASS/NAME", *deeper)
+    if not taken:
+        passed.add("folder(s)", "without a picture that can be read", folder)
+    return taken
+
+
+# Parquet
+
+
+def parquet(root: Path) -> Tree | None:
+    """The Parquet files of a folder by split; None where it has none.
+
+    Raises:
+        SourceError: it is not clear which are meant, or some are not there.
+    """
+    passed = PassedOver()
+    top = _listed(root, passed)
+    named = [f for f in (root, *top.folders) if _parquet_splits(f, PassedOver())]
+    near = [f for f in named if f in (root, root / "data")][:1] or named
+    if len(near) > 1:
+        raise SourceError(
+            f"{root} holds several sets of Parquet files, {_names(near)}; give one of them, as "
+            f"--source {near[0]}"
+        )
+    if not near:
+        return None
+    files = _parquet_splits(near[0], passed)
+    for split, found in files.items():
+        _require_there(found)
+        _require_all_shards(split, found)
+    _pass_rest(top, near[0], files, passed)
+    return Tree(files, passed)
+
+
+def stray_parquet(root: Path) -> list[str]:
+    """Names of Parquet files directly in a folder, whatever their splits."""
+    return [f.name for f in _listed(root, PassedOver()).files if f.suffix.lower() in PARQUET]
+
+
+def _pass_rest(
+    top: _Listing, taken: Path, files: dict[str, list[Path]], passed: PassedOver
+) -> None:
+    parents = {f.parent for found in files.values() for f in found}
+    for folder in (f for f in top.folders if f != taken and f not in parents):
+        passed.add("picture(s)", "beside Parquet files", *_deep(folder, passed))
+    passed.add("picture(s)", "beside Parquet files", *top.pictures)
+    _pass_kinds([f for f in top.others if f.suffix.lower() not in PARQUET], passed)
+
+
+def _parquet_splits(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
+    """The files of each split: by their names, or in folders that are called so."""
+    here, found = _listed(folder, passed), defaultdict(list)
+    for file in (f for f in here.files if f.suffix.lower() in PARQUET):
+        split = split_of(re.split(r"[^a-z]", file.name.lower())[0])
+        if split:
+            found[split].append(file)
+        else:
+            passed.add("Parquet file(s)", "their names begin with no split", file)
+    for inner in here.folders:
+        split = split_of(inner.name)
+        files = _listed(inner, PassedOver()).files if split else []
+        found[split or ""] += [f for f in files if f.suffix.lower() in PARQUET]
+    return {s: _one_encoding(s, found[s], passed) for s in SPLITS if found[s]}
+
+
+def _one_encoding(split: str, files: list[Path], passed: PassedOver) -> list[Path]:
+    # One data set has one file for a split; other encodings of the same images stay out.
+    exact = [f for f in files if f.stem.lower() in SPLITS[split]]
+    rest = [f for f in files if f not in exact] if exact else []
+    passed.add("Parquet file(s)", f"beside {split} in one file", *rest)
+    return exact or files
+
+
+def _require_all_shards(split: str, files: list[Path]) -> None:
+    """Of shards called NAME-00000-of-00002 all must be there, and of one set alone."""
+    sets: dict[str, set[int]] = defaultdict(set)
+    for file in files:
+        if match := re.fullmatch(r".*?(\d+)-of-(\d+)", file.stem):
+            sets[match[2]].add(int(match[1]))
+    if len(sets) > 1:
+        raise SourceError(
+            f"{files[0].parent} holds {split} in shards of {', '.join(sorted(sets))}: the same "
+            "images twice; remove all shards but those of one set"
+        )
+    for total, there in sets.items():
+        missing = sorted(set(range(int(total))) - there)
+        if missing:
+            raise SourceError(
+                f"{files[0].parent} lacks shard {missing[0]:05d}-of-{total} of {split} "
+                f"({len(missing)} missing); fetch it"
+            )

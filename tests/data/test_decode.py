@@ -1,0 +1,448 @@
+"""Decoding: the same content gives the same pixels however it was saved, and no silent guess."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from mambaflow.data.decode import MOST_PIXELS, decode
+from mambaflow.data.sources import decoded, photograph
+
+ORIENTATION = 274
+COLOUR = photograph("coffee.png")[100:116, 100:124]  # 16 x 24, so that a turn shows
+GREY = COLOUR[..., 0]
+THREE = np.stack([GREY] * 3, -1)
+RNG = np.random.default_rng(0)
+
+
+def saved(image, kind="PNG", **settings):
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    sink = io.BytesIO()
+    image.save(sink, kind, **settings)
+    return sink.getvalue()
+
+
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(rows, depth, kind, *extra):
+    """A PNG by hand, of what Pillow does not write."""
+    height, width = len(rows), len(rows[0]) * 8 // depth // {0: 1, 2: 3, 4: 2, 6: 4}[kind]
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows))
+    chunks = [(b"IHDR", head), *extra, (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+def deep(values):
+    """Rows of a PNG of 16 bits."""
+    return [row.astype(">u2").tobytes() for row in values.reshape(len(values), -1)]
+
+
+def turned(image, orientation):
+    """What a camera that was held so would have stored of an upright scene."""
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+            6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    image = Image.fromarray(image)
+    way = undo.get(orientation)
+    return image.transpose(getattr(Image.Transpose, way)) if way else image
+
+
+def refusal(data):
+    item = decoded(0, 0, data, "t/cat/d.png")
+    assert item.pixels is None and item.fault.startswith("t/cat/d.png: "), "taken without a word"
+    return item.fault
+
+
+# Lossless ways of saving one picture
+
+
+WAYS = {
+    "png": {}, "interlaced png": {"kind": "PNG"}, "bmp": {"kind": "BMP"}, "tiff": {"kind": "TIFF"},
+    "tiff lzw": {"kind": "TIFF", "compression": "tiff_lzw"},
+    "webp": {"kind": "WEBP", "lossless": True, "exact": True}, "ppm": {"kind": "PPM"},
+    "tga": {"kind": "TGA"}, "jpeg2000": {"kind": "JPEG2000"}, "sgi": {"kind": "SGI"},
+    "pcx": {"kind": "PCX"}, "dds": {"kind": "DDS"}, "qoi": {"kind": "QOI"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_picture_is_the_same_in_every_lossless_format(way):
+    assert np.array_equal(decode(saved(COLOUR, **WAYS[way])), COLOUR)
+
+
+GREY_WAYS = {
+    "L": (GREY, {}),
+    "RGB": (THREE, {}),
+    "16 bits png": (GREY.astype(np.uint16) * 257, {}),
+    "16 bits png by 256": (GREY.astype(np.uint16) * 256, {}),
+    "16 bits tiff": (GREY.astype(np.uint16) * 257, {"kind": "TIFF"}),
+    "16 bits pgm": (GREY.astype(np.uint16) * 257, {"kind": "PPM"}),
+    "16 bits jpeg2000": (GREY.astype(np.uint16) * 257, {"kind": "JPEG2000"}),
+    "16 bits in 32": (GREY.astype(np.int32) * 257, {"kind": "TIFF"}),
+    "big endian tiff": (Image.fromarray((GREY.astype(np.uint16) * 257).astype(">u2")),
+                        {"kind": "TIFF"}),
+    "8 bits pgm": (GREY, {"kind": "PPM"}),
+    "8 bits gif": (GREY, {"kind": "GIF"}),
+    "palette": (Image.fromarray(GREY).convert("P"), {}),
+    "opaque LA": (Image.fromarray(GREY).convert("LA"), {}),
+    "opaque RGBA": (Image.fromarray(THREE).convert("RGBA"), {"kind": "WEBP", "lossless": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", GREY_WAYS)
+def test_grey_is_the_same_in_every_depth_and_mode(way):
+    image, settings = GREY_WAYS[way]
+    assert np.array_equal(decode(saved(image, **settings)), THREE)
+
+
+def test_sixteen_bits_of_grey_and_of_colour_are_read_alike():
+    values = RNG.integers(0, 2**16, (16, 24), np.uint16)
+    colour = np.stack([values] * 3, -1)
+    for depth_first in (png(deep(values), 16, 0), png(deep(colour), 16, 2)):
+        assert np.array_equal(decode(depth_first), colour >> 8)
+
+
+def tiff(values, bits, photometric, packed=None):
+    """A grey TIFF by hand."""
+    height, width = values.shape
+    data = values.tobytes() if packed is None else packed
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
+            (273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    return head + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
+def test_a_tiff_whose_zero_is_white_is_turned_round_in_16_bits_as_in_8():
+    assert np.array_equal(decode(tiff(255 - GREY, 8, 0)), THREE)
+    assert np.array_equal(decode(tiff(65535 - GREY.astype("<u2") * 257, 16, 0)), THREE)
+    assert np.array_equal(decode(tiff(GREY.astype("<u2") * 257, 16, 1)), THREE)
+
+
+def test_twelve_bits_are_scaled_by_their_own_depth():
+    values = GREY.ravel().astype(int) << 4 | GREY.ravel() >> 4  # 8 bits spread over 12
+    pairs = zip(values[::2], values[1::2], strict=True)
+    packed = b"".join(bytes((a >> 4, (a & 15) << 4 | b >> 8, b & 255)) for a, b in pairs)
+    assert np.array_equal(decode(tiff(GREY, 12, 1, packed)), THREE)
+
+
+@pytest.mark.parametrize("high", [200, 65536, 2**31 - 1])
+def test_32_bit_integers_without_a_known_white_are_refused(high):
+    values = np.full((4, 4), high, np.int32)
+    assert f"integers in [{high}, {high}]" in refusal(saved(values, "TIFF"))
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_floats_are_refused_since_nothing_says_what_is_white(scale):
+    values = (GREY / 255 * scale).astype(np.float32)
+    assert "mode F, of which nothing says what is white; save it with 8 bits" in refusal(
+        saved(values, "TIFF")
+    )
+
+
+def test_numbers_with_a_sign_are_refused_at_any_depth():
+    def stating(values, bits):  # SampleFormat is a tag of its own
+        data = bytearray(tiff(values, bits, 1))
+        place = data.index(
+            struct.pack("<HHI", 278, 3 + 1, 1)
+        )  # RowsPerStrip, which may be left out
+        data[place : place + 12] = struct.pack("<HHII", 339, 3, 1, 2)
+        return bytes(data)
+
+    for values, bits in ((GREY.astype(np.int8), 8), (GREY.astype("<i2"), 16)):
+        assert "nothing says what is white" in refusal(stating(values, bits))
+
+
+def test_what_is_no_picture_is_named_by_how_it_begins():
+    assert "0 bytes that begin with b''" in refusal(b"")
+    assert "begin with b'<html>404'" in refusal(b"<html>404")
+    assert "fetch it by git lfs pull" in refusal(b"version https://git-lfs.github.com/spec/v1\n")
+
+
+def test_one_bit_is_black_and_white():
+    bits = GREY > 100
+    for kind in ("PNG", "TIFF", "PPM", "BMP"):
+        assert np.array_equal(decode(saved(bits, kind)), np.stack([bits * np.uint8(255)] * 3, -1))
+
+
+# Which way up
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG", "MPO"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_orientation_says(kind, orientation):
+    stored = turned(COLOUR, orientation)
+    exif = stored.getexif()
+    exif[ORIENTATION] = orientation
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    off = decode(saved(stored, kind, exif=exif, **lossless.get(kind, {}))).astype(int) - COLOUR
+    assert np.abs(off).mean() < (8 if kind in ("JPEG", "MPO") else 1e-9)
+
+
+def test_an_orientation_in_xmp_alone_counts_too():
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><a tiff:Orientation="6"/></x:xmpmeta>')
+    assert np.array_equal(decode(saved(turned(COLOUR, 6), pnginfo=text)), COLOUR)
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_is_none_leaves_a_picture_as_it_is(orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    assert np.array_equal(decode(saved(COLOUR, exif=exif)), COLOUR)
+
+
+def test_broken_exif_is_refused():
+    assert "its EXIF is broken" in refusal(saved(COLOUR, exif=b"garbage-garbage"))
+
+
+# Transparency
+
+
+HALF = np.where(np.arange(24) < 12, 0, 255).astype(np.uint8)[None].repeat(16, 0)
+ON_WHITE = np.where(HALF[..., None] == 0, 255, COLOUR).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "TGA"])
+def test_what_is_transparent_shows_white_and_not_what_lies_under_it(kind):
+    image = Image.fromarray(np.dstack([COLOUR, HALF]))
+    settings = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    assert np.array_equal(decode(saved(image, kind, **settings)), ON_WHITE)
+
+
+def test_half_transparent_is_half_way_to_white():
+    image = np.dstack([COLOUR, np.full_like(GREY, 51)])
+    want = np.round(COLOUR * 0.2 + 255 * 0.8)
+    assert np.array_equal(decode(saved(image)), want)
+
+
+def test_a_transparent_entry_of_a_palette_shows_white():
+    image = Image.fromarray(np.array([[0, 1], [1, 2]], np.uint8)).convert("P")
+    image.putpalette([9, 9, 9, 200, 10, 20, 30, 30, 250])
+    want = np.array([[[255] * 3, [200, 10, 20]], [[200, 10, 20], [30, 30, 250]]])
+    for settings in ({"transparency": 0}, {"transparency": b"\x00\xff"}):
+        assert np.array_equal(decode(saved(image, **settings)), want)
+    assert np.array_equal(decode(saved(image, "GIF", transparency=0)), want)
+    # No pixel has the colour that would be transparent.
+    opaque = decode(saved(image, transparency=7 if len(image.getpalette()) > 21 else 0))
+    assert opaque.shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_transparent_grey_is_of_the_files_own_depth(depth):
+    top = 2**depth - 1  # white and black beside one another, white transparent
+    row = {1: [0b01010101], 2: [0b00110011], 4: [0x0F, 0x0F], 8: [0, 255, 0, 255]}[depth]
+    black = png([row], depth, 0, (b"tRNS", struct.pack(">H", 0)))
+    assert (decode(black) == 255).all()
+    white = decode(png([row], depth, 0, (b"tRNS", struct.pack(">H", top))))
+    assert (white[:, ::2] == 0).all() and (white[:, 1::2] == 255).all()
+
+
+def test_a_transparent_colour_of_a_png_shows_white():
+    row = [10, 20, 30, 40, 50, 60]
+    key = (b"tRNS", struct.pack(">HHH", 10, 20, 30))
+    assert decode(png([row], 8, 2, key)).tolist() == [[[255] * 3, [40, 50, 60]]]
+    deep_key = (b"tRNS", struct.pack(">HHH", 2570, 5140, 7710))
+    wide = [b for v in row for b in (v, v)]
+    assert "a transparent colour of 16 bits" in refusal(png([wide], 16, 2, deep_key))
+
+
+def test_a_transparent_grey_of_16_bits_is_told_from_its_neighbour():
+    values = np.array([[1000, 1001]], np.uint16)
+    got = decode(png(deep(values), 16, 0, (b"tRNS", struct.pack(">H", 1000))))
+    assert got[0, :, 0].tolist() == [255, 1001 >> 8]
+
+
+def test_a_picture_transparent_everywhere_is_refused():
+    image = np.dstack([COLOUR, np.zeros_like(GREY)])
+    for kind in ("PNG", "TGA", "TIFF"):
+        assert "transparent everywhere" in refusal(saved(image, kind))
+
+
+# Inks and colours
+
+
+def test_cmyk_shows_the_same_in_tiff_and_in_adobes_inverted_jpeg():
+    inks = Image.fromarray(COLOUR).convert("CMYK")
+    assert np.array_equal(decode(saved(inks, "TIFF")), np.asarray(inks.convert("RGB")))
+    jpeg = decode(saved(inks, "JPEG", quality=100, subsampling=0))
+    assert np.abs(jpeg.astype(int) - COLOUR).mean() < 5
+
+
+def test_a_jpeg_of_four_inks_that_does_not_say_which_way_up_is_refused():
+    data = saved(Image.fromarray(COLOUR).convert("CMYK"), "JPEG")
+    place = data.index(b"Adobe")
+    (length,) = struct.unpack(">H", data[place - 2 : place])
+    assert "without Adobe's marker" in refusal(data[: place - 4] + data[place - 2 + length :])
+
+
+def test_lab_and_ycbcr_are_colours():
+    lab = Image.fromarray(COLOUR)
+    to_lab = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+    )
+    back = decode(saved(ImageCms.applyTransform(lab, to_lab), "TIFF"))
+    assert np.abs(back.astype(int) - COLOUR).mean() < 3
+    wash = Image.fromarray(COLOUR).convert("YCbCr")
+    assert np.abs(decode(saved(wash, "TIFF")).astype(int) - COLOUR).mean() < 3
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def matrix_profile(red, green, blue, gamma):
+    """A version 2 profile of three primaries in the D50 connection space and one exponent."""
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"k\0"
+    about = b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + b"\0" * 79
+    about += b"\0" * (-len(about) % 4)
+    parts = {b"desc": about, b"cprt": b"text\0\0\0\0k\0\0\0", b"wtpt": xyz((0.9642, 1, 0.8249)),
+             b"rXYZ": xyz(red), b"gXYZ": xyz(green), b"bXYZ": xyz(blue), b"rTRC": curve,
+             b"gTRC": curve, b"bTRC": curve}  # fmt: skip
+    place, table, body = 128 + 4 + 12 * len(parts), b"", b""
+    for name, part in parts.items():
+        table += name + struct.pack(">II", place + len(body), len(part))
+        body += part
+    head = struct.pack(">I4sI4s4s4s", place + len(body), b"lcms", 0x02100000, b"mntr", b"RGB ",
+                       b"XYZ ") + b"\0" * 12 + b"acsp" + b"\0" * 28  # fmt: skip
+    head += struct.pack(">iii", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(parts)) + table + body
+
+
+# Its primaries by Bruce Lindbloom, adapted to D50.
+ADOBE_RGB = matrix_profile(
+    (0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457), 2.2
+)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "BMP"])
+def test_an_srgb_profile_changes_nothing(kind):
+    settings = {"lossless": True} if kind == "WEBP" else {}
+    for image in (COLOUR, GREY):
+        tagged = decode(saved(image, kind, icc_profile=SRGB, **settings))
+        assert np.array_equal(tagged, COLOUR if image is COLOUR else THREE)
+
+
+def test_another_profile_is_converted_to_srgb():
+    def linear(values):
+        return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+    # Pale colours, which both profiles have: Adobe's numbers of them by its published matrix.
+    pale = np.linspace(90, 190, 16 * 24 * 3).astype(np.uint8).reshape(16, 24, 3)
+    pale = pale[:, :, ::-1] // 2 + pale // 2
+    to_adobe = np.array([[0.71519, 0.28481, 0], [0, 1, 0], [0, 0.04117, 0.95883]])
+    numbers = np.round(255 * (linear(pale / 255) @ to_adobe.T) ** (1 / 2.19921875))
+    stored = numbers.astype(np.uint8)
+    for kind in ("PNG", "TIFF"):
+        got = decode(saved(stored, kind, icc_profile=ADOBE_RGB)).astype(int)
+        assert np.abs(got - pale).max() <= 2
+    vivid = np.full((4, 4, 3), (60, 200, 60), np.uint8)
+    shown = decode(saved(vivid, icc_profile=ADOBE_RGB))
+    assert shown[0, 0, 0] < 20 and abs(int(shown[0, 0, 1]) - 200) < 10  # red leaves sRGB
+
+
+def test_a_profile_counts_for_palettes_and_under_transparency():
+    vivid = np.full((4, 4, 3), (60, 200, 60), np.uint8)
+    want = decode(saved(vivid, icc_profile=ADOBE_RGB))
+    palette = Image.fromarray(vivid).quantize(4)
+    assert np.array_equal(decode(saved(palette, icc_profile=ADOBE_RGB)), want)
+    half = np.dstack([vivid, np.full((4, 4), [0, 255, 255, 255], np.uint8)])
+    got = decode(saved(half, icc_profile=ADOBE_RGB))
+    assert (got[:, 0] == 255).all() and np.array_equal(got[:, 1:], want[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("image", "profile", "message"),
+    [
+        (COLOUR, b"no profile at all", "its colour profile (17 bytes, "),
+        (COLOUR, SRGB[:200], "is broken; save it as sRGB"),
+        (Image.fromarray(COLOUR).convert("CMYK"), SRGB, "in CMYK with a colour profile for RGB"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_refused(image, profile, message):
+    assert message in refusal(saved(image, "TIFF", icc_profile=profile))
+
+
+def gamma_png(value, *extra):
+    row = list(range(0, 255, 5))
+    return png([row], 8, 0, (b"gAMA", struct.pack(">I", value)), *extra), np.array(row)
+
+
+def test_a_pngs_gamma_is_applied_unless_it_is_that_of_srgb():
+    data, row = gamma_png(45455)
+    assert np.array_equal(decode(data)[0, :, 0], row)
+    data, _ = gamma_png(100000)  # linear light
+    light = row / 255
+    want = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.array_equal(decode(data)[0, :, 0], np.round(255 * want))
+    data, _ = gamma_png(100000, (b"sRGB", b"\0"))  # which the standard lets win
+    assert np.array_equal(decode(data)[0, :, 0], row)
+    assert "gAMA (=0.0) must be positive" in refusal(gamma_png(0)[0])
+
+
+def test_primaries_and_code_points_that_are_not_srgbs_are_refused():
+    srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+    adobe = (0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+
+    def stating(primaries):
+        body = struct.pack(">8I", *(round(p * 100000) for p in primaries))
+        return png([[1, 2, 3]], 8, 2, (b"cHRM", body))
+
+    assert decode(stating(srgb)).tolist() == [[[1, 2, 3]]]
+    assert "cHRM" in refusal(stating(adobe))
+    assert decode(png([[1, 2, 3]], 8, 2, (b"cICP", bytes((1, 13, 0, 1))))).tolist() == [[[1, 2, 3]]]
+    assert "cICP (9, 16, 0, 1)" in refusal(png([[1, 2, 3]], 8, 2, (b"cICP", bytes((9, 16, 0, 1)))))
+
+
+def test_exif_that_says_adobe_rgb_without_a_profile_is_refused():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    data = saved(COLOUR, "JPEG", exif=exif)
+    assert "EXIF says Adobe RGB" in refusal(data)
+
+
+# Several pictures, and damage
+
+
+FRAMES = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_an_animation_or_a_file_of_pages_is_refused(kind):
+    data = saved(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:])
+    assert "holds 2 frames, and nothing says which is meant; save that one" in refusal(data)
+
+
+def test_a_file_of_one_frame_is_a_picture_whatever_its_format():
+    for kind in ("GIF", "TIFF", "PNG"):
+        assert decode(saved(FRAMES[0], kind, save_all=True)).shape == COLOUR.shape
+
+
+def test_the_first_picture_of_an_mpo_is_the_photograph():
+    data = saved(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:], quality=95)
+    assert np.abs(decode(data).astype(int) - COLOUR).mean() < 8
+
+
+@pytest.mark.parametrize("way", ["bmp", "tiff", "tiff lzw", "webp", "ppm", "tga", "jpeg2000"])
+def test_a_picture_that_is_cut_off_is_refused_in_every_format(way):
+    data = saved(COLOUR, **WAYS[way])
+    for share in (0.3, 0.6, 0.9):
+        refusal(data[: int(share * len(data))])
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked():
+    side = int(MOST_PIXELS**0.5) + 2
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    tiny = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in tiny)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert f"must be at most {MOST_PIXELS} in all" in refusal(data)

@@ -1,0 +1,329 @@
+"""What of a folder is data, on trees as people have them."""
+
+import io
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mambaflow.data.sources import SourceError, open_source
+from mambaflow.data.tree import picture_endings
+
+COUNT = iter(range(10**6))
+
+
+def encoded(kind="PNG"):
+    """A picture like no other."""
+    pixels = np.full((8, 8, 3), 100, np.uint8)
+    pixels[0, 0] = np.frombuffer(next(COUNT).to_bytes(3, "big"), np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, kind)
+    return sink.getvalue()
+
+
+def tree(root, *places):
+    """Files at some places, such as "train/cat/3*.png" for three of them."""
+    for place in places:
+        folder, _, name = place.rpartition("/")
+        number, star, ending = name.rpartition("*")
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(int(number)) if star else [None]:
+            file = root / folder / (name if i is None else f"{i:03d}{ending}")
+            kind = Image.registered_extensions().get(file.suffix.lower())
+            file.write_bytes(encoded(kind) if kind in Image.SAVE else b"text")
+    return root
+
+
+def shards(root, *places):
+    """Parquet files of two pictures each."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for place in places:
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        cells = [{"bytes": encoded(), "path": None} for _ in range(2)]
+        pq.write_table(pa.table({"img": pa.array(cells, kind), "label": [0, 1]}), root / place)
+    return root
+
+
+def counts(source):
+    return {split: source.count(split) for split in ("train", "validation", "test")}
+
+
+def labels(source, split="train"):
+    return [item.label for item in source.items(split, np.arange(source.count(split)))]
+
+
+def told(root):
+    return "\n".join(open_source(str(root)).found().lines())
+
+
+# Hidden, and left behind
+
+
+JUNK = [
+    ".ipynb_checkpoints/0-checkpoint.png", "cat/.ipynb_checkpoints/0-checkpoint.png",
+    "cat/._003.png", "._AppleDouble/cat/x.png", "__MACOSX/cat/._001.png", "cat/Thumbs.db",
+    "desktop.ini", "cat/.DS_Store", "@eaDir/cat/1.jpg", "cat/@eaDir/SYNOPHOTO_THUMB.jpg",
+    ".git/logo/a.png", "$RECYCLE.BIN/x/1.png", ".Trash-0/files/1.png", "lost+found/x/1.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_what_is_hidden_or_left_behind_changes_nothing_and_is_said(tmp_path, junk):
+    clean = open_source(str(tree(tmp_path / "t", "cat/3*.png", "dog/3*.png")))
+    before = (clean.fingerprint, labels(clean), clean.classes)
+    tree(tmp_path / "t", junk)
+    source = open_source(str(tmp_path / "t"))
+    assert (source.fingerprint, labels(source), source.classes) == before
+    assert "passed over 1 hidden or left behind: a system or a program made it" in told(
+        tmp_path / "t"
+    )
+
+
+# Splits
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val", "Validation", "val2017"])
+def test_a_validation_split_of_its_own_is_used_and_none_is_cut_from_training(tmp_path, name):
+    source = open_source(str(tree(tmp_path, "train/cat/9*.png", "test/cat/4*.png",
+                                  f"{name}/cat/3*.png")))  # fmt: skip
+    assert counts(source) == {"train": 9, "validation": 3, "test": 4}
+    planned = {split: (stored, len(p)) for split, (stored, p) in source.splits(2).items()}
+    assert planned == {"train": ("train", 9), "validation": ("validation", 3), "test": ("test", 4)}
+
+
+def test_without_a_test_split_it_alone_is_cut_from_training(tmp_path):
+    source = open_source(str(tree(tmp_path, "train/cat/9*.png", "val/cat/3*.png")))
+    planned = source.splits(2)
+    assert {k: (s, len(p)) for k, (s, p) in planned.items()} == {
+        "train": ("train", 7), "validation": ("validation", 3), "test": ("train", 2)
+    }  # fmt: skip
+    assert not set(planned["train"][1]) & set(planned["test"][1])
+    assert "no test; test will be cut out of train; 1 classes: cat" in told(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [("Train", "Test"), ("training", "testing"), ("TRAINING", "test"), ("train2017", "test2017")],
+)
+def test_splits_are_known_by_their_usual_names_in_any_case(tmp_path, splits):
+    train, test = splits
+    source = open_source(str(tree(tmp_path, f"{train}/cat/5*.png", f"{test}/cat/2*.png")))
+    assert counts(source) == {"train": 5, "validation": 0, "test": 2} and source.classes == ["cat"]
+
+
+NEARLY = [
+    ("trainA", "trainB", "testA", "testB"), ("train_set", "test_set"), ("seg_train", "seg_test"),
+    ("trainA", "trainB"), ("train-images",), ("Train1", "Test1"), ("my train", "my val"),
+    ("train", "testA"), ("train", "test", "valid_set"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("folders", NEARLY, ids="+".join)
+@pytest.mark.parametrize("inside", ["2*.png", "cat/2*.png"])
+def test_what_is_nearly_a_split_is_never_a_class(tmp_path, folders, inside):
+    tree(tmp_path, *(f"{folder}/{inside}" for folder in folders))
+    with pytest.raises(SourceError, match=r"may be splits or classes; call them train, val and"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["test_tube", "bullet_train", "trainer", "valley", "contest"])
+def test_a_class_whose_name_has_a_splits_word_is_a_class(tmp_path, name):
+    source = open_source(str(tree(tmp_path, f"{name}/2*.png", "cat/2*.png")))
+    assert source.classes == sorted(["cat", name])
+
+
+@pytest.mark.parametrize("split", ["train", "test", "val"])
+def test_one_split_beside_classes_may_be_a_class_and_is_refused(tmp_path, split):
+    tree(tmp_path, f"{split}/2*.png", "bus/2*.png", "car/2*.png")
+    with pytest.raises(SourceError, match=f"{split} may be a split or a class, beside bus/, car/"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "both", [("val", "valid"), ("train2014", "train2017"), ("Test", "testing")]
+)
+def test_two_folders_for_one_split_are_refused(tmp_path, both):
+    tree(tmp_path, "train/cat/2*.png", *(f"{name}/cat/2*.png" for name in both))
+    with pytest.raises(SourceError, match=r"are all (validation|train|test); leave one"):
+        open_source(str(tmp_path))
+
+
+def test_a_folder_that_is_no_split_is_passed_over_and_said(tmp_path):
+    tree(tmp_path, "train/cat/2*.png", "test/cat/2*.png", "unlabeled/7*.png", "logo.png")
+    assert "passed over 7 picture(s): in folders that are no split" in told(tmp_path)
+    assert "passed over 1 picture(s): beside the splits" in told(tmp_path)
+
+
+def test_a_test_split_alone_is_refused(tmp_path):
+    with pytest.raises(
+        SourceError, match="holds no images in class folders; put them in .*/train/"
+    ):
+        open_source(str(tree(tmp_path, "test/cat/2*.png")))
+
+
+# Classes and files
+
+
+@pytest.mark.parametrize("ending", [".gif", ".jfif", ".tiff", ".tif", ".ppm", ".webp", ".JPEG",
+                                    ".jpe", ".bmp", ".tga", ".jp2", ".pgm", ".PNG"])  # fmt: skip
+def test_every_format_that_pillow_unpacks_is_data(tmp_path, ending):
+    source = open_source(str(tree(tmp_path, f"cat/10*{ending}", "dog/2*.png")))
+    assert source.classes == ["cat", "dog"] and labels(source) == [0] * 10 + [1] * 2
+    assert all(item.pixels is not None for item in source.items("train", np.arange(12)))
+
+
+def test_what_pillow_only_knows_the_name_of_is_no_data():
+    assert not picture_endings() & {".pdf", ".h5", ".mpg", ".eps", ".wmf", ".txt", ".npy", ""}
+
+
+def test_other_files_are_passed_over_by_kind_and_said(tmp_path):
+    tree(tmp_path, "cat/2*.png", "cat/3*.txt", "dog/4*.heic", "cat/noname", "README.md")
+    said = told(tmp_path)
+    assert "found train 2 images, no validation, no test; validation and test will be cut" in said
+    for line in (
+        "passed over 3 .txt file(s): no pictures that can be read, such as",
+        "passed over 4 .heic file(s)",
+        "passed over 1 file(s) without an ending",
+        "passed over 1 .md file(s)",
+        f"passed over 1 folder(s): without a picture that can be read, such as {tmp_path}/dog",
+    ):
+        assert line in said
+
+
+def test_tiny_imagenet_is_read_as_it_is_published(tmp_path):
+    tree(
+        tmp_path,
+        "train/n01/images/3*.JPEG",
+        "train/n01/n01_boxes.txt",
+        "train/n02/images/2*.JPEG",
+        "val/images/4*.JPEG",
+        "val/val_annotations.txt",
+        "test/images/2*.JPEG",
+        "wnids.txt",
+    )
+    source = open_source(str(tmp_path))
+    assert counts(source) == {"train": 5, "validation": 4, "test": 2}
+    assert source.classes == ["n01", "n02"] and labels(source) == [0, 0, 0, 1, 1]
+    assert labels(source, "validation") == [-1] * 4
+    assert "passed over 3 .txt file(s)" in told(tmp_path)
+
+
+def test_a_class_that_would_vanish_because_its_pictures_lie_deeper_is_refused(tmp_path):
+    tree(tmp_path, "cat/2*.png", "dog/2019/2*.png")
+    with pytest.raises(SourceError, match=r"dog holds pictures in folders of its own alone"):
+        open_source(str(tmp_path))
+
+
+def test_pictures_at_other_depths_are_passed_over_and_said(tmp_path):
+    tree(tmp_path, "cat/2*.png", "cat/old/3*.png", "dog/2*.png", "logo.png")
+    assert "passed over 3 picture(s): deeper than CLASS/NAME" in told(tmp_path)
+    assert "passed over 1 picture(s): beside class folders" in told(tmp_path)
+
+
+def test_pictures_without_class_folders_have_no_labels(tmp_path):
+    source = open_source(str(tree(tmp_path, "train2017/3*.jpg", "val2017/2*.jpg", "a.json")))
+    assert counts(source) == {"train": 3, "validation": 2, "test": 0}
+    assert labels(source) == [-1] * 3 and source.classes == []
+    assert "no classes by name" in told(tmp_path)
+
+
+def test_folders_and_files_may_be_links_and_dangling_ones_are_refused(tmp_path):
+    store = tree(tmp_path / "store", "a/2*.png", "blob.png")
+    root = tree(tmp_path / "t", "cat/1*.png")
+    (root / "dog").symlink_to(store / "a")
+    (root / "cat" / "x.png").symlink_to(store / "blob.png")
+    (root / "cat" / "loop").symlink_to(root)
+    source = open_source(str(root))
+    assert source.classes == ["cat", "dog"] and labels(source) == [0, 0, 1, 1]
+    os.remove(store / "blob.png")
+    with pytest.raises(SourceError, match=r"cat/x.png is a link to what is not there"):
+        open_source(str(root))
+
+
+def test_the_order_of_a_plain_tree_is_what_it_always_was(tmp_path):
+    tree(tmp_path, "b/2*.png", "B/2*.png", "a-1/2*.bmp", "a/10.png", "a/9.jpg", "a/9.png")
+    source = open_source(str(tmp_path))
+    assert source.files["train"] == sorted(f for f in tmp_path.glob("*/*"))
+
+
+# Parquet
+
+
+def test_the_root_of_a_data_sets_repository_is_a_source(tmp_path):
+    shards(
+        tmp_path,
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/validation-00000-of-00001.parquet",
+        "data/test-00000-of-00001.parquet",
+    )
+    tree(tmp_path, "README.md", ".gitattributes", "figures/2*.png")
+    source = open_source(str(tmp_path))
+    assert counts(source) == {"train": 4, "validation": 2, "test": 2}
+    assert {k: s for k, (s, _) in source.splits(1).items()}["validation"] == "validation"
+    for line in ("1 .md file(s)", "1 hidden or left behind", "2 picture(s): beside Parquet files"):
+        assert f"passed over {line}" in told(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("plain_text/train-00000-of-00001.parquet", "plain_text/test-00000-of-00001.parquet"),
+        ("train/0000.parquet", "test/0000.parquet"),
+        ("default/train/0000.parquet", "default/test/0000.parquet"),
+        ("Train.parquet", "Test.parquet"),
+        ("training.pq", "testing.pq"),
+    ],
+)
+def test_parquet_is_found_where_hubs_put_it(tmp_path, places):
+    assert counts(open_source(str(shards(tmp_path, *places)))) == {
+        "train": 2, "validation": 0, "test": 2
+    }  # fmt: skip
+
+
+def test_other_encodings_and_files_of_no_split_stay_out_and_are_said(tmp_path):
+    shards(
+        tmp_path,
+        "train.parquet",
+        "train_jpeg.parquet",
+        "test.parquet",
+        "test_jpeg.parquet",
+        "extra-00000-of-00001.parquet",
+        "trainA.parquet",
+        "._train.parquet",
+    )
+    source = open_source(str(tmp_path))
+    assert counts(source) == {"train": 2, "validation": 0, "test": 2}
+    said = told(tmp_path)
+    assert "2 Parquet file(s): their names begin with no split" in said
+    assert "1 Parquet file(s): beside train in one file" in said
+
+
+def test_missing_and_doubled_shards_are_refused_by_name(tmp_path):
+    shards(tmp_path, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet")
+    with pytest.raises(SourceError, match=r"lacks shard 00001-of-00003 of train \(1 missing\)"):
+        open_source(str(tmp_path))
+    shards(tmp_path, "train-00001-of-00003.parquet", "train-00000-of-00001.parquet")
+    with pytest.raises(SourceError, match="in shards of 00001, 00003: the same images twice"):
+        open_source(str(tmp_path))
+
+
+def test_several_sets_of_parquet_are_refused_with_their_names(tmp_path):
+    shards(tmp_path, "small/train-00000-of-00001.parquet", "large/train-00000-of-00001.parquet")
+    with pytest.raises(SourceError, match=r"several sets of Parquet files, large/, small/; give"):
+        open_source(str(tmp_path))
+
+
+def test_a_test_split_of_parquet_alone_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"holds no train\*.parquet, only \['test.parquet'\]"):
+        open_source(str(shards(tmp_path, "test.parquet")))
+
+
+def test_a_table_beside_pictures_does_not_take_their_place(tmp_path):
+    tree(tmp_path, "train/cat/3*.png", "test/cat/2*.png")
+    shards(tmp_path, "metadata.parquet")
+    assert counts(open_source(str(tmp_path))) == {"train": 3, "validation": 0, "test": 2}
+    assert "1 .parquet file(s)" in told(tmp_path)
