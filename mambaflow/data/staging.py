@@ -343,6 +343,10 @@ def _made(task: ShardTask) -> ShardResult | None:
         f"out (={task.out}) holds a shard of another staging ({task.spec.split}/{name}); "
         "give another --out, or remove that folder",
     )
+    # Of an earlier version, which turned no picture upright and knew no profile: its pixels may be
+    # others than those that are in the same files now.
+    if "contents" not in note:
+        return None
     # By its bytes, not by being there: what was damaged since is made again.
     info = ShardInfo(**note["info"])
     if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
@@ -351,8 +355,7 @@ def _made(task: ShardTask) -> ShardResult | None:
     # A kept shard remembers what it lacks: a staging that stops at corrupt images also stops at
     # those that an earlier one counted.
     _stop_at(note["corrupt"], task.on_corrupt)
-    # Notes of earlier versions have no contents: such a shard is compared with none.
-    contents = {int(id): text for id, text in note.get("contents", {}).items()}
+    contents = {int(id): text for id, text in note["contents"].items()}
     return ShardResult(task.spec.split, info, True, note["corrupt"], contents)
 
 

@@ -141,13 +141,13 @@ def check_data(config: RunConfig) -> None:
         "only the staged pixels; stage again with --full-images, or use --masks strict",
     )
     train.rows(np.arange(1))  # reading a row verifies its shard
-    _check_held_out(config, train, "validation", config.train.eval_images)
+    _check_held_out(config, train, "validation")
     # Looked into for damage, not scored: a run should not find out at its end.
     if config.train.test_images:
-        _check_held_out(config, train, "test", config.train.test_images)
+        _check_held_out(config, train, "test")
 
 
-def _check_held_out(config: RunConfig, train: ShardSet, split: str, count: int) -> None:
+def _check_held_out(config: RunConfig, train: ShardSet, split: str) -> None:
     spec, held_out = train.spec, ShardSet(config.data, split)
     other = held_out.spec
     require(
@@ -158,8 +158,8 @@ def _check_held_out(config: RunConfig, train: ShardSet, split: str, count: int) 
         f"{len(held_out)} ({other.known} of {other.size} x {other.size}{_reduction(other)}); "
         "stage it again",
     )
-    # All that will be scored is read and verified once now.
-    held_out.rows(np.arange(min(count, len(held_out))))
+    # What will be scored is drawn from all, whose shards are read and verified once now.
+    held_out.rows(np.arange(len(held_out)), pixels=False, images=False)
 
 
 def _reduction(spec: ShardSpec) -> str:
