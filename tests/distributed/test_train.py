@@ -86,7 +86,9 @@ def test_a_worker_takes_the_threads_of_its_configuration(monkeypatch):
     monkeypatch.setattr(train, "share_threads", share)
     config = RunConfig(scale=ScaleConfig(threads=3))
     with pytest.raises(Over) as given:
-        train.train_worker({"run": to_dict(config), "progress": Mock(), "score_test": False})
+        train.train_worker(
+            {"run": to_dict(config), "progress": Mock(), "score_test": False, "owner": None}
+        )
     assert given.value.args == (4, 3)
 
 

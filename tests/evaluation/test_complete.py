@@ -257,7 +257,7 @@ def test_validation_leaves_the_model_and_the_global_generator_as_they_were(model
     scores, picture = validate(model, eval_set, small.FIT)
     again, _ = validate(model, eval_set, small.FIT)
     assert scores == again
-    mean = {"psnr", "psnr_unknown", "ssim", "speckle"}
+    mean = {"psnr", "psnr_se", "psnr_unknown", "ssim", "speckle"}
     drawn = {"sample_psnr", "sample_psnr_unknown", "sample_ssim", "sample_speckle", "fair_speckle",
              "spread", "coherence", "coherence_truth"}  # fmt: skip
     spreads = {f"spread_{n}" for n in range(1, 7)} | {f"spread_axis_{n}" for n in range(1, 4)}

@@ -122,9 +122,9 @@ def test_a_driver_that_ends_says_how():
 
 
 def test_a_board_counts_in_words():
-    assert str(Board()) == "0 of 0 trials: none yet"
+    assert str(Board()) == "0 of 0 configurations: none yet"
     teller = begun(*"abc").end("a").end("b").end("c", "failed", "x")
-    assert str(Board.of(teller.events)) == "3 of 3 trials: 1 failed, 2 finished"
+    assert str(Board.of(teller.events)) == "3 of 3 configurations: 1 failed, 2 finished"
 
 
 def test_an_event_of_another_version_is_refused():

@@ -62,7 +62,7 @@ def test_parameters_are_those_of_the_model_that_is_trained():
 
 
 def test_a_budget_of_seconds_is_asked_of_the_machine(shards):
-    assert steps_of(BASE, BASE, SearchConfig(budget="seconds", trial_minutes=1), shards) == 0
+    assert steps_of(BASE, BASE, SearchConfig(budget="seconds", trial_minutes=1.0), shards) == 0
     run = replace(BASE, data=shards.storage.uri.removesuffix("/train"))
     few, many = (timed_steps(run, minutes, torch.device("cpu")) for minutes in (1e-9, 100.0))
     assert few == 1 < many
