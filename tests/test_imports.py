@@ -11,7 +11,7 @@ LIBRARY = ROOT / "mambaflow"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 # Who may import whom. The ground is what lies beside the wings in mambaflow/.
-GROUND = {"config", "checks", "storage", "host", "run_paths"}
+GROUND = {"config", "checks", "storage", "host", "run_paths", "signals"}
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "data": {"kernels"},
@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
 ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": set(), "flow": {"checks"}}
 # Inside the ground.
 BELOW = {"checks": set(), "host": {"checks"}, "storage": {"checks"}, "config": {"checks"},
-         "run_paths": {"config", "storage"}}  # fmt: skip
+         "run_paths": {"config", "storage"}, "signals": set()}  # fmt: skip
 ONLY = {
     "ray": {"distributed"},
     "boto3": {"storage"},

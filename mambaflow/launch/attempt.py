@@ -23,8 +23,8 @@ from mambaflow.launch.command import STOPPED, Command, Running, resumed
 from mambaflow.launch.node import Node
 from mambaflow.launch.ray_node import NodeFailed, RayNode, room
 from mambaflow.launch.scheduler import usable_nodes
-from mambaflow.launch.signals import Asked
 from mambaflow.launch.task_folder import TaskFolder
+from mambaflow.signals import stopping
 from mambaflow.storage import LocalStorage
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -53,10 +53,13 @@ class Attempt:
     def __call__(self) -> int:
         node, task = Node.here(), TaskFolder(Path(self.folder))
         if (code := _ended(task)) is None:
-            with Asked().catching() as asked:
-                part = Head if node.rank == 0 else Member
+            asked: list[str] = []
+            part = Head if node.rank == 0 else Member
+            # Only noted: what is due is done by the loops, which look. Nothing ends us at once:
+            # for that a batch system has SIGKILL.
+            with stopping(lambda number: asked.append(number.name), insist=False):
                 code = part(self, node, task, asked).run()
-        if code:
+        if code and node.rank == 0:
             # Not an exception, which submitit would turn into 1: the real code reaches Slurm.
             sys.stdout.flush()
             raise SystemExit(code)
@@ -86,7 +89,7 @@ class Replaced(Exception):
 class Part:
     """A node's part in an attempt, and the files by which the parts know of one another."""
 
-    def __init__(self, plan: Attempt, node: Node, task: TaskFolder, asked: Asked) -> None:
+    def __init__(self, plan: Attempt, node: Node, task: TaskFolder, asked: list[str]) -> None:
         self.plan, self.node, self.task, self.asked = plan, node, task, asked
         self.folder = task.path / task.ATTEMPTS / node.attempt
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -191,7 +194,7 @@ class Head(Part):
 
     def _may_wait(self) -> bool:
         self.beat.tick()
-        return not self.asked.name
+        return not self.asked
 
     def _run(self) -> int:
         """Carry the command out; the code for the scheduler."""
@@ -210,15 +213,15 @@ class Head(Part):
 
     def _settled(self, code: int, fault: tuple[str, list[str]] | None) -> int:
         """Note what came of it, if it is final."""
-        if fault is not None and not self.asked.name:
+        if fault is not None and not self.asked:
             why, nodes = fault
             count = self.task.fault(self.node.attempt, why, self._dispensable(nodes))
             _say(f"fault {count}: {fault[0]}")
             if count > FAULTS:
                 return self.task.finish(FAILED, self.node.attempt, f"gave up: {fault[0]}")
             return REQUEUE
-        if fault is not None or (code != 0 and self.asked.name):
-            _say(f"{self.asked.name}: to be started again; the command ended with {code}")
+        if fault is not None or (code != 0 and self.asked):
+            _say(f"{self.asked[0]}: to be started again; the command ended with {code}")
             return REQUEUE
         return self.task.finish(code, self.node.attempt)
 
@@ -266,7 +269,7 @@ class Head(Part):
         """The command's exit code, unless something else ends the attempt before."""
         while running.code is None:
             self._tick(may_stop=False)
-            if self.asked.name:
+            if self.asked:
                 return self._stopped(running)
             self._require_nodes()
             time.sleep(LOOK_S)
@@ -279,7 +282,7 @@ class Head(Part):
 
     def _stopped(self, running: Running) -> int:
         """The exit code of the command after it has been asked to stop."""
-        _say(f"{self.asked.name}: the command is asked to stop")
+        _say(f"{self.asked[0]}: the command is asked to stop")
         running.stop()
         end = time.monotonic() + self.plan.grace_s
         while running.code is None and time.monotonic() < end:
@@ -295,8 +298,8 @@ class Head(Part):
         self.beat.tick()
         if self.lease is not None and not self.lease.held():
             raise Replaced(f"another attempt than {self.node.attempt} has taken over")
-        if may_stop and self.asked.name:
-            raise Over(f"{self.asked.name} before the command had begun")
+        if may_stop and self.asked:
+            raise Over(f"{self.asked[0]} before the command had begun")
 
     def _require_nodes(self) -> None:
         """Every node, unless the command can go on without."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambaflow.checks import require
-from mambaflow.launch.signals import withheld
 from mambaflow.run_paths import RunPaths
 from mambaflow.search.sweep_paths import SweepPaths
+from mambaflow.signals import withheld
 from mambaflow.storage import at
 
 STOPPED = 128 + signal.SIGTERM  # with a checkpoint, to go on from

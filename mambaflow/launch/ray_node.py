@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mambaflow.distributed.reaper import VARIABLE, reap, reaper
 from mambaflow.launch.node import Node
-from mambaflow.launch.signals import ASKING, withheld
+from mambaflow.signals import ASKING, withheld
 
 STARTED = "Ray runtime started"
 START_S, TRIES = 180.0, 3

@@ -393,7 +393,11 @@ def _teardown(plan: Planned, first: int, count: int) -> list[str]:
     return [
         "code=$?",
         f"task={tasks}/{number}",
-        f'if [ $code -gt 128 ] && [ ! -e "$task/{TaskFolder.DONE}" ] \\',
+        # The command's own: srun's is the highest, and tasks that end with the first's are killed.
+        f'if [ -s "$task/{TaskFolder.DONE}" ]; then',
+        f"""  exit "$(sed -n 's/.*"code": *\\([0-9]*\\).*/\\1/p' "$task/{TaskFolder.DONE}")\"""",
+        "fi",
+        "if [ $code -gt 128 ] \\",
         f'  && [ ! -e "$task/{TaskFolder.CANCELLED}" ] \\',
         f'  && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ] \\',
         '  && scontrol show job -o "$SLURM_JOB_ID" | grep -q "JobState=RUNNING"; then',

@@ -13,7 +13,7 @@ parser.add_argument("--port", type=int)
 parser.add_argument("--address")
 parser.add_argument("--node-ip-address")
 flags, others = parser.parse_known_args()
-print("started with", *sys.argv[1:], flush=True)
+sys.stdout.write(f"started with {sys.argv[1:]}\n")
 assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_AUTH_TOKEN_PATH"]
 if "FAILING_NODE" in os.environ and os.environ["FAILING_NODE"] == os.environ["SLURMD_NODENAME"]:
     sys.exit("no GPU found")
@@ -25,6 +25,7 @@ if flags.port:
 else:
     host, _, port = flags.address.rpartition(":")
     link = socket.create_connection((host, int(port)), 10)
-print("Ray runtime started.", flush=True)
+sys.stdout.write("Ray runtime started.\n")
+sys.stdout.flush()
 while True:
     time.sleep(1)

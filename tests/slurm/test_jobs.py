@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm, with a stand-in for Ray: whatever happens to one, it comes to its end, once.
+"""Jobs on a real Slurm, with a stand-in for Ray: whatever happens to one, it ends, and once.
 
 Ray itself is in test_ray_jobs.py; here is what is around it.
 """
