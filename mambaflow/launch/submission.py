@@ -196,9 +196,9 @@ def batch_file(plan: Planned) -> str:
     """What sbatch is given, as `submit` would have it."""
     with outside_of_a_job():
         executor = _executor(plan, 0, len(plan.commands))
-    text: str = executor._executor._make_submission_file_text(
-        executor._executor._submitit_command_str, "dry-run"
-    )
+    # Not public, and the one way to the text without submitting it.
+    inner: Any = executor._executor
+    text: str = inner._make_submission_file_text(inner._submitit_command_str, "dry-run")
     return text
 
 
@@ -243,7 +243,8 @@ def _further(config: SubmitConfig) -> dict[str, Any]:
 # What Slurm says, what it means, and what to do.
 REFUSALS = {
     "node configuration is not available|More processors requested|Node count specification|"
-    "Requested nodes are busy|more nodes": "nodes (={c.nodes}), gpus_per_node "
+    "Requested nodes are busy|more nodes|[Ii]nvalid generic resource|"
+    "[Ii]nvalid gres": "nodes (={c.nodes}), gpus_per_node "
     "(={c.gpus_per_node}), cpus_per_node (={c.cpus_per_node}) and mem_gb (={c.mem_gb}) must be had "
     "in one partition; see `sinfo -o '%R %D %c %m %G'` and ask for less",
     "[Ii]nvalid account": "account (={c.account!r}) must be one of yours, for this partition; see "

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from lab import Lab, missing
-
-from jobs import Cluster
+from submitted import Cluster
 
 
 @pytest.fixture(scope="session")

@@ -253,7 +253,7 @@ class Lab:
         for name in self.names:
             self.start_node(name)
         self.cancel_all()
-        until(self._resumed, lambda: run("sinfo", "-N", "-l", check=False) + self.log())
+        until(self.resumed, lambda: run("sinfo", "-N", "-l", check=False) + self.log())
 
     def cancel_all(self) -> None:
         for _ in range(20):
@@ -263,7 +263,7 @@ class Lab:
             run("scancel", *set(jobs), check=False)
             time.sleep(0.5)
 
-    def _resumed(self) -> bool:
+    def resumed(self) -> bool:
         if self.idle():
             return True
         for name in self.names:  # a crash can leave a node drained: "Duplicate jobid"

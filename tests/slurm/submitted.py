@@ -144,7 +144,9 @@ class Cluster:
             found = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             return next(int(v[13:]) for v in found if v.startswith(b"SLURM_PROCID="))
 
-        return sorted(self.processes("python", "submitit.core._submit"), key=rank)
+        # srun has the same words in its command line.
+        found = {*self.processes("submitit.core._submit")} - {*self.processes("srun\0")}
+        return sorted(found, key=rank)
 
     def nothing_left(self, ports: dict[str, set[int]]) -> None:
         """No process, no folder, no port, no token."""
