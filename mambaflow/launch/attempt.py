@@ -201,6 +201,9 @@ class Head(Part):
         if self.lease is None:
             code = _ended(self.task)
             return REQUEUE if code is None else code
+        # Of attempts that were killed: with the lease ours, nobody lives who needs theirs.
+        for attempt in self.task.attempts():
+            (attempt / "token").unlink(missing_ok=True)
         try:
             code, fault = self._on_cluster(), None
         except Replaced as error:
