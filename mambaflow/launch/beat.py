@@ -5,6 +5,7 @@ its own how long a file has stayed the same.
 """
 
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Watch:
 
 def age_s(path: Path) -> float:
     """Seconds since a file was written, by the clock of the server that keeps it."""
-    mark = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    mark = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     mark.touch()
     try:
         return mark.stat().st_mtime - path.stat().st_mtime

@@ -95,7 +95,7 @@ class SubmitConfig:
         )
         for option in self.sbatch:
             require(
-                re.fullmatch(r"[a-z-]+(=.*)?", option) is not None,
+                re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) is not None,
                 f"sbatch (={option!r}) must be an option of sbatch; use reservation=course",
             )
 
