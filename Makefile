@@ -10,13 +10,13 @@ ARCH ?= v2
 RUN ?= first-$(ARCH)-$(shell date +%Y%m%d-%H%M%S)
 FLAGS ?=
 
-.PHONY: train test test-slow fuzz lint env
+.PHONY: train test test-slow test-slurm fuzz lint env
 
 env: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slurm,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
 train: env
@@ -24,10 +24,15 @@ train: env
 	$(BIN)/python jobs/train.py --arch $(ARCH) --recipe first-run --data data/$(DATA) --run-name $(RUN) $(FLAGS)
 
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not slurm"
+
+# On a real Slurm of two nodes that the tests start (tests/slurm/lab.py): root on Debian, after
+# apt-get install slurm-wlm munge iproute2. Elsewhere they skip and say why.
+test-slurm: env
+	$(BIN)/python -m pytest -m slurm -rs
 
 # The properties alone, at random and with more examples (tests/conftest.py); FUZZ narrows them
 # down: make fuzz FUZZ=tests/models.

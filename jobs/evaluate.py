@@ -10,7 +10,7 @@
 Rows are kept as they are made: killed at any moment, the same command makes those that are missing;
 with more flags, those of the new cells alone. Exit codes: 0 done; 1 failed, the same command goes
 on; 2 bad input, nothing changed; 4 done, and some rows failed: they are kept with their errors, and
---retry-errors does them again; 143 stopped.
+--retry-errors does them again; 143 stopped (SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP).
 """
 
 import contextlib
@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import FrameType
 
 import numpy as np
 import tyro
@@ -39,6 +38,7 @@ from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
 from mambaflow.host import speak_plainly
+from mambaflow.signals import stopping
 from mambaflow.storage import at
 
 FAILED, BAD_INPUT, ROWS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
@@ -169,7 +169,7 @@ def look(config: EvaluateConfig) -> int:
     return 0
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(number: signal.Signals) -> None:
     # An exception, so that a private Ray is ended on the way out.
     raise SystemExit(STOPPED)
 
@@ -187,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     if config.status or config.report_only:
         return look(config)
-    signal.signal(signal.SIGTERM, _stop)
     try:
-        return run(config, f"python jobs/evaluate.py {shlex.join(given)}")
+        with stopping(_stop):
+            return run(config, f"python jobs/evaluate.py {shlex.join(given)}")
     except (RuntimeError, OSError) as error:
         print(f"error: {error}\nthe same command goes on", file=sys.stderr)
         return FAILED

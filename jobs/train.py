@@ -7,9 +7,9 @@
 
 Exit codes: 0 done; 1 failed; 2 bad input, nothing changed; 3 a shard or all checkpoints were
 found damaged on the way: mend them, then go on with --resume; 143 stopped on request (SIGTERM,
-Ctrl-C on Ray, or a file named STOP in the run's folder) with a checkpoint saved: go on with
---resume. `ray job stop` grants 3 s before it kills; for a large model submit the job with
---runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'.
+SIGUSR1, SIGUSR2, SIGHUP, Ctrl-C on Ray, or a file named STOP in the run's folder) with a checkpoint
+saved: go on with --resume. `ray job stop` grants 3 s before it kills; for a large model submit the
+job with --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.lease import owning
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
+from mambaflow.signals import stopping
 from mambaflow.storage import at
 from mambaflow.training.preflight import (
     check_data,
@@ -194,25 +195,19 @@ def open_and_own(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunCon
 
 @contextlib.contextmanager
 def stoppable(config: RunConfig) -> Iterator[None]:
-    """SIGTERM or Ctrl-C asks the run to stop; a second one ends the driver at once."""
+    """SIGTERM, its like, or Ctrl-C asks the run to stop; once more, it ends the driver at once."""
     folder = RunPaths.of(config).folder
 
-    def ask(number: int, frame: object) -> None:
-        # First, so that a second signal is not caught, not even while the file is being written.
-        signal.signal(number, signal.SIG_DFL)
+    def ask(number: signal.Signals) -> None:
         log.info("stopping with a checkpoint; the same once more ends this at once")
         # A file, since the workers that are to stop may be on other nodes: the first of them looks
         # for it every second. Python runs this in the main thread, between two instructions, where
         # writing is allowed.
-        folder.write(RunPaths.STOP, signal.Signals(number).name.encode() + b"\n")
+        folder.write(RunPaths.STOP, number.name.encode() + b"\n")
 
-    # On Ray alone: without it SIGTERM is a worker's own affair (see training.stop_signal).
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    # On Ray alone: without it signals are a worker's own affair (see training.stop_signal).
+    with stopping(ask, signal.SIGINT):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ LIBRARY = ROOT / "mambaflow"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 # Who may import whom. The ground is what lies beside the wings in mambaflow/.
-GROUND = {"config", "checks", "storage", "host", "lease", "run_paths"}
+GROUND = {"config", "checks", "storage", "host", "lease", "run_paths", "signals"}
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "data": {"kernels"},
@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"data", "evaluation", "flow", "models", "report"},
     "search": {"data", "evaluation", "models", "report", "training"},
     "distributed": {"data", "evaluation", "models", "report", "search", "training"},
+    "launch": {"search", "distributed"},
     "benchmarks": {"kernels", "data", "models", "flow", "report", "evaluation", "training"},
 }
 # What the wings may import of the ground: kernels know numbers alone, and flow nothing at all.
@@ -29,13 +30,14 @@ ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": set(), "flow": {"checks"
 # Inside the ground.
 BELOW = {
     "checks": set(), "host": {"checks"}, "storage": {"checks"}, "lease": {"checks", "storage"},
-    "config": {"checks"}, "run_paths": {"config", "storage"},
+    "config": {"checks"}, "signals": set(),
+    "run_paths": {"config", "storage"},
 }  # fmt: skip
 ONLY = {
     "ray": {"distributed"},
     "boto3": {"storage"},
     "botocore": {"storage"},
-    "submitit": set(),
+    "submitit": {"launch"},
     "optuna": {"search"},
 }
 TORCH_ALONE = ["flow/path", "flow/samplers", "evaluation/metrics"]
@@ -110,6 +112,14 @@ def test_services_are_known_to_one_wing_alone(path):
     assert not top & {"jobs", "cluster", "tune"}
 
 
+@pytest.mark.parametrize("path", sorted((LIBRARY / "launch").glob("*.py")), ids=name)
+def test_a_launcher_knows_of_ray_only_what_does_not_import_it(path):
+    assert {room for room in rooms(path) if room.startswith("distributed/")} <= {
+        "distributed/environment",
+        "distributed/reaper",
+    }
+
+
 @pytest.mark.parametrize("room", TORCH_ALONE)
 def test_flow_and_metrics_need_only_torch(room):
     names = {n.split(".")[0] for n in imported(LIBRARY / f"{room}.py")}
@@ -131,4 +141,5 @@ def test_no_script_is_named_like_a_package_that_it_would_hide():
 
 def test_tests_stand_where_what_they_test_stands():
     wings = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and p.name[0] not in "._"}
-    assert wings <= set(ARROWS) | {"jobs", "cluster", "tune"}
+    # tests/slurm has a lab: what needs a batch system, of whichever wing.
+    assert wings <= set(ARROWS) | {"jobs", "cluster", "tune", "slurm"}

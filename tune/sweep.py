@@ -12,8 +12,8 @@ The flags of a run are those of jobs/train.py, and describe the base configurati
 is a variation of. A trial is a run of its own in the sweep's folder, and never sees the test split.
 
 Exit codes: 0 done, or at the end of --max-hours; 1 failed; 2 bad input, nothing changed; 4 done,
-and some trials failed: the ledger has their causes; 143 stopped (SIGTERM or Ctrl-C), with every
-trial's checkpoint saved: go on with --resume.
+and some trials failed: the ledger has their causes; 143 stopped (SIGTERM, SIGUSR1, SIGUSR2,
+SIGHUP or Ctrl-C), with every trial's checkpoint saved: go on with --resume.
 """
 
 import argparse
@@ -52,6 +52,7 @@ from mambaflow.search.proposals import optuna_log
 from mambaflow.search.space import Product, Space, check_space
 from mambaflow.search.sweep_paths import SweepPaths
 from mambaflow.search.sweep_report import write_report
+from mambaflow.signals import stopping
 from mambaflow.storage import at
 from mambaflow.training.preflight import check_data, check_flags, settle
 
@@ -154,19 +155,15 @@ def prepare(config: SweepConfig, stack: contextlib.ExitStack) -> tuple[SweepConf
 
 @contextlib.contextmanager
 def stoppable(conductor: Conductor) -> Iterator[None]:
-    """SIGTERM or Ctrl-C has every trial save and stop; a second one ends the driver at once."""
+    """SIGTERM, its like, or Ctrl-C has every trial save and stop; once more, it ends the driver at
+    once."""
 
-    def ask(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+    def ask(number: signal.Signals) -> None:
         # In a flag alone: the lock may be held by the very code that this interrupts.
-        conductor.asked_to_stop = signal.Signals(number).name
+        conductor.asked_to_stop = number.name
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stopping(ask, signal.SIGINT):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -77,14 +77,14 @@ def _watch(folder: str, driver: int) -> None:
     # Without a driver we are somebody else's child, whoever still holds the pipe.
     while os.getppid() == driver and not select.select([0], [], [], PARENT_S)[0]:
         pass
-    _reap(folder, spared={os.getpid(), driver})
+    reap(folder, {os.getpid(), driver})
 
 
-def _reap(folder: str, spared: set[int]) -> None:
+def reap(folder: str, spared: set[int], grace_s: float = GRACE_S) -> None:
     """Remove the folder once the processes that name it have ended, by themselves or by force."""
     start = time.monotonic()
-    while (pids := _naming(folder) - spared) and time.monotonic() < start + LIMIT_S:
-        if time.monotonic() > start + GRACE_S:
+    while (pids := naming(folder) - spared) and time.monotonic() < start + LIMIT_S:
+        if time.monotonic() > start + grace_s:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.kill(pid, signal.SIGKILL)
@@ -92,7 +92,7 @@ def _reap(folder: str, spared: set[int]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _naming(folder: str) -> set[int]:
+def naming(folder: str) -> set[int]:
     """The processes with the folder in their command line or environment."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mambaflow.lease import taken_by
 from mambaflow.run_paths import RunPaths
+from mambaflow.signals import stopping
 from mambaflow.storage import Storage
 from mambaflow.training.process_group import ProcessGroup
 
@@ -27,8 +28,8 @@ LOST = 1e6
 class StopSignal:
     """Whether somebody asked to stop; every worker gets the same answer at the same step.
 
-    The first worker looks for SIGTERM and for the file STOP. Its answer travels while the next
-    step runs, so that no step waits for it.
+    The first worker looks for SIGTERM, or its like, and for the file STOP. Its answer travels while
+    the next step runs, so that no step waits for it.
     """
 
     def __init__(self, group: ProcessGroup, run: Storage) -> None:
@@ -41,19 +42,16 @@ class StopSignal:
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """Take SIGTERM as a request; only a process's main thread can."""
+        """Take signals as a request; only a process's main thread can."""
         # signal.signal raises in any other. On Ray this is one: there the driver gets the signal,
         # and puts the file STOP for the first worker to find.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._receive)
-        try:
+        with stopping(self._receive, insist=False):
             yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
-    def _receive(self, number: int, frame: object) -> None:
+    def _receive(self, number: signal.Signals) -> None:
         # Nothing more: a handler may run in the middle of a step or of a save.
         self.received = True
 

@@ -1,0 +1,73 @@
+"""Whether somebody on another node is still there: a file that changes while he is.
+
+Only a shared folder joins the nodes. Clocks of other nodes are not trusted: who watches measures by
+its own how long a file has stayed the same.
+"""
+
+import os
+import secrets
+import time
+from pathlib import Path
+
+from mambaflow.checks import require
+from mambaflow.storage import LocalStorage
+
+BEAT_S = 2.0
+LEASE_S = 30.0  # a file server may show what was written up to this late
+
+
+def lease_s() -> float:
+    """Seconds of silence after which a node is taken for lost.
+
+    Raises:
+        ValueError: MAMBAFLOW_LEASE_S is no number of at least 5.
+    """
+    text = os.environ.get("MAMBAFLOW_LEASE_S") or str(LEASE_S)
+    good = text.replace(".", "", 1).isdigit() and float(text) >= 5
+    require(good, f"MAMBAFLOW_LEASE_S (={text!r}) must be 5 seconds or more; use 30")
+    return float(text)
+
+
+class Beat:
+    """Our own sign of life."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder, self.name = LocalStorage(path.parent), path.name
+        self._count, self._last = 0, -BEAT_S
+
+    def tick(self) -> None:
+        """Give it, if it is time."""
+        now = time.monotonic()
+        if now - self._last >= BEAT_S:
+            self._count, self._last = self._count + 1, now
+            self.folder.write(self.name, str(self._count).encode())
+
+
+class Watch:
+    """Another's sign of life."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._text, self._changed = b"", time.monotonic()
+
+    def silent_s(self) -> float:
+        """Seconds since it last changed, as far as we have seen; opened anew, since only that has a
+        network file system look at its server."""
+        try:
+            text = self.path.read_bytes()
+        except OSError:
+            text = b""
+        now = time.monotonic()
+        if text and text != self._text:
+            self._text, self._changed = text, now
+        return now - self._changed
+
+
+def age_s(path: Path) -> float:
+    """Seconds since a file was written, by the clock of the server that keeps it."""
+    mark = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    mark.touch()
+    try:
+        return mark.stat().st_mtime - path.stat().st_mtime
+    finally:
+        mark.unlink(missing_ok=True)

@@ -1,0 +1,38 @@
+"""One real Slurm for all tests that need one, and their jobs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import Lab, missing
+from submitted import Cluster
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Iterator[Lab]:
+    """A Slurm of three nodes; where there can be none the test is skipped, loudly."""
+    if why := missing():
+        pytest.skip(f"NO SLURM: {why}")
+    # Two runs at once would have the same ports and links.
+    here = Lab(tmp_path_factory.mktemp("lab"))
+    before = pytest.MonkeyPatch()
+    before.setenv("SLURM_CONF", str(here.conf))
+    try:
+        here.start()
+        yield here
+    finally:
+        here.stop()
+        before.undo()
+
+
+@pytest.fixture
+def cluster(lab: Lab, marked: str, tmp_path: Path, monkeypatch) -> Iterator[Cluster]:
+    """Every node idle; afterwards nothing may be left of what the test submitted."""
+    monkeypatch.setenv("MAMBAFLOW_LEASE_S", "8")
+    monkeypatch.chdir(tmp_path)
+    lab.restore()
+    ports = {name: lab.listening(name) for name in lab.names}
+    made = Cluster(lab, tmp_path, marked)
+    yield made
+    lab.cancel_all()
+    made.nothing_left(ports)
