@@ -13,8 +13,9 @@ from pathlib import Path
 import boto3
 import jaxtyping
 import pytest
+from heads import start_head
 from hypothesis import HealthCheck, is_hypothesis_test, settings
-from processes import kill
+from processes import kill, wait_for
 from tensorboard.summary.writer import event_file_writer
 
 KEY, SECRET = "TESTKEYID", "TESTSECRET"
@@ -171,3 +172,16 @@ def marked(monkeypatch) -> Iterator[str]:
         monkeypatch.delenv(name, raising=False)
     yield mark
     kill(mark)
+
+
+@pytest.fixture
+def head(marked, monkeypatch) -> str:
+    """A long-lived cluster; RAY_ADDRESS is where jobs are submitted."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    ports = start_head(marked, "--num-cpus=3")
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    hello = [Path(sys.executable).parent / "ray", "job", "submit", "--", "true"]
+    wait_for(lambda: not subprocess.run(hello, capture_output=True, timeout=60).returncode)
+    return address

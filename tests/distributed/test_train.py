@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -15,6 +14,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from heads import start_head, start_node
 from processes import kill, processes, wait_for
 from small import FLAGS, staged
 
@@ -162,44 +162,6 @@ def test_an_account_of_failures_names_the_count_the_worker_and_the_cause():
         "workers failed 2 times (max_failures=1); "
         "the last time worker 1: OSError: no space left on device"
     )
-
-
-PORTS = (
-    "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
-    "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port",
-)  # fmt: skip
-
-
-def start_node(*flags: str, **environment: str) -> None:
-    """A node of a cluster: processes that outlive this call, with more in their environment."""
-    command = [Path(sys.executable).parent / "ray", "start", "--disable-usage-stats", *flags]
-    env = os.environ | {"RAY_AUTH_MODE": "disabled"} | environment
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env=env)
-
-
-def start_head(mark: str, *flags: str) -> dict[str, int]:
-    """The first node of a cluster; its ports by their names."""
-    ports = {}
-    for name in PORTS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports[name] = probe.getsockname()[1]
-    chosen = [f"--{name}={port}" for name, port in ports.items()]
-    start_node("--head", *chosen, f"--temp-dir=/tmp/mf-{mark[:8]}", *flags)
-    return ports
-
-
-@pytest.fixture
-def head(marked, monkeypatch) -> str:
-    """A long-lived cluster; RAY_ADDRESS is where jobs are submitted."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
-    ports = start_head(marked, "--num-cpus=3")
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    hello = [Path(sys.executable).parent / "ray", "job", "submit", "--", "true"]
-    wait_for(lambda: not subprocess.run(hello, capture_output=True, timeout=60).returncode)
-    return address
 
 
 @pytest.mark.slow
