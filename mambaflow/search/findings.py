@@ -195,12 +195,42 @@ class Findings:
 
     @cached_property
     def effects(self) -> Effects:
-        """By the additive model, of finished proposed trials."""
+        """By the additive model, of proposed trials where `compared_at` of the budget was spent."""
+        return self._effects_at(self.compared_at)
+
+    @cached_property
+    def compared_at(self) -> float:
+        """The share of the budget at which fields are compared: all of it, where the trials that
+        spent it tell the values of every field apart and leave something to tell the noise by; else
+        the first rung, which all came to, those too that were stopped there."""
+        whole = self._effects_at(1.0)
+        if whole.freedom and len(whole.fields) == len(self.fields):
+            if all(field.identifiable for field in whole.fields):
+                return 1.0
+        first = min(self.rung_shares, default=1.0)
+        return first if self._effects_at(first).trials > whole.trials else 1.0
+
+    def _effects_at(self, share: float) -> Effects:
         rows = [
-            ({name: self.value(trial, name) for name in self.fields}, psnr(trial))
-            for trial in self.finished
+            ({name: self.value(trial, name) for name in self.fields}, self._at(trial, share))
+            for trial in self._that_spent(share, self.searched)
         ]
         return additive(rows)
+
+    @property
+    def compared_noise(self) -> Noise | None:
+        """From seed to seed where fields are compared."""
+        share = self.compared_at
+        own = [trial for trial in self.searched if self.is_base(trial)][:1]
+        seeds = [trial for trial in self.board.trials.values() if trial.kind == "seed"]
+        return Noise.of([self._at(t, share) for t in self._that_spent(share, [*own, *seeds])])
+
+    def _that_spent(self, share: float, trials: Sequence[Trial]) -> list[Trial]:
+        """Those with a number there; of all of it, only those that came to their end."""
+        if share == 1.0:
+            return [t for t in trials if t.status == "finished" and math.isfinite(psnr(t))]
+        known = [(trial, told(trial)) for trial in trials]
+        return [t for t, reports in known if reports and reports[-1].share >= share - self._slack]
 
     @property
     def is_listed(self) -> bool:
@@ -328,6 +358,7 @@ class Findings:
             "luck": self.luck,
             "bound": self.bound,
             "trials": [self._trial_json(trial) for trial in self._listed()],
+            "compared_at": None if self.is_listed else self.compared_at,
             "effects": None if self.is_listed else _effects_json(self.effects),
             "stages": [asdict(stage) for stage in self.stages] if self.is_listed else None,
             "rungs": [asdict(rung) for rung in self.rungs],

@@ -245,12 +245,12 @@ class SweepPage:
         effects = self.findings.effects
         if not effects.fields:
             return (
-                "Too few proposed trials have spent their whole budget to tell what these do: "
+                "Too few proposed trials have come far enough to tell what these do: "
                 f"{', '.join(self._not_told())}."
             )
         text = (
-            f"From the {effects.trials} proposed trials that spent their whole budget: PSNR as a "
-            "mean plus one number for each value of each field, by least squares. A number is the "
+            f"From the {effects.trials} proposed trials that {self._spent()}: PSNR there as a mean "
+            "plus one number for each value of each field, by least squares. A number is the "
             "effect of a value against the mean of its field's values, in dB. The model knows "
             "nothing of fields that help one another."
         )
@@ -265,13 +265,30 @@ class SweepPage:
             )
         lost = self._not_told()
         text += f" The trials do not tell what these do: {', '.join(lost)}." if lost else ""
-        if self.board.with_status("stopped"):
-            text += (
-                "\n\nTrials that were stopped early are not in it. They are those that fell "
-                "behind, so that values that are often bad are seen too seldom, and their effects "
-                "are likely larger than shown."
+        return text + self._caveat()
+
+    def _spent(self) -> str:
+        share = self.findings.compared_at
+        return (
+            "spent their whole budget"
+            if share == 1
+            else f"spent {100 * share:.0f} % of their budget"
+        )
+
+    def _caveat(self) -> str:
+        """What stopping trials early does to the effects."""
+        if self.findings.compared_at < 1:
+            return (
+                "\n\nThat is the first rung: too few spent all of it to tell, and here those too "
+                "count that were stopped. What helps early may not be what helps in the end."
             )
-        return text
+        if not self.board.with_status("stopped"):
+            return ""
+        return (
+            "\n\nTrials that were stopped early are not in it. They are those that fell behind, "
+            "so that values that are often bad are seen too seldom, and their effects are likely "
+            "larger than shown."
+        )
 
     def _not_told(self) -> list[str]:
         """Fields whose values the finished trials do not tell apart."""
@@ -280,7 +297,7 @@ class SweepPage:
         return [found.short(name) for name in found.fields if name not in known]
 
     def _importance(self, ordered: Sequence[Field]) -> Drawing:
-        noise = self.findings.noise
+        noise = self.findings.compared_noise
         right = {} if noise is None else {"noise of seeds": noise.deviation}
         heights = [Bar(one.range, _known(one.range_error)) for one in ordered]
         groups = [self.findings.short(one.name) for one in ordered]
@@ -548,7 +565,9 @@ def _signed(value: float, decimals: int = 2) -> str:
 def _effect(value: float, error: float = math.nan) -> str:
     if not math.isfinite(value):
         return "not told"
-    return f"{_signed(value)} ± {error:.2f}" if math.isfinite(error) else _signed(value)
+    # A digit more than a PSNR has: an effect is the mean of several trials.
+    known = _signed(value, 3)
+    return f"{known} ± {error:.3f}" if math.isfinite(error) else known
 
 
 def _degrees(count: int) -> str:

@@ -1,12 +1,13 @@
 """The report of a sweep says what its ledger says, needs nothing but it, and hides nothing."""
 
 import html
+import itertools
 import json
 import math
 import re
 
 import pytest
-from made_up import COMMAND, DAY, Teller, run, sweep, twenty
+from made_up import COMMAND, DAY, LAYERS, WIDTHS, Teller, run, sweep, twenty
 
 from mambaflow.config import from_json
 from mambaflow.search.sweep_paths import SweepPaths
@@ -132,8 +133,8 @@ def test_effects_stand_beside_the_noise_of_seeds(page):
                       "num_layers"], "the most important first"  # fmt: skip
     assert "noise of seeds" in words(re.findall(r"<svg.*?</svg>", part, re.DOTALL)[0])
     rows = {(row[0], row[1]): row[2:] for row in tables(part)[0][1:]}
-    assert rows["d_model", "128"] == ["5", "+0.50± 0.00"]
-    assert rows["lr", "0.008"] == ["7", "−0.15± 0.00"]
+    assert rows["d_model", "128"] == ["5", "+0.500± 0.000"]
+    assert rows["lr", "0.008"] == ["7", "−0.150± 0.000"]
     assert "Trials that were stopped early are not in it" in words(part)
 
 
@@ -295,11 +296,37 @@ def test_a_single_trial_has_a_report_that_says_what_is_not_known(tmp_path):
 def test_without_two_configurations_to_compare_no_effect_is_told(tmp_path):
     teller = Teller()
     run(teller.trial("a", {"model.d_model": 32}), "a", 23.0)
-    run(teller.trial("b", {"model.d_model": 128}), "b", 23.0, until=1 / 9)
+    teller.trial("b", {"model.d_model": 128}).start("b")
     paths = sweep(tmp_path, teller.events)
     write_report(paths, timed=False)
     text = words(page_of(paths)[QUESTIONS[2]])
-    assert "Too few proposed trials have spent their whole budget to tell what these do" in text
+    assert "Too few proposed trials have come far enough to tell what these do" in text
+
+
+def test_where_most_were_stopped_fields_are_compared_at_the_first_rung(tmp_path):
+    """There all trials are, and a difference there is not the difference of those that went on."""
+    teller = Teller(9)
+    for number, ((width, of_width), (layers, of_layers)) in enumerate(
+        itertools.product(WIDTHS.items(), LAYERS.items())
+    ):
+        name, values = f"{number:04d}", {"model.d_model": width, "model.num_layers": layers}
+        until = 1.0 if width == 128 else 1 / 9
+        run(teller.trial(name, values), name, 23 + of_width + of_layers, until)
+    for seed, final in ((1, 22.9), (2, 23.1)):
+        teller.trial(f"base-{seed}", {"train.seed": seed}, "seed")
+        run(teller, f"base-{seed}", final, 1.0)
+    paths = sweep(tmp_path, teller.events)
+    write_report(paths, timed=False)
+    part = page_of(paths)[QUESTIONS[2]]
+    assert "From the 9 proposed trials that spent 11 % of their budget" in words(part)
+    assert "those too count that were stopped" in words(part)
+    rows = {(row[0], row[1]): row[2:] for row in tables(part)[0][1:]}
+    for name, known in (("d_model", WIDTHS), ("num_layers", LAYERS)):
+        for value, effect in known.items():
+            told = f"{effect:+.3f}".replace("-", "−")
+            assert rows[name, str(value)] == ["3", f"{told}± 0.000"]
+    summary = json.loads(paths.folder.read(paths.SUMMARY))
+    assert summary["compared_at"] == pytest.approx(1 / 9)
 
 
 def test_too_few_trials_for_effects_are_said_to_be_too_few(tmp_path):
