@@ -35,6 +35,7 @@ from mambaflow.benchmarks import (
     step,
 )
 from mambaflow.benchmarks.bench import BenchmarkConfig
+from mambaflow.data.shard_reader import data_hash
 from mambaflow.host import keep_memory, speak_plainly
 from mambaflow.report.tables import Table, provenance
 
@@ -73,12 +74,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for table in tables:
         print(table)
+    reads_data = config.what in ("loader", "stall", "ray")
     print(
         # Last of all: a number without its command, machine, data and date says nothing.
         provenance(
             " ".join(["python", *sys.argv]),
             # Which parts read data; the others make up their input from fixed seeds.
-            config.data if config.what in ("loader", "stall", "ray") else "made up",
+            f"{config.data} (hash {data_hash(config.data)})" if reads_data else "made up",
             0,
             threads=torch.get_num_threads(),
             torch=torch.__version__,

@@ -43,6 +43,7 @@ from mambaflow.training.preflight import (
     check_flags,
     check_launch,
     check_opening,
+    identified,
     open_run,
     settings_of,
     settle,
@@ -76,13 +77,17 @@ def parse(argv: list[str]) -> RunConfig:
     # second pass parses and shows in --help. No abbreviations: --rec would be --recipe here and an
     # error there.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--arch", "--recipe", "--config"):
+    for name in ("--arch", "--recipe", "--config", "--data"):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(argv)
+    default = defaults(chosen.arch, chosen.recipe, chosen.config)
+    # Data that are named are those that are meant; others must be what the configuration says.
+    if chosen.data is not None:
+        default = replace(default, data_hash="")
     flags = tyro.cli(
         Flags,
         args=argv,
-        default=Flags(**vars(defaults(**vars(chosen)))),
+        default=Flags(**vars(default)),
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -166,11 +171,14 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, 
     embedded = config.data in EMBEDDED
     if not embedded:
         check_data(config)
+        config = identified(config)
+        check_opening(config)  # for their sake, before a cluster is started
     # In main's stack: the cluster must outlive this function.
     stack.enter_context(cluster(config))
     if embedded:
         config = replace(config, data=at(stage_once(config.data)).uri)
         check_data(config)
+        config = identified(config)
     return open_and_own(config, stack)
 
 

@@ -168,7 +168,10 @@ class TrialActor(ray.tune.Trainable):
         """The run, with its folder; one that is there goes on as it was begun."""
         folder = RunPaths.of(self._run).folder
         if folder.exists(RunPaths.CONFIG):
-            run = replace(from_json(folder.read(RunPaths.CONFIG)), resume=True)
+            before = from_json(folder.read(RunPaths.CONFIG))
+            # The data may have been moved since.
+            data, found = self._run.data, self._run.data_hash
+            run = replace(before, resume=True, data=data, data_hash=found)
         else:
             run = self._timed()
         open_run(run)

@@ -29,7 +29,7 @@ from mambaflow.training import checkpoint
 from mambaflow.training.law_fit import fit_law, residuals
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
 from mambaflow.training.objective import Objective
-from mambaflow.training.preflight import total_steps
+from mambaflow.training.preflight import check_same_data, total_steps
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
 
@@ -67,6 +67,7 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
 
     The test split is not looked at: that is `score_test`, which a search leaves out.
     """
+    check_same_data(config)  # by every worker: of these data, at this time, from here
     folder, shards = RunPaths.of(config).folder, ShardSet(config.data, "train")
     layout = Layout.of(shards.spec, config.model)
     # Strict masks take the staged pixels alone: whole images stay out of the GPU's memory.
@@ -310,6 +311,7 @@ def score_test(config: RunConfig, group: ProcessGroup) -> None:
     # has looked here.
     if not config.train.test_images or reported_steps(folder) == steps:
         return
+    check_same_data(config)  # again: hours have gone by, and of the test split nothing was read
     # By each worker from storage: the best checkpoint need not be the one that training ended with.
     model, info = weights.load_model(folder.uri, score=BEST, device=str(group.device))
     test = ShardSet(config.data, "test")
