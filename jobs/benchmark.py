@@ -38,6 +38,7 @@ from mambaflow.benchmarks.bench import BenchmarkConfig
 from mambaflow.data.shard_reader import data_hash
 from mambaflow.host import keep_memory, speak_plainly
 from mambaflow.report.tables import Table, provenance
+from mambaflow.variables import check_variables
 
 # A part is named here, in BenchmarkConfig.what and in the docstring above.
 PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
@@ -57,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     speak_plainly()
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
+    try:
+        check_variables()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     # Before the first tensor, as in training (see training.process_group).
     if config.keep_memory:
         keep_memory()

@@ -55,6 +55,7 @@ from mambaflow.search.sweep_report import write_report
 from mambaflow.signals import stopping
 from mambaflow.storage import at
 from mambaflow.training.preflight import check_data, check_flags, identified, settle
+from mambaflow.variables import check_variables
 
 FAILED, BAD_INPUT, TRIALS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
 LINE_S = 60.0  # between lines of progress where there is no terminal
@@ -318,9 +319,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
-    if argv and argv[0] in ("stop", "add"):
-        return request(argv)
     try:
+        check_variables()
+        if argv and argv[0] in ("stop", "add"):
+            return request(argv)
         flags = parse(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
