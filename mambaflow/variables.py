@@ -37,8 +37,11 @@ class Rule:
         """Why a value is refused; "" where it is not."""
         # Control characters first: most often the end of a line that was copied with it.
         if not text.isprintable():
-            told = f"{name} ({self.shown(text)}) must not hold control characters, such as the end"
-            return f"{told} of a line that was copied with it; set it again"
+            rule = f"{self.words}, and must not" if self.words else "not"
+            return (
+                f"{name} ({self.shown(text)}) must {rule} hold control characters, such as the end "
+                "of a line that was copied with it; set it again"
+            )
         if self.holds(text):
             return ""
         return f"{name} ({self.shown(text)}) must {self.words}; {self.cure}"

@@ -7,6 +7,7 @@ and imports the rest of this wing afterwards; `cluster.connect` refuses where th
 
 import secrets
 import sys
+from pathlib import Path
 
 from mambaflow.checks import require
 from mambaflow.host import KEEP_MEMORY
@@ -67,6 +68,7 @@ def set_ray_environment() -> None:
     drop_empty(AUTH)  # Ray reads an empty mode as one
     mode = stated("RAY_AUTH_MODE").lower()
     if cluster_address() != LOCAL or stated("RAY_AUTH_TOKEN"):
+        _require_token_file(mode)
         return
     # Ray keeps the mode that it read as it was imported: stated now, it would reach children alone.
     if not mode and "ray" in sys.modules:
@@ -77,6 +79,16 @@ def set_ray_environment() -> None:
     # Without a token in the environment Ray would make one, in ~/.ray, and leave it there.
     if (mode or state("RAY_AUTH_MODE", "token")) == "token":
         state("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _require_token_file(mode: str) -> None:
+    # A token in the environment goes first; without a mode Ray may still look for the file.
+    path = "" if stated("RAY_AUTH_TOKEN") or mode == "disabled" else stated("RAY_AUTH_TOKEN_PATH")
+    require(
+        not path or Path(path).expanduser().is_file(),
+        f"RAY_AUTH_TOKEN_PATH (={path!r}) must be a file that is there, with the cluster's token; "
+        "name that file, or set RAY_AUTH_MODE=disabled if the cluster asks for none",
+    )
 
 
 def is_set() -> bool:

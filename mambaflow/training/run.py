@@ -16,7 +16,7 @@ import torch
 from mambaflow.config import RunConfig, to_dict
 from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
-from mambaflow.data.shard_reader import ShardSet
+from mambaflow.data.shard_reader import ShardSet, other_splits
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.final_report import FinalReport, final_report, validate
 from mambaflow.models import weights
@@ -77,6 +77,7 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     # Each worker reads the checkpoint for itself: storage is what they share.
     info = checkpoint.restore_newest(state, folder)
     if info is not None:
+        _require_same_data(info, config)
         log.info("resumed %s after step %d", config.run_name, info.step)
     # A checkpoint of the run's own goes first: other weights are where it began, not where it is.
     elif config.init_from:
@@ -95,6 +96,17 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     finally:
         trainer.close()
         shards.close()
+
+
+def _require_same_data(info: CheckpointInfo, config: RunConfig) -> None:
+    """A checkpoint knows its data itself: the run's configuration may have been lost since."""
+    was, now = info.config.data_hash, config.data_hash
+    changed = other_splits(was, now) if was and now else ""
+    if changed:
+        raise weights.CheckpointError(
+            f"checkpoint {info.uri} is of other data than data (={config.data}) hold ({changed}); "
+            "give --data with the address of those, or another --run-name"
+        )
 
 
 def _init_from(state: TrainState, run: str) -> None:

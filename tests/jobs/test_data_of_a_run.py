@@ -190,6 +190,15 @@ def test_data_that_change_while_a_run_trains_end_it(root, tmp_path, capsys, monk
     assert f"hold others here and now than the run was begun on ({split}: " in err
 
 
+def test_checkpoints_that_lost_their_configuration_are_not_trained_on_with_other_data(root, capsys):
+    (root / "runs/r/config.json").unlink()
+    restaged(root, mask_seed=7)
+    flags = [*QUICK, "--max-steps=3", f"--data={root}/shards", f"--storage={root}/runs"]
+    assert main([*flags, "--run-name=r"]) == 3
+    err = capsys.readouterr().err
+    assert "is of other data than data" in err and "step_0000002" in err and "(train: " in err
+
+
 # A sweep, and an evaluation
 
 
