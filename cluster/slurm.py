@@ -37,6 +37,7 @@ from mambaflow.launch.submission import (
     read_lines,
     submit,
 )
+from mambaflow.variables import check_variables
 
 FAILED, BAD_INPUT = 1, 2
 LOOK_S = 5.0
@@ -160,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0 if given else BAD_INPUT
     try:
+        check_variables()
         return lookup(ACTIONS, given[0], "action")(given[1:])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

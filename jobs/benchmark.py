@@ -35,8 +35,10 @@ from mambaflow.benchmarks import (
     step,
 )
 from mambaflow.benchmarks.bench import BenchmarkConfig
+from mambaflow.data.shard_reader import data_hash
 from mambaflow.host import keep_memory, speak_plainly
 from mambaflow.report.tables import Table, provenance
+from mambaflow.variables import check_variables
 
 # A part is named here, in BenchmarkConfig.what and in the docstring above.
 PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
@@ -56,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     speak_plainly()
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
+    try:
+        check_variables()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     # Before the first tensor, as in training (see training.process_group).
     if config.keep_memory:
         keep_memory()
@@ -73,12 +80,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for table in tables:
         print(table)
+    reads_data = config.what in ("loader", "stall", "ray")
     print(
         # Last of all: a number without its command, machine, data and date says nothing.
         provenance(
             " ".join(["python", *sys.argv]),
             # Which parts read data; the others make up their input from fixed seeds.
-            config.data if config.what in ("loader", "stall", "ray") else "made up",
+            f"{config.data} (hash {data_hash(config.data)})" if reads_data else "made up",
             0,
             threads=torch.get_num_threads(),
             torch=torch.__version__,

@@ -40,6 +40,7 @@ from mambaflow.evaluation.rows import Results
 from mambaflow.host import speak_plainly
 from mambaflow.signals import stopping
 from mambaflow.storage import at
+from mambaflow.variables import check_variables
 
 FAILED, BAD_INPUT, ROWS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
 LINE_S = 60.0  # between lines of progress where there is no terminal
@@ -181,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
     given = sys.argv[1:] if argv is None else argv
     try:
+        check_variables()
         config = tyro.cli(EvaluateConfig, args=given, description=__doc__)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ from mambaflow.data.staging import (
 )
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.host import speak_plainly
+from mambaflow.variables import check_variables
 
 
 def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     # Outside of `try`: a flag that tyro refuses ends the process with code 2 by itself.
     config = tyro.cli(StageConfig, args=argv, description=__doc__)
     try:
+        check_variables()
         source = opened(config)
         # To stderr, as all that is said on the way: the last line alone is the answer.
         print(f"{config.source}:", *source.found().lines(), sep="\n  ", file=sys.stderr)

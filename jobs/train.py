@@ -15,7 +15,6 @@ job with --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'.
 import argparse
 import contextlib
 import logging
-import os
 import re
 import signal
 import sys
@@ -43,6 +42,7 @@ from mambaflow.training.preflight import (
     check_flags,
     check_launch,
     check_opening,
+    identified,
     open_run,
     settings_of,
     settle,
@@ -54,6 +54,7 @@ from mambaflow.training.process_group import (
     launched_workers,
 )
 from mambaflow.training.run import Outcome, RunFailed, train_and_score
+from mambaflow.variables import check_variables, job_environment, launched, stated
 
 # 128 + a signal's number is what a shell says of a process that a signal ended.
 FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
@@ -76,13 +77,17 @@ def parse(argv: list[str]) -> RunConfig:
     # second pass parses and shows in --help. No abbreviations: --rec would be --recipe here and an
     # error there.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--arch", "--recipe", "--config"):
+    for name in ("--arch", "--recipe", "--config", "--data"):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(argv)
+    default = defaults(chosen.arch, chosen.recipe, chosen.config)
+    # Data that are named are those that are meant; others must be what the configuration says.
+    if chosen.data is not None:
+        default = replace(default, data_hash="")
     flags = tyro.cli(
         Flags,
         args=argv,
-        default=Flags(**vars(defaults(**vars(chosen)))),
+        default=Flags(**vars(default)),
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -106,7 +111,7 @@ def defaults(arch: str | None, recipe: str | None, config: str | None) -> RunCon
 def check_compiler(config: RunConfig) -> None:
     """Refuse --compile where this machine, which will compile, cannot."""
     # Workers of a cluster compile on their own nodes, which may have what the driver's lacks.
-    elsewhere = config.scale.ray and os.environ.get("RAY_ADDRESS")
+    elsewhere = config.scale.ray and stated("RAY_ADDRESS")
     if config.scale.compile == "off" or elsewhere:
         return
     try:
@@ -119,9 +124,8 @@ def check_compiler(config: RunConfig) -> None:
 
 def warn_of_a_copy(storage: str) -> None:
     """Say so if a job of Ray would keep its run in the copy of --working-dir that it runs in."""
-    # Ray hands a submitted job its runtime environment, as JSON, in a variable that is called so.
-    # With --working-dir its current folder is the copy.
-    copied = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    # With --working-dir a submitted job's current folder is the copy.
+    copied = "working_dir" in job_environment()
     # Relative, and so in that folder: neither from the root, nor of a home, nor with a scheme.
     if copied and not re.match(r"/|~|\w+://", storage):
         log.warning(
@@ -166,11 +170,14 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, 
     embedded = config.data in EMBEDDED
     if not embedded:
         check_data(config)
+        config = identified(config)
+        check_opening(config)  # for their sake, before a cluster is started
     # In main's stack: the cluster must outlive this function.
     stack.enter_context(cluster(config))
     if embedded:
         config = replace(config, data=at(stage_once(config.data)).uri)
         check_data(config)
+        config = identified(config)
     return open_and_own(config, stack)
 
 
@@ -261,8 +268,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             # Before the processes find one another: each sees the same flags and refuses them
             # alike.
+            check_variables()
             config = parse(sys.argv[1:] if argv is None else argv)
-            check_launch(config.scale, launched_workers())
+            if not config.scale.ray:  # on Ray they are not torchrun's to set, and mean nothing
+                check_launch(config.scale, launched_workers())
+                launched()
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT

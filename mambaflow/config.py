@@ -271,6 +271,9 @@ class RunConfig:
     optimiser; empty: from weights drawn by the seed."""
     command: Annotated[str, tyro.conf.Suppress] = ""
     """The command line, for the captions of tables."""
+    data_hash: Annotated[str, tyro.conf.Suppress] = ""
+    """What the data hold, wherever they are (see `data.shard_reader.data_hash`); empty: they have
+    not been looked at."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -355,7 +358,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 RENAMED = {"model": {"surroundings": "local_linear"}}
 # Part -> field -> what a configuration without it meant.
 ADDED: dict[str, dict[str, Any]] = {
-    "a run": {"init_from": "", "take_over": False},
+    # data_hash: a run of before knew its data by their address alone. It goes on with whatever is
+    # there, and with nothing that is elsewhere; from then on it knows what they hold.
+    "a run": {"init_from": "", "take_over": False, "data_hash": ""},
     "model": {"query_attention": True},
     "train": {"max_steps": 0},
     "scale": {"threads": 0},

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from mambaflow.checks import require
+from mambaflow.variables import number
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -20,22 +20,11 @@ def cores() -> int:
     Raises:
         ValueError: MAMBAFLOW_CORES is no whole number above 0.
     """
-    if stated := _stated("MAMBAFLOW_CORES"):
+    if stated := number("MAMBAFLOW_CORES"):
         return stated
     if hasattr(os, "sched_getaffinity"):  # what a container or taskset grants, not what there is
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _stated(name: str) -> int | None:
-    """A number in the environment; None where it is unset or empty."""
-    text = os.environ.get(name)
-    if not text:
-        return None
-    # int() alone would take blanks, signs and the digits of other scripts.
-    good = text.isascii() and text.isdigit() and int(text) > 0
-    require(good, f"{name} (={text!r}) must be a whole number above 0; mend or unset it")
-    return int(text)
 
 
 def share_threads(workers: int, threads: int = 0) -> None:
@@ -54,7 +43,7 @@ def share_threads(workers: int, threads: int = 0) -> None:
     # With more OpenMP threads than cores each of them sleeps at every barrier.
     share = max(1, cores() // workers)
     # What this machine says wins over what a run says anywhere.
-    torch.set_num_threads(_stated("MAMBAFLOW_THREADS") or threads or share)
+    torch.set_num_threads(number("MAMBAFLOW_THREADS") or threads or share)
 
 
 def speak_plainly() -> None:

@@ -31,6 +31,8 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
+from mambaflow.variables import as_it_is, drop_empty, empty, family, number, refused
+
 # boto3's own default; tests cut their files at it.
 MULTIPART_BYTES = 8 * 2**20
 # Attempts at a request, the first one included. botocore's own numbers are 3 attempts and 60 s for
@@ -290,24 +292,13 @@ def _client() -> Any:
     """This process's client for its present environment: boto3's may not live through a fork."""
     # Looked at for every request: with other credentials or another endpoint in the environment the
     # client of before must not be used again.
-    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    return _client_for(os.getpid(), settings)
-
-
-def _refuse_stray_characters(settings: tuple[tuple[str, str], ...]) -> None:
-    """Settings go into headers, and what refuses them there tells them, secrets and all."""
-    for name, value in settings:
-        if not value.isprintable():
-            raise ValueError(
-                f"{name} (of {len(value)} characters) must not hold control characters, such as "
-                "the end of a line that was copied with it; set it again"
-            )
+    return _client_for(os.getpid(), tuple(sorted(family("AWS_").items())))
 
 
 def _without_secrets(text: str) -> str:
     """A message without the values of secrets, which some services quote."""
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        if value := os.environ.get(name):
+        if value := as_it_is(name):
             text = text.replace(value, f"({name})")
     return text
 
@@ -315,13 +306,13 @@ def _without_secrets(text: str) -> str:
 # One client for all threads of a process, which clients allow and sessions do not.
 @lru_cache(maxsize=8)
 def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    names = [name for name, _ in settings]
+    # Settings go into headers, and what refuses them there tells them, secrets and all.
+    refused(names)
+    # boto3 takes an empty variable for a value: a profile without a name, say.
+    drop_empty(empty("AWS_"))
     # What is stated in the client's Config hides the variable, so it is read here.
-    _refuse_stray_characters(settings)
-    # An empty variable is none: job files often set what they have no value for.
-    text = dict(settings).get("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ValueError(f"AWS_MAX_ATTEMPTS (={text!r}) must be a whole number above 0; use 5")
-    attempts = int(text)
+    attempts = number("AWS_MAX_ATTEMPTS", ATTEMPTS)
     config = Config(
         # adaptive also slows down all requests of this client when the service asks for fewer.
         # total_max_attempts counts the first request; max_attempts, its neighbour, does not.

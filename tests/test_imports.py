@@ -11,7 +11,7 @@ LIBRARY = ROOT / "mambaflow"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 # Who may import whom. The ground is what lies beside the wings in mambaflow/.
-GROUND = {"config", "checks", "storage", "host", "lease", "run_paths", "signals"}
+GROUND = {"config", "checks", "storage", "host", "lease", "run_paths", "signals", "variables"}
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "data": {"kernels"},
@@ -25,11 +25,13 @@ ARROWS: dict[str, set[str]] = {
     "launch": {"search", "distributed"},
     "benchmarks": {"kernels", "data", "models", "flow", "report", "evaluation", "training"},
 }
-# What the wings may import of the ground: kernels know numbers alone, and flow nothing at all.
-ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": set(), "flow": {"checks"}}
+# What the wings may import of the ground: kernels know numbers alone, and how they may be told to
+# be others; flow nothing at all.
+ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": {"variables"}, "flow": {"checks"}}
 # Inside the ground.
 BELOW = {
-    "checks": set(), "host": {"checks"}, "storage": {"checks"}, "lease": {"checks", "storage"},
+    "checks": set(), "variables": {"checks"}, "host": {"variables"}, "storage": {"variables"},
+    "lease": {"checks", "storage"},
     "config": {"checks"}, "signals": set(),
     "run_paths": {"config", "storage"},
 }  # fmt: skip

@@ -54,7 +54,8 @@ from mambaflow.search.sweep_paths import SweepPaths
 from mambaflow.search.sweep_report import write_report
 from mambaflow.signals import stopping
 from mambaflow.storage import at
-from mambaflow.training.preflight import check_data, check_flags, settle
+from mambaflow.training.preflight import check_data, check_flags, identified, settle
+from mambaflow.variables import check_variables
 
 FAILED, BAD_INPUT, TRIALS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
 LINE_S = 60.0  # between lines of progress where there is no terminal
@@ -133,6 +134,8 @@ def prepare(config: SweepConfig, stack: contextlib.ExitStack) -> tuple[SweepConf
     embedded = base.data in EMBEDDED
     if not embedded:
         check_data(base)
+        config = replace(config, run=identified(config.run))
+        check_sweep(config)  # once more, for their sake
     set_ray_environment()
     # Imports Ray, which reads how it authenticates as it is imported: after the line above.
     from mambaflow.distributed.cluster import await_room, check_room, connect
@@ -144,6 +147,7 @@ def prepare(config: SweepConfig, stack: contextlib.ExitStack) -> tuple[SweepConf
     if embedded:
         config = replace(config, run=replace(config.run, data=at(stage_once(base.data)).uri))
         check_data(replace(config.run, resume=False))
+        config = replace(config, run=identified(config.run))
     if not config.run.resume:
         open_sweep(config)
     what = f"run_name (={config.run.run_name!r})"
@@ -315,9 +319,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where keys were found
-    if argv and argv[0] in ("stop", "add"):
-        return request(argv)
     try:
+        check_variables()
+        if argv and argv[0] in ("stop", "add"):
+            return request(argv)
         flags = parse(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,12 @@
 """A split's rows by number, from shards that are opened as they are needed, or a little before."""
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ from filelock import FileLock
 from jaxtyping import Int
 
 from mambaflow.data.shards import (
+    MANIFEST,
     Manifest,
     Rows,
     ShardError,
     ShardInfo,
     ShardSpec,
+    content_of,
     from_bytes,
     read_manifest,
 )
@@ -26,6 +30,10 @@ from mambaflow.storage import Storage, at
 # most.
 MEMORY_BYTES = 2**30
 THREADS = 8
+# In the order in which `data_hash` names them.
+SPLITS = ("train", "validation", "test")
+NOT_THERE = "none"
+log = logging.getLogger(__name__)
 
 
 class Fetcher:
@@ -106,6 +114,50 @@ class Fetcher:
                 self.storage.download(info.name, path)
                 data = path.read_bytes()
         return data
+
+
+def split_hash(split: Storage, cache: Path | None = None, *, read: bool = True) -> str:
+    """What a split holds (see `Manifest.hash`); "" where its manifest does not say, and the shards
+    are not to be read for it.
+
+    Raises:
+        ShardError: no split, or a damaged one.
+    """
+    manifest = read_manifest(split)
+    if manifest.hash or not read:
+        return manifest.hash
+    log.info("%s: an earlier version staged it, so that all shards are read once", split.uri)
+    fetcher = Fetcher(split, manifest, cache)
+    try:
+        contents = {}
+        for number, info in enumerate(manifest.shards):
+            ahead = range(number, min(number + THREADS, len(manifest.shards)))
+            fetcher.begin(ahead, THREADS)
+            contents[info.sha256] = content_of(fetcher.take(number))
+    finally:
+        fetcher.close()
+    return replace(manifest, contents=contents).hash
+
+
+def data_hash(uri: str, *, read: bool = True) -> str:
+    """What a data set holds, wherever it is: the hashes of its splits, train-validation-test, with
+    "none" for one that is not there; "" as in `split_hash`.
+
+    Raises:
+        ShardError: a damaged split.
+    """
+    found = []
+    for name in SPLITS:
+        split = at(uri).child(name)
+        there = split.exists(MANIFEST)
+        found.append(split_hash(split, read=read) if there else NOT_THERE)
+    return "-".join(found) if all(found) else ""
+
+
+def other_splits(was: str, now: str) -> str:
+    """In which splits two of `data_hash` differ, for a person; "" where they do not."""
+    pairs = zip(SPLITS, was.split("-"), now.split("-"), strict=False)
+    return ", ".join(f"{name}: {a} -> {b}" for name, a, b in pairs if a != b)
 
 
 class ShardSet:

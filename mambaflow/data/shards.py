@@ -1,8 +1,8 @@
 """The sparse shard: images of which only a staged choice of pixels is kept.
 
     <root>/train/shard-00000.parquet     rows of the columns below, zstd
-    <root>/train/manifest.json           the spec, and every shard's rows, bytes and sha256;
-                                         written last: without it there is no split
+    <root>/train/manifest.json           the spec, every shard's rows, bytes, sha256, and a hash of
+                                         what is in it; written last: without it there is no split
 
 A row: id int64, label int8, index uint16[k + n] and rgb uint8[3 (k + n)], the known pixels first,
 then the asked ones; and, in held-out splits or where staged so, image uint8[3 size size].
@@ -11,7 +11,8 @@ then the asked ones; and, in held-out splits or where staged so, image uint8[3 s
 import hashlib
 import io
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from mambaflow.storage import Storage
 FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA_KEY = b"mambaflow"
+CONTENT_BITS, HASH_DIGITS = 256, 12
 
 
 class ShardError(ValueError):
@@ -251,11 +253,48 @@ class Manifest:
 
     spec: ShardSpec
     shards: list[ShardInfo]
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """A shard's sha256 -> what its rows hold (see `content_of`). By the hash and not by the name:
+    of another file of that name nothing is said."""
 
     @property
     def rows(self) -> int:
         """Rows in all."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def hash(self) -> str:
+        """What the split holds: equal images, masks and labels, equal hash, wherever and however
+        they are kept; "" where the version that staged it did not say."""
+        if not self.contents.keys() >= {shard.sha256 for shard in self.shards}:
+            return ""
+        whole = joined(self.contents[shard.sha256] for shard in self.shards)
+        # What rows are cut from counts too: masks of other shares are drawn by these.
+        about = [self.spec.split, self.spec.size, self.spec.mask_seed, self.rows, whole]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:HASH_DIGITS]
+
+
+def content_of(rows: Rows) -> str:
+    """What some rows hold: ids, labels, masks and colours, whatever file they are in, and in
+    whatever order; see `joined`."""
+    # Of stated widths: the same bytes on every machine.
+    columns = [rows.ids.astype("<i8"), rows.labels.astype("i1"), rows.index.astype("<u2"), rows.rgb]
+    columns += [] if rows.images is None else [rows.images]
+    total = 0
+    for number in range(len(rows)):
+        digest = hashlib.blake2b(digest_size=CONTENT_BITS // 8)
+        for column in columns:
+            # How long first: what ends one column must not begin the next.
+            digest.update(f"{column[number].nbytes},".encode() + column[number].tobytes())
+        total += int.from_bytes(digest.digest(), "big")
+    return f"{total % 2**CONTENT_BITS:0{CONTENT_BITS // 4}x}"
+
+
+def joined(contents: Iterable[str]) -> str:
+    """What several sets of rows hold together: a sum, so that it is the same however the rows are
+    cut into shards."""
+    total = sum(int(content, 16) for content in contents)
+    return f"{total % 2**CONTENT_BITS:0{CONTENT_BITS // 4}x}"
 
 
 def shard_name(number: int) -> str:
@@ -268,9 +307,15 @@ def write_manifest(split: Storage, manifest: Manifest) -> None:
     about = {
         "format": FORMAT,
         "hash": manifest.spec.hash,
+        "data": manifest.hash,  # for people: it follows from the contents
         "rows": manifest.rows,
         "recipe": manifest.spec.fields,  # as format 1 calls it
         "shards": [asdict(shard) for shard in manifest.shards],
+        "contents": {
+            shard.sha256: manifest.contents[shard.sha256]
+            for shard in manifest.shards
+            if shard.sha256 in manifest.contents
+        },
     }
     # One write, which appears whole: from here on the split is there.
     split.write(MANIFEST, (json.dumps(about, indent=2) + "\n").encode())
@@ -290,14 +335,23 @@ def read_manifest(split: Storage) -> Manifest:
             raise ShardError(f"{where} has format {about['format']}, not {FORMAT}; stage again")
         spec = ShardSpec(**about["recipe"])
         shards = [ShardInfo(**shard) for shard in about["shards"]]
+        # Earlier versions wrote none: `shard_reader.data_hash` then reads the shards.
+        contents = {sha: f"{int(text, 16):x}" for sha, text in about.get("contents", {}).items()}
     except FileNotFoundError as error:
         raise ShardError(
             f"{where} is not there: no staged split, or one whose staging did not finish; "
             "run jobs/stage.py --out with this address"
         ) from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ShardError:
+        raise
+    # Text that is no JSON, or no number, is a ValueError.
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ShardError(f"{where} is damaged: {error!r}; stage the data again") from error
     # A manifest has no checksum of its own: what it says twice must agree.
     if about["hash"] != spec.hash or about["rows"] != sum(s.rows for s in shards):
         raise ShardError(f"{where} contradicts itself; stage the data again")
-    return Manifest(spec, shards)
+    manifest = Manifest(spec, shards, contents)
+    # Where it says nothing of a shard, nothing can be compared.
+    if manifest.hash and about.get("data", manifest.hash) != manifest.hash:
+        raise ShardError(f"{where} contradicts itself; stage the data again")
+    return manifest

@@ -12,7 +12,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +30,24 @@ from mambaflow.data.shards import (
     ShardError,
     ShardInfo,
     ShardSpec,
+    content_of,
     encode,
+    from_bytes,
     read_manifest,
     shard_name,
     to_bytes,
     write_manifest,
 )
-from mambaflow.data.sources import SPLIT_SEED, Item, Pixels, Source, SourceError, open_source
+from mambaflow.data.sources import (
+    OF_BYTES,
+    SPLIT_SEED,
+    Item,
+    Pixels,
+    Source,
+    SourceError,
+    embedded,
+    open_source,
+)
 from mambaflow.storage import Storage, StorageError, at
 
 # Beside the shards' own names: a listing of "shard-" sees neither.
@@ -195,6 +206,8 @@ class ShardResult:
     corrupt: list[str]
     contents: dict[int, str]
     """Of each image's pixels, as the source has them: the same picture, the same text."""
+    content: str
+    """Of the shard's rows (see `shards.content_of`)."""
 
 
 def _json(value: Any) -> bytes:
@@ -277,9 +290,35 @@ def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) 
     changes = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if v != ours.get(k)]
     require(
         not changes,
-        f"out (={out}) holds another staging of {split} ({'; '.join(changes)}); give another "
-        "--out, or remove that folder",
+        f"out (={out}) holds another staging of {split} ({'; '.join(changes)})"
+        f"{_about_images(theirs, ours)}; give another --out, or remove that folder",
     )
+
+
+def _about_images(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What other fingerprints mean, where nothing else tells that the images are others."""
+    was, now = str(theirs.get("images", "")), str(ours["images"])
+    if was in ("", now) or theirs.get("count") != ours["count"]:
+        return ""
+    if now.startswith(OF_BYTES) and not was.startswith(OF_BYTES):
+        return ": an earlier version knew files by names and sizes; whether they changed is unknown"
+    return ": the files have changed since"
+
+
+def as_claimed(out: str, parts: list[SplitPlan]) -> list[SplitPlan]:
+    """The same parts, with the name of the source that the place knows where all else is the same:
+    a folder that was renamed or moved holds the same images."""
+    try:
+        theirs = json.loads(at(out).read(CLAIM))
+        names = [theirs[part.spec.split]["source"] for part in parts]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return parts  # nothing is staged there; or what is, is met by `stake_claim`
+    renamed = [
+        replace(part, spec=replace(part.spec, source=name))
+        for part, name in zip(parts, names, strict=True)
+    ]
+    same = all(theirs[part.spec.split] == part.claim for part in renamed)
+    return renamed if same else parts
 
 
 # For the life of a worker process, which makes the shards of one staging.
@@ -317,15 +356,16 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     images, labels, ids, corrupt, contents = _read(
         source or _opened(task.source, task.options), task
     )
-    data = to_bytes(encode(images, labels, ids, task.spec), task.spec)
+    rows = encode(images, labels, ids, task.spec)
+    data, content = to_bytes(rows, task.spec), content_of(rows)
     info = ShardInfo(name, len(ids), len(data), hashlib.sha256(data).hexdigest())
     # The shard, then its note: where a note is, the shard is whole. Two that make the same shard at
     # once write the same bytes.
     split.write(name, data)
-    about = {"corrupt": corrupt, "contents": contents}
+    about = {"corrupt": corrupt, "contents": contents, "content": content}
     note = {"claim": task.claim_hash, "info": asdict(info), **about}
     split.write(f"{NOTES}/{name}.json", _json(note))
-    return ShardResult(task.spec.split, info, False, corrupt, contents)
+    return ShardResult(task.spec.split, info, False, corrupt, contents, content)
 
 
 def _made(task: ShardTask) -> ShardResult | None:
@@ -356,7 +396,9 @@ def _made(task: ShardTask) -> ShardResult | None:
     # those that an earlier one counted.
     _stop_at(note["corrupt"], task.on_corrupt)
     contents = {int(id): text for id, text in note["contents"].items()}
-    return ShardResult(task.spec.split, info, True, note["corrupt"], contents)
+    # A note of an earlier version has none.
+    content = note.get("content") or content_of(from_bytes(data, name)[0])
+    return ShardResult(task.spec.split, info, True, note["corrupt"], contents, content)
 
 
 def _read(
@@ -463,7 +505,7 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
         SourceError, ValueError: see `make` and `stake_claim`; no manifest is written then.
         StorageError: shards that were made are not at `out`.
     """
-    parts = plan(config, source)
+    parts = as_claimed(config.out, plan(config, source))
     for item in source.items("train", parts[0].places[:1]):  # an obvious mistake claims nothing
         if item.pixels is not None:
             _checked(item, parts[0].spec)
@@ -484,8 +526,9 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
     # All splits are whole before the first is published. "test" is the last of them.
     for part in parts:
         # By name: a row's number follows from the manifest, not from who was first.
-        infos = sorted((s.info for s in done[part.spec.split]), key=lambda info: info.name)
-        write_manifest(part.storage, Manifest(part.spec, infos))
+        shards = sorted(done[part.spec.split], key=lambda shard: shard.info.name)
+        contents = {shard.info.sha256: shard.content for shard in shards}
+        write_manifest(part.storage, Manifest(part.spec, [s.info for s in shards], contents))
     every = [s for shards in done.values() for s in shards]
     return {
         **{split: sum(s.info.rows for s in shards) for split, shards in done.items()},
@@ -555,10 +598,50 @@ def _check_whole(part: SplitPlan, done: list[ShardResult]) -> None:
 
 
 def stage_once(name: str, root: Path = Path("data")) -> str:
-    """The folder of an embedded data set, staged in this process if it is not yet."""
+    """The folder of an embedded data set, staged in this process if it is not yet.
+
+    Raises:
+        ValueError: something else is staged there.
+    """
     config = StageConfig(source=name, out=str(root / name), full_images=True)
     # The manifest that is published last: where it is, the others are.
     if not at(config.out).child("test").exists(MANIFEST):
         source = open_source(name)
         log.info("staged %s: %s", config.out, stage(config, source, in_process(source)))
+    else:
+        _require_embedded(config)
     return config.out
+
+
+# What may be otherwise where an embedded data set was staged by hand: no image nor mask hangs on
+# these. A split of one is counted by what its source has.
+OF_NO_MATTER = ("full_images", "rows_per_shard")
+
+
+def _require_embedded(config: StageConfig) -> None:
+    """Refuse what only has the place of an embedded data set."""
+    try:
+        parts = plan(config, embedded(config.source))
+    except SourceError as error:  # its photographs are not installed here, and need not be
+        log.warning("%s is taken for %s as it is: %s", config.out, config.source, error)
+        return
+    there = at(config.out).exists(CLAIM)
+    claims = json.loads(at(config.out).read(CLAIM)) if there else {}
+    if not there:
+        words = "%s has no %s: its images are taken for those of %s"
+        log.warning(words, config.out, CLAIM, config.source)
+    for part in parts:
+        spec = read_manifest(part.storage).spec
+        theirs = {"reduce": 1} | spec.fields | claims.get(part.spec.split, {})
+        ours = {"reduce": 1} | part.claim
+        changes = [
+            f"{name}: {theirs[name]} -> {ours[name]}"
+            for name in sorted(ours.keys() & theirs.keys() - set(OF_NO_MATTER))
+            if theirs[name] != ours[name]
+        ]
+        require(
+            not changes,
+            f"data (={config.source!r}) is looked for in {config.out}, which holds another "
+            f"{part.spec.split} split ({'; '.join(changes)}); use --data {config.out} for what is "
+            "there, or remove that folder to have it staged anew",
+        )

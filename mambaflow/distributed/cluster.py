@@ -6,8 +6,6 @@ guessed (see `environment`); every wait and every retry is bounded.
 
 import contextlib
 import logging
-import os
-import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from mambaflow.config import ScaleConfig
 from mambaflow.distributed.environment import LOCAL, cluster_address, is_set, worker_environment
 from mambaflow.distributed.reaper import named, reaper
 from mambaflow.training.run import RunFailed
+from mambaflow.variables import seconds
 
 REACH_S = 10  # until an address where nobody answers is given up
 PATIENCE_S, SOON_S = 300.0, 5.0  # until a run without room is given up; until it says that it waits
@@ -71,7 +70,8 @@ def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:
     name, _, port = address.rpartition(":")
     try:
         if port.isdigit():  # "local" and "auto" have none, and are Ray's to find
-            socket.create_connection((name, int(port)), REACH_S).close()
+            # An address of IPv6 is in brackets, which are no part of it.
+            socket.create_connection((name.strip("[]"), int(port)), REACH_S).close()
     except OSError as error:
         raise ConnectionError(
             f"no Ray cluster answers at RAY_ADDRESS (={address}): {error}; start one with "
@@ -109,10 +109,7 @@ def growth_s() -> float:
     Raises:
         ValueError: MAMBAFLOW_GROWTH_S is no number of seconds.
     """
-    text = os.environ.get("MAMBAFLOW_GROWTH_S") or str(GROWTH_S)
-    good = re.fullmatch(r"\d+(\.\d+)?", text) is not None
-    require(good, f"MAMBAFLOW_GROWTH_S (={text!r}) must be a number of seconds; use 60")
-    return float(text)
+    return seconds("MAMBAFLOW_GROWTH_S", GROWTH_S)
 
 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:

@@ -5,15 +5,24 @@ the home folder where nothing is stated. So whoever is to use Ray calls `set_ray
 and imports the rest of this wing afterwards; `cluster.connect` refuses where that was forgotten.
 """
 
-import json
-import os
 import secrets
 import sys
+from pathlib import Path
 
 from mambaflow.checks import require
 from mambaflow.host import KEEP_MEMORY
+from mambaflow.variables import (
+    LOCAL,
+    TORCHRUN,
+    drop_empty,
+    family,
+    forget,
+    job_environment,
+    state,
+    stated,
+)
 
-LOCAL = "local"
+AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 # What a worker needs of the driver's environment, whichever node it starts on.
 FORWARDED = ("AWS_", "MAMBAFLOW_", "RAY_TRAIN_", "RAY_ADDRESS")
@@ -30,12 +39,12 @@ def cluster_address() -> str:
     """Where RAY_ADDRESS points: host:port or auto; "local", a private cluster, without it.
 
     Raises:
-        ValueError: it is the address of jobs, or of a Ray client.
+        ValueError: it is no address, or that of jobs, or of a Ray client.
     """
-    address = os.environ.get("RAY_ADDRESS") or LOCAL
+    address = stated("RAY_ADDRESS") or LOCAL
     require(
         "://" not in address,
-        f"RAY_ADDRESS (={address}) is where jobs are submitted; use `ray job submit -- python "
+        f"RAY_ADDRESS (={address!r}) is where jobs are submitted; use `ray job submit -- python "
         "…`, or set RAY_ADDRESS to the head's host:port (6379 by default), or unset it for a "
         "private Ray on this machine",
     )
@@ -43,7 +52,8 @@ def cluster_address() -> str:
 
 
 def set_ray_environment() -> None:
-    """State Ray's authentication; a second call changes nothing.
+    """State Ray's authentication, and leave torchrun's variables out, which Ray's processes would
+    take over from this one, and which mean nothing there; a second call changes nothing.
 
     Without a cluster to join we shall start our own: it asks for a token that only this process
     and its children know, so that nobody else on the machine can run code in it, and no token is
@@ -52,32 +62,46 @@ def set_ray_environment() -> None:
 
     Raises:
         RuntimeError: Ray is imported already, and has settled on a mode that nobody stated.
+        ValueError: RAY_ADDRESS, or what states the authentication, breaks its rule.
     """
-    if os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL) or "RAY_AUTH_TOKEN" in os.environ:
+    forget(TORCHRUN)
+    drop_empty(AUTH)  # Ray reads an empty mode as one
+    mode = stated("RAY_AUTH_MODE").lower()
+    if cluster_address() != LOCAL or stated("RAY_AUTH_TOKEN"):
+        _require_token_file(mode)
         return
     # Ray keeps the mode that it read as it was imported: stated now, it would reach children alone.
-    if "RAY_AUTH_MODE" not in os.environ and "ray" in sys.modules:
+    if not mode and "ray" in sys.modules:
         raise RuntimeError(
             "ray was imported before its authentication was stated; call set_ray_environment() "
             "before `import ray`, or start the process with RAY_AUTH_MODE=token or disabled"
         )
     # Without a token in the environment Ray would make one, in ~/.ray, and leave it there.
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if (mode or state("RAY_AUTH_MODE", "token")) == "token":
+        state("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _require_token_file(mode: str) -> None:
+    # A token in the environment goes first; without a mode Ray may still look for the file.
+    path = "" if stated("RAY_AUTH_TOKEN") or mode == "disabled" else stated("RAY_AUTH_TOKEN_PATH")
+    require(
+        not path or Path(path).expanduser().is_file(),
+        f"RAY_AUTH_TOKEN_PATH (={path!r}) must be a file that is there, with the cluster's token; "
+        "name that file, or set RAY_AUTH_MODE=disabled if the cluster asks for none",
+    )
 
 
 def is_set() -> bool:
     """Whether Ray's authentication is stated, or left to the cluster that is joined."""
-    return cluster_address() != LOCAL or "RAY_AUTH_MODE" in os.environ
+    return cluster_address() != LOCAL or stated("RAY_AUTH_MODE") != ""
 
 
 def worker_environment(address: str) -> dict[str, str]:
     """What workers get of the driver's environment, less what they have of their job: Ray refuses
     a variable that is given twice."""
     # Where Ray tells a job's driver what `ray job submit` was given.
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    known = job.get("runtime_env", {}).get("env_vars", {})
-    given = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in SETTINGS}
+    known = job_environment().get("env_vars") or {}
+    given = family(*FORWARDED, *SETTINGS)
     # Neither names a cluster that another node would find.
     if address in (LOCAL, "auto"):
         given.pop("RAY_ADDRESS", None)

@@ -16,7 +16,6 @@ longer than a small trial trains.
 
 import contextlib
 import logging
-import os
 import queue
 import tempfile
 import threading
@@ -49,6 +48,7 @@ from mambaflow.search.ledger import ReplacedError
 from mambaflow.training.preflight import open_run
 from mambaflow.training.process_group import ProcessGroup
 from mambaflow.training.run import Outcome, RunFailed, train
+from mambaflow.variables import state
 
 # Seconds that a trial has to save and to let its workers go; then its actor is killed.
 STOPPING_S = 300
@@ -168,7 +168,10 @@ class TrialActor(ray.tune.Trainable):
         """The run, with its folder; one that is there goes on as it was begun."""
         folder = RunPaths.of(self._run).folder
         if folder.exists(RunPaths.CONFIG):
-            run = replace(from_json(folder.read(RunPaths.CONFIG)), resume=True)
+            before = from_json(folder.read(RunPaths.CONFIG))
+            # The data may have been moved since.
+            data, found = self._run.data, self._run.data_hash
+            run = replace(before, resume=True, data=data, data_hash=found)
         else:
             run = self._timed()
         open_run(run)
@@ -369,12 +372,12 @@ def run_on_tune(conductor: Conductor, concurrent: int, watch: Callable[[], None]
         ReplacedError: another driver has taken the sweep over.
     """
     # No files of each trial beside our own, and no table beside ours.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    state("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # What trials say is a word of our own, without the metric under its name.
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = str(2 * STOPPING_S)
+    state("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    state("TUNE_FORCE_TRIAL_CLEANUP_S", str(2 * STOPPING_S))
     # The newer output prints a table even where none is asked for.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    state("RAY_AIR_NEW_OUTPUT", "0")
     # It misses the files that were left out above.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     scale = conductor.sweep.run.scale

@@ -82,8 +82,8 @@ def _facts(requests: Sequence[Request], manifest: Mapping[str, Any]) -> dict[str
     data, lpips = manifest["data"], manifest["lpips"]
     return {
         "command": "; ".join(_commands(requests)),
-        "data": f"{requests[0]['data']}, split {data['split']}, shards {data['shards']}",
-        "masks": f"staged as {data['staged as']}, {data['known']} of {data['size'] ** 2} known",
+        "data": f"{requests[0]['data']}, split {data['split']}, {_hash(data)}",
+        "masks": f"{_masks(data)}, {data['known']} of {data['size'] ** 2} known",
         **{f"checkpoint {name}": f"weights {sha}" for name, sha in manifest["weights"].items()},
         "noise": "seed 0, by image and sample",
         "code": manifest["code"],
@@ -99,9 +99,21 @@ def _about(requests: Sequence[Request], manifest: Mapping[str, Any], table: pa.T
     weights = (f"{name} weights {sha}" for name, sha in manifest["weights"].items())
     return ", ".join(
         [*(f"`{command}`" for command in _commands(requests)), f"{images} images",
-         f"data {data['shards']}", f"masks {data['staged as']}", *weights, "seed 0",
+         f"data {_hash(data)}", f"masks {_masks(data)}", *weights, "seed 0",
          f"code {manifest['code']}", _days(requests)]
     )  # fmt: skip
+
+
+# Results of earlier versions say which files the data were, and as what they were staged.
+
+
+def _hash(data: Mapping[str, Any]) -> str:
+    return f"hash {data['hash']}" if "hash" in data else f"shards {data['shards']}"
+
+
+def _masks(data: Mapping[str, Any]) -> str:
+    seed = data.get("mask seed")
+    return f"staged as {data['staged as']}" if seed is None else f"of seed {seed}"
 
 
 def _commands(requests: Sequence[Request]) -> list[str]:

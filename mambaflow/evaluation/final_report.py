@@ -165,6 +165,7 @@ def final_report(
     facts: dict[str, str | int] = {
         "command": config.command,
         "data": config.data,
+        **({"data hash": config.data_hash} if config.data_hash else {}),
         "seed": config.train.seed,
         "images": len(eval_set),
         "masks": eval_set.mask_hash,

@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import json
 import logging
 import math
 import re
@@ -21,7 +20,7 @@ from torch import Tensor
 import mambaflow
 from mambaflow.checks import require
 from mambaflow.data.batches import Layout
-from mambaflow.data.shard_reader import ShardSet
+from mambaflow.data.shard_reader import ShardSet, split_hash
 from mambaflow.evaluation.activity import activity, sextile_edges
 from mambaflow.evaluation.answers import Job, perceptual, rows_of
 from mambaflow.evaluation.cells import (
@@ -212,7 +211,6 @@ def _edges(split: ShardSet, known: int, rows: np.ndarray) -> tuple[float, ...]:
 def _fingerprint(job: Job, infos: Mapping[str, CheckpointInfo], split: ShardSet) -> dict[str, Any]:
     """What rows depend on besides their keys."""
     measure = perceptual(job.lpips)
-    shards = [shard.sha256 for shard in split.manifest.shards]
     return {
         "format": 1,
         "code": code_version(),
@@ -220,14 +218,15 @@ def _fingerprint(job: Job, infos: Mapping[str, CheckpointInfo], split: ShardSet)
             "split": job.split,
             "size": split.spec.size,
             "known": split.spec.known,
-            "staged as": split.spec.hash,
-            "shards": hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16],
+            # Masks of other shares are drawn by it, too.
+            "mask seed": split.spec.mask_seed,
+            "hash": split_hash(split.storage),
         },
         # By name: another checkpoint beside those that are there is no contradiction.
         "weights": {name: info.files[info.file("ema")][:16] for name, info in infos.items()},
         "sextile edges": {str(known): list(edges) for known, edges in job.edges.items()},
         "lpips": "none" if measure is None else measure.sha256[:16],
-        "truth": job.truth and ShardSet(job.truth, job.split).spec.hash,
+        "truth": job.truth and split_hash(at(job.truth).child(job.split)),
         "device": job.device,
     }
 

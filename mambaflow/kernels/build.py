@@ -22,6 +22,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from mambaflow.variables import stated
+
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = [CSRC / name for name in ("scan.cpp", "attention.cpp", "random.cpp")]
 HEADERS = [CSRC / "vectors.h"]
@@ -45,7 +47,7 @@ class NativeError(RuntimeError):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None, after one warning, where they cannot be had."""
-    if os.environ.get("MAMBAFLOW_NATIVE") == "0":
+    if stated("MAMBAFLOW_NATIVE") == "0":
         return None
     try:
         return _load(build("kernels", SOURCES, HEADERS, FLAGS))
@@ -98,10 +100,10 @@ def needs_grad(*inputs: Tensor | None) -> bool:
 
 def cache_folder() -> Path:
     """Where built kernels are cached."""
-    if chosen := os.environ.get("MAMBAFLOW_CACHE"):
+    if chosen := stated("MAMBAFLOW_CACHE"):
         return Path(chosen)
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambaflow"
+        return Path(stated("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambaflow"
     except RuntimeError:  # a user without a home
         return _private_folder()
 
@@ -112,8 +114,11 @@ def compiler() -> str:
     Raises:
         NativeError: there is none.
     """
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+    chosen = stated("CXX")
+    for name in (chosen, "g++", "c++", "clang++"):
         if name and (path := shutil.which(name)):
+            if chosen not in ("", name):
+                log.warning("CXX (=%r) is no program here; %s is taken", chosen, path)
             return path
     raise NativeError("no C++ compiler (CXX, g++, c++, clang++); install g++, or set CXX")
 

@@ -7,7 +7,6 @@ torch.compile would refuse that one for weights that are learned. Set MAMBAFLOW_
 without.
 """
 
-import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambaflow.kernels.transforms import is_transformed
+from mambaflow.variables import stated
 
 # Multiplications from which oneDNN's longer way to the kernel is paid for.
 MIN_MULTIPLICATIONS = 2**23
@@ -34,7 +34,7 @@ def onednn_is_faster(processor: str) -> bool:
 @cache
 def _onednn_is_faster_here() -> bool:
     info = Path("/proc/cpuinfo")
-    wanted = os.environ.get("MAMBAFLOW_ONEDNN") != "0"
+    wanted = stated("MAMBAFLOW_ONEDNN") != "0"
     return wanted and onednn_is_faster(info.read_text() if info.exists() else "")
 
 

@@ -4,13 +4,12 @@ Only a shared folder joins the nodes. Clocks of other nodes are not trusted: who
 its own how long a file has stayed the same.
 """
 
-import os
 import secrets
 import time
 from pathlib import Path
 
-from mambaflow.checks import require
 from mambaflow.storage import LocalStorage
+from mambaflow.variables import seconds
 
 BEAT_S = 2.0
 LEASE_S = 30.0  # a file server may show what was written up to this late
@@ -22,10 +21,7 @@ def lease_s() -> float:
     Raises:
         ValueError: MAMBAFLOW_LEASE_S is no number of at least 5.
     """
-    text = os.environ.get("MAMBAFLOW_LEASE_S") or str(LEASE_S)
-    good = text.replace(".", "", 1).isdigit() and float(text) >= 5
-    require(good, f"MAMBAFLOW_LEASE_S (={text!r}) must be 5 seconds or more; use 30")
-    return float(text)
+    return seconds("MAMBAFLOW_LEASE_S", LEASE_S)
 
 
 class Beat:

@@ -11,6 +11,7 @@ from pathlib import Path
 from mambaflow.distributed.reaper import VARIABLE, reap, reaper
 from mambaflow.launch.node import Node
 from mambaflow.signals import ASKING, withheld
+from mambaflow.variables import TORCHRUN, stated
 
 STARTED = "Ray runtime started"
 START_S, TRIES = 180.0, 3
@@ -35,7 +36,8 @@ def temp_folder(node: Node) -> Path:
 
 def environment(node: Node, token: Path) -> dict[str, str]:
     """What Ray and the command are started with."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
+    left_out = ("RAY_AUTH_TOKEN", "RAY_ADDRESS", *TORCHRUN)
+    kept = {k: v for k, v in os.environ.items() if k not in left_out}
     return kept | {
         # Stated, since Ray would else look for a token in the home folder.
         "RAY_AUTH_MODE": "token",
@@ -44,7 +46,7 @@ def environment(node: Node, token: Path) -> dict[str, str]:
         # By these a reaper finds whatever is left (see distributed.reaper).
         VARIABLE: str(temp_folder(node)),
         "SPT_NOENV": "1",
-        "MAMBAFLOW_CORES": os.environ.get("MAMBAFLOW_CORES") or str(node.cpus),
+        "MAMBAFLOW_CORES": stated("MAMBAFLOW_CORES") or str(node.cpus),
     }
 
 
@@ -165,8 +167,8 @@ def free_port() -> int:
 
 def object_store_bytes() -> int:
     """A share of the job's memory on this node, of which /dev/shm must have room for half again."""
-    stated = os.environ.get("SLURM_MEM_PER_NODE", "")
-    memory = int(stated) * 2**20 if stated.isdigit() and int(stated) else _host_memory()
+    text = os.environ.get("SLURM_MEM_PER_NODE", "")
+    memory = int(text) * 2**20 if text.isdigit() and int(text) else _host_memory()
     shm = os.statvfs("/dev/shm") if Path("/dev/shm").exists() else os.statvfs("/tmp")
     room = shm.f_bavail * shm.f_frsize // 2
     return max(80 * 2**20, int(min(OBJECT_STORE_SHARE * memory, room)))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from mambaflow.checks import require
 from mambaflow.config import differences
-from mambaflow.data.sources import EMBEDDED
 from mambaflow.search.config import SweepConfig, from_json, to_json
 from mambaflow.search.sweep_paths import SweepPaths
+from mambaflow.training.preflight import require_same_data
 
 # What may change when a sweep goes on: how much is tried and how fast, not what a trial is.
 MAY_CHANGE = ("num_samples", "max_concurrent", "max_hours", "max_early_failures")
@@ -82,15 +82,15 @@ def _require_same(config: SweepConfig, before: SweepConfig) -> None:
         line for line in differences(before.search, config.search)
         if line.split(":")[0] not in MAY_CHANGE
     ]  # fmt: skip
-    # The command differs by --resume; an embedded data set has its address once it is staged.
+    # The command differs by --resume; data are told by what they hold.
     theirs = before.run
-    data = theirs.data if config.run.data in EMBEDDED else config.run.data
     ours = replace(
         config.run,
         command=theirs.command,
         resume=theirs.resume,
         take_over=theirs.take_over,
-        data=data,
+        data=theirs.data,
+        data_hash=theirs.data_hash,
     )
     changed += differences(theirs, ours)
     require(
@@ -98,3 +98,4 @@ def _require_same(config: SweepConfig, before: SweepConfig) -> None:
         f"run_name (={config.run.run_name!r}) cannot resume with another configuration "
         f"({'; '.join(changed)}); give the same flags, or another --run-name",
     )
+    require_same_data(config.run, theirs)

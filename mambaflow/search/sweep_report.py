@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mambaflow.config import from_json, to_json
+from mambaflow.config import RunConfig, from_json, to_json
 from mambaflow.report.page import render
 from mambaflow.report.tables import provenance
 from mambaflow.run_paths import RunPaths
@@ -90,8 +90,13 @@ def _about(findings: Findings) -> str:
     """The caption of every table."""
     run, search = findings.config.run, findings.config.search
     command = "`; `".join(_commands(findings.board)) or "not started yet"
-    return provenance(command, run.data, run.train.seed, **{"search seed": search.search_seed},
+    return provenance(command, _data(run), run.train.seed, **{"search seed": search.search_seed},
                       date=_days(findings.board))  # fmt: skip
+
+
+def _data(run: RunConfig) -> str:
+    """Where the data are, and what they hold."""
+    return f"{run.data} (hash {run.data_hash})" if run.data_hash else run.data
 
 
 def _facts(findings: Findings) -> dict[str, str]:
@@ -106,7 +111,7 @@ def _facts(findings: Findings) -> dict[str, str]:
         "base": f"{run.arch}, recipe {run.recipe}, seed {run.train.seed}",
         "budget": _budget(config),
         "stopping": stopping if search.scheduler == "asha" else "none is stopped early",
-        "data": run.data,
+        "data": _data(run),
         "drivers": f"{board.starts}; the last: {ended}" if board.starts else "none yet",
         "date": _days(board),
     }

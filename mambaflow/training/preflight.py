@@ -10,8 +10,8 @@ import torch
 from mambaflow.checks import require
 from mambaflow.config import RunConfig, ScaleConfig, differences, from_json, to_json
 from mambaflow.data.batches import Batches, Layout, require_queries
-from mambaflow.data.shard_reader import ShardSet
-from mambaflow.data.shards import ShardSpec
+from mambaflow.data.shard_reader import ShardSet, data_hash, other_splits
+from mambaflow.data.shards import ShardError, ShardSpec
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import StageConfig
 from mambaflow.models.weights import read_best, saved_steps
@@ -122,6 +122,41 @@ def check_storage(config: RunConfig) -> None:
         RunPaths.of(config).folder.exists(RunPaths.CONFIG),
         f"storage (={config.storage}) must be seen by every node; use a shared folder or s3://…",
     )
+
+
+def identified(config: RunConfig) -> RunConfig:
+    """The run with the hash of its data, which are there.
+
+    Raises:
+        ValueError: a damaged split; or the run has the settings of another one, whose data were
+            others.
+    """
+    found = data_hash(config.data)
+    changed = other_splits(config.data_hash, found) if config.data_hash else ""
+    require(
+        not changed,
+        f"config is of a run on other data than data (={config.data}) holds now ({changed}); give "
+        "--data, with the address of those that are meant",
+    )
+    return replace(config, data_hash=found)
+
+
+def check_same_data(config: RunConfig) -> None:
+    """Refuse data that are not what the run was begun on: staged anew meanwhile, or of a node whose
+    folder of that name is another.
+
+    Raises:
+        ShardError: naming the splits.
+    """
+    # What the manifests say: shards are verified against them as they are read. Those of earlier
+    # versions say nothing, and were read once, by `identified`.
+    found = data_hash(config.data, read=False)
+    changed = other_splits(config.data_hash, found) if config.data_hash and found else ""
+    if changed:
+        raise ShardError(
+            f"data (={config.data}) hold others here and now than the run was begun on "
+            f"({changed}); put those back, or give every node the same"
+        )
 
 
 def check_data(config: RunConfig) -> None:
@@ -265,15 +300,40 @@ def _require_same_run(config: RunConfig, before: RunConfig) -> None:
         for line in differences(before.train, config.train, "train.")
         if line.split(":")[0].removeprefix("train.") not in MAY_CHANGE  # "train.lr: 0.1 -> 1"
     ]
-    # An embedded data set has its address once it is staged.
-    for name in ("init_from",) if config.data in EMBEDDED else ("init_from", "data"):
-        old, new = getattr(before, name), getattr(config, name)
-        changed += [f"{name}: {old} -> {new}"] if old != new else []
+    if before.init_from != config.init_from:
+        changed += [f"init_from: {before.init_from} -> {config.init_from}"]
     require(
         not changed,
         f"run_name (={config.run_name!r}) cannot resume with another configuration "
         f"({'; '.join(changed)}); give the same flags, or another --run-name",
     )
+    require_same_data(config, before)
+
+
+def require_same_data(config: RunConfig, before: RunConfig) -> None:
+    """Refuse to go on with other data, whatever their address.
+
+    Raises:
+        ValueError: naming which data they were, and which they are.
+    """
+    what = f"run_name (={config.run_name!r})"
+    if before.data_hash and config.data_hash:
+        changed = other_splits(before.data_hash, config.data_hash)
+        require(
+            not changed,
+            f"{what} was begun on other data ({before.data_hash}, then at {before.data}) than "
+            f"data (={config.data}) holds ({changed}); give --data with the address of those, or "
+            "another --run-name",
+        )
+    # A run of an earlier version. Embedded data have their address once they are staged; those
+    # that were not looked at are asked about again when they are.
+    elif not before.data_hash and config.data not in EMBEDDED:
+        require(
+            before.data == config.data,
+            f"{what} is of an earlier version, which knew data by their address (data: "
+            f"{before.data} -> {config.data}); give --data {before.data}, once: what they hold is "
+            "written down then, and they may be moved",
+        )
 
 
 def _require_not_longer(config: RunConfig, run: Storage) -> None:

@@ -1,7 +1,6 @@
 """Who trains together: what a worker knows of the others, whoever started them."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from mambaflow.host import keep_memory, share_threads
 from mambaflow.training.loop import Forward
+from mambaflow.variables import launched, number
 
 # Seconds until a collective on Ray fails for want of a worker; Ray's own default is 1800.
 COLLECTIVE_TIMEOUT_S = 600
@@ -83,8 +83,12 @@ class ProcessGroup:
 
 
 def launched_workers() -> int:
-    """How many processes torchrun started; 1 where it did not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started; 1 where it did not.
+
+    Raises:
+        ValueError: WORLD_SIZE is no whole number above 0.
+    """
+    return number("WORLD_SIZE", 1)
 
 
 @contextlib.contextmanager
@@ -93,20 +97,19 @@ def launched_group(use_gpu: bool, threads: int = 0) -> Iterator[ProcessGroup]:
 
     Takes its share of the machine: its GPU, and its part of the cores or so many `threads`.
     """
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else None
+    place = launched()
+    device = torch.device("cuda", place.local_rank) if use_gpu else None
     if device is not None:
         # Before the group: NCCL and pinned memory take the current GPU, which is otherwise the
         # first one in every process.
         torch.cuda.set_device(device)
-    share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), threads)
+    share_threads(place.local_size, threads)
     # By a call, since training is in the main thread; a thread of Ray's needs KEEP_MEMORY.
     keep_memory()
-    size = launched_workers()
-    if size > 1:
+    if place.size > 1:
         # Rank, size and address are in the environment, put there by torchrun.
         dist.init_process_group("nccl" if use_gpu else "gloo")
-    rank = int(os.environ.get("RANK", "0")) if size > 1 else 0
-    yield ProcessGroup(rank, size, device or torch.device("cpu"))
+    yield ProcessGroup(place.rank, place.size, device or torch.device("cpu"))
     # Not where training failed: the others wait in a collective, and to leave it hangs with them.
-    if size > 1:
+    if place.size > 1:
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ import torch
 from mambaflow.config import RunConfig, to_dict
 from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
-from mambaflow.data.shard_reader import ShardSet
+from mambaflow.data.shard_reader import ShardSet, other_splits
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.final_report import FinalReport, final_report, validate
 from mambaflow.models import weights
@@ -29,7 +29,7 @@ from mambaflow.training import checkpoint
 from mambaflow.training.law_fit import fit_law, residuals
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
 from mambaflow.training.objective import Objective
-from mambaflow.training.preflight import total_steps
+from mambaflow.training.preflight import check_same_data, total_steps
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
 
@@ -67,6 +67,7 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
 
     The test split is not looked at: that is `score_test`, which a search leaves out.
     """
+    check_same_data(config)  # by every worker: of these data, at this time, from here
     folder, shards = RunPaths.of(config).folder, ShardSet(config.data, "train")
     layout = Layout.of(shards.spec, config.model)
     # Strict masks take the staged pixels alone: whole images stay out of the GPU's memory.
@@ -76,6 +77,7 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     # Each worker reads the checkpoint for itself: storage is what they share.
     info = checkpoint.restore_newest(state, folder)
     if info is not None:
+        _require_same_data(info, config)
         log.info("resumed %s after step %d", config.run_name, info.step)
     # A checkpoint of the run's own goes first: other weights are where it began, not where it is.
     elif config.init_from:
@@ -94,6 +96,17 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     finally:
         trainer.close()
         shards.close()
+
+
+def _require_same_data(info: CheckpointInfo, config: RunConfig) -> None:
+    """A checkpoint knows its data itself: the run's configuration may have been lost since."""
+    was, now = info.config.data_hash, config.data_hash
+    changed = other_splits(was, now) if was and now else ""
+    if changed:
+        raise weights.CheckpointError(
+            f"checkpoint {info.uri} is of other data than data (={config.data}) hold ({changed}); "
+            "give --data with the address of those, or another --run-name"
+        )
 
 
 def _init_from(state: TrainState, run: str) -> None:
@@ -310,6 +323,7 @@ def score_test(config: RunConfig, group: ProcessGroup) -> None:
     # has looked here.
     if not config.train.test_images or reported_steps(folder) == steps:
         return
+    check_same_data(config)  # again: hours have gone by, and of the test split nothing was read
     # By each worker from storage: the best checkpoint need not be the one that training ended with.
     model, info = weights.load_model(folder.uri, score=BEST, device=str(group.device))
     test = ShardSet(config.data, "test")

@@ -243,7 +243,7 @@ def test_other_weights_under_a_name_are_refused_and_nothing_is_made(data, run, o
 def test_other_masks_are_refused(data, run, tmp_path):
     evaluated(config(data, run, tmp_path / "out", samplers=("mean",)))
     again = small.staged(tmp_path / "again", mask_seed=7)
-    with pytest.raises(ResultsError, match="data.staged as: "):
+    with pytest.raises(ResultsError, match=r"data\.mask seed: 42 -> 7"):
         evaluated(config(again, run, tmp_path / "out", samplers=("mean",)))
 
 

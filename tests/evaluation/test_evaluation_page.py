@@ -157,7 +157,8 @@ def test_every_table_says_where_its_numbers_are_from(report):
     manifest = report.results.manifest()
     (request,) = report.results.requests()
     wanted = [
-        COMMAND, "8 images", manifest["data"]["shards"], manifest["data"]["staged as"],
+        COMMAND, "8 images", f"hash {manifest['data']['hash']}",
+        f"masks of seed {manifest['data']['mask seed']}",
         f"a weights {manifest['weights']['a']}", f"b weights {manifest['weights']['b']}",
         manifest["code"], "seed 0", request["date"][:10],
     ]  # fmt: skip
