@@ -203,12 +203,11 @@ class TrialActor(ray.tune.Trainable):
     def _log_settings(self, run: RunConfig) -> None:
         """What was chosen beside what came of it, for TensorBoard's table of settings."""
         folder = RunPaths.of(run).folder
-        scores = [line[METRIC] for line in logged(folder) if METRIC in line]
-        if not scores:
+        if not any(METRIC in line for line in logged(folder)):
             return
         run_log = StoredRunLog(folder, self._known)
         try:
-            run_log.hparams(self._chosen, {"sweep/psnr": scores[-1]})
+            run_log.hparams(self._chosen, [METRIC])
         finally:
             run_log.close()
 

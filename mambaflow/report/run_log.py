@@ -3,9 +3,10 @@
 import json
 import logging
 import os
+import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage
 
 Number = int | float
+# Where TensorBoard shows a number that is not shown under its own name; "" is nowhere. It sorts its
+# cards by name and opens on the first of them: these names put the loss first, then validation.
+CARDS = {
+    # An error of a mean, and what is the same at every step: the table at the end has them.
+    r"val/.+_(se|truth)": "",
+    r"val/(spread_.+)": r"val_spread/\1",
+    r"val/(.*speckle|spread|coherence)": r"val_texture/\1",
+    r"train/(?!loss)(.+)": r"watch/\1",
+    r"law/(.+)": r"watch_law/\1",
+}
 log = logging.getLogger(__name__)
 
 
@@ -37,28 +48,44 @@ class RunLog:
         # TensorBoard drops what earlier files have at purge_step and beyond. After 0 that is step 0
         # too: a run that was lost before its first checkpoint logs all anew.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
-        self._step = step
 
     def scalars(self, step: int, values: Mapping[str, Number]) -> None:
-        """One line of metrics.jsonl with the step, the wall time and the values as they are."""
+        """The next points of curves: a line of metrics.jsonl, and TensorBoard's cards (see
+        CARDS)."""
+        self.line(step, values)
+        for tag, value in values.items():
+            if shown := card(tag):
+                self._writer.add_scalar(shown, value, step)
+
+    def line(self, step: int, values: Mapping[str, Number]) -> None:
+        """One line of metrics.jsonl alone, with the step, the wall time and the values as they are:
+        of numbers that come once, and are no curves."""
         line = {"step": step, "time": time.time(), **values}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()  # a kill of the process costs no line
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._step = step
 
     def image(self, step: int, tag: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """A picture in TensorBoard."""
-        self._writer.add_image(tag, image, step, dataformats="HWC")
+        """A picture in TensorBoard, after the curves of validation."""
+        self._writer.add_image(f"view/{tag}", image, step, dataformats="HWC")
 
-    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, Number]) -> None:
-        """The settings, dotted names for nested ones, beside the run's final numbers."""
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """A text in TensorBoard, such as a table."""
+        self._writer.add_text(tag, markdown, step)
+
+    def hparams(self, settings: Mapping[str, Any], curves: Sequence[str]) -> None:
+        """A row of TensorBoard's table of runs: settings, and the newest points of some curves.
+
+        TensorBoard takes the columns from one of the runs that it shows: all should have the same.
+        """
+        # TensorBoard raises for all others, None among them.
+        plain = {
+            name: x if isinstance(x, bool | int | float | str) else repr(x)
+            for name, x in settings.items()
+        }
         # One level below the SummaryWriter, which cannot add a summary as it is.
         events: Any = self._writer.file_writer
-        for summary in hparams(_flat(settings), dict(metrics)):
+        for summary in hparams(plain, dict.fromkeys(curves)):
             events.add_summary(summary)  # SummaryWriter.add_hparams would open a sub-run
-        self.scalars(self._step, metrics)
 
     def flush(self) -> None:
         """Everything logged so far is in the files."""
@@ -71,16 +98,12 @@ class RunLog:
         self._writer.close()
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            # TensorBoard raises for all others, None among them.
-            plain = isinstance(value, bool | int | float | str)
-            flat[f"{prefix}{key}"] = value if plain else repr(value)
-    return flat
+def card(tag: str) -> str:
+    """What TensorBoard calls a number; "" for one that it does not show."""
+    for pattern, shown in CARDS.items():
+        if found := re.fullmatch(pattern, tag):
+            return found.expand(shown)
+    return tag
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -10,29 +10,38 @@ import json
 import logging
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from mambaflow.config import RunConfig, to_dict
+from mambaflow.config import RECIPES, RunConfig, differences
 from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.final_report import FinalReport, final_report, validate
 from mambaflow.models import weights
+from mambaflow.models.velocity_field import parameters
 from mambaflow.models.weights import CheckpointInfo
 from mambaflow.report.pictures import to_png
 from mambaflow.report.run_log import StoredRunLog
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import Storage
 from mambaflow.training import checkpoint
+from mambaflow.training.flops import step_flops
 from mambaflow.training.law_fit import fit_law, residuals
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
 from mambaflow.training.objective import Objective
-from mambaflow.training.preflight import total_steps
+from mambaflow.training.preflight import MAY_CHANGE, total_steps
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
 
+# A run's columns in TensorBoard's table of runs, the same for all, and the curves beside them.
+COMPARED = (
+    "arch", "recipe", "model.d_model", "model.num_layers", "model.start", "train.lr",
+    "train.batch_size", "train.masks", "train.precision", "train.seed", "workers",
+)  # fmt: skip
+COMPARED_BY = ("val/psnr", "val/sample_psnr", "val/ssim", "train/loss")
 BEST = "val/psnr"  # of the posterior mean: a sample's PSNR is highest where it is no sample
 log = logging.getLogger(__name__)
 
@@ -302,6 +311,20 @@ def reported_steps(folder: Storage) -> int | None:
     return json.loads(folder.read(RunPaths.RESULTS))["trained_steps"] if there else None
 
 
+def compared(config: RunConfig) -> dict[str, Any]:
+    """What tells runs apart: the fields of COMPARED, and in a line whatever else of what is learnt
+    is not as architecture and recipe have it."""
+    values = {"arch": config.arch, "recipe": config.recipe, "workers": config.scale.num_workers}
+    recipe, changed = RECIPES[config.recipe](config.arch), []
+    for part in ("model", "train"):
+        ours, usual = getattr(config, part), getattr(recipe, part)
+        values |= {f"{part}.{name}": value for name, value in vars(ours).items()}
+        changed += list(differences(usual, ours, f"{part}."))
+    told = {*COMPARED, *(f"train.{name}" for name in MAY_CHANGE)}
+    others = "; ".join(line for line in changed if line.split(":")[0] not in told)
+    return {name: values[name] for name in COMPARED} | {"others": others}
+
+
 def score_test(config: RunConfig, group: ProcessGroup) -> None:
     """Score the best checkpoint on the test split, shared out over the workers, and write the
     run's report; nothing where it is written already, or where no test image is asked for."""
@@ -316,14 +339,23 @@ def score_test(config: RunConfig, group: ProcessGroup) -> None:
     eval_set = EvalSet.read(test, Layout.of(test.spec, config.model), config.train.test_images)
     report = final_report(model, eval_set, config, info.step, steps, group)
     if report is not None:
-        _write_report(report, config, folder, steps)
+        # Of the training split, whose shards hold targets.
+        spec = ShardSet(config.data, "train").spec
+        flops = steps * step_flops(config.model, config.train, spec.known, spec.target)
+        cost = {"steps": steps, "parameters": parameters(model), "flops": flops}
+        _write_report(report, config, folder, cost)
 
 
-def _write_report(report: FinalReport, config: RunConfig, folder: Storage, steps: int) -> None:
+def _write_report(
+    report: FinalReport, config: RunConfig, folder: Storage, cost: dict[str, int]
+) -> None:
     # Its own: the trainer's is closed, and a resumed run may have nothing left but its test.
+    steps = cost["steps"]
     run_log = StoredRunLog(folder, steps)
     try:
-        run_log.hparams(to_dict(config), report.curves)
+        run_log.line(steps, report.curves)
+        run_log.hparams(compared(config) | cost, COMPARED_BY)
+        run_log.text(steps, "test", report.table)
         run_log.image(steps, "test", report.picture)
     finally:
         run_log.close()
