@@ -37,7 +37,7 @@ from mambaflow.lease import owning
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
 from mambaflow.signals import stopping
-from mambaflow.storage import at
+from mambaflow.storage import FullError, at
 from mambaflow.training.preflight import (
     check_data,
     check_flags,
@@ -303,12 +303,14 @@ def carry_out(config: RunConfig, owner: int, group: ProcessGroup | None) -> int:
     except (ShardError, CheckpointError) as error:
         print(f"error: {error}\nmended? go on with {resuming}", file=sys.stderr)
         return DAMAGED
-    except RunFailed as error:
+    # A full disk is the run's outcome, or met by the driver, as it asks the workers to stop.
+    except (RunFailed, FullError) as error:
         print(f"error: {error}\ngo on with {resuming}", file=sys.stderr)
         return FAILED
-    if outcome.status in ("diverged", "lost"):
+    if outcome.failed:
         if leads(group):
-            print(f"error: {outcome.cause}", file=sys.stderr)
+            more = f"\ngo on with {resuming}" if outcome.status == "full" else ""
+            print(f"error: {outcome.cause}{more}", file=sys.stderr)
         return FAILED
     if outcome.status == "stopped":
         if leads(group):

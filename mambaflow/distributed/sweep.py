@@ -132,13 +132,15 @@ class TrialActor(ray.tune.Trainable):
             folder = RunPaths.of(self._run).folder
             with owning(folder, f"trial {self._run.run_name}") as owner:
                 outcome = self._carried_out(owner)
-            ended = "failed" if outcome.status in ("diverged", "lost") else outcome.status
+            ended = "failed" if outcome.failed else outcome.status
             self._told.put(Told(self._run.run_name, ended=ended, cause=outcome.cause))
         # Whatever it is, the sweep goes on, and the ledger has the cause.
         except Exception as error:
             # The whole of it beside the run: a line is not enough to mend it.
             folder = RunPaths.of(self._run).folder
-            folder.write(FAILURE, traceback.format_exc().encode())
+            # Where that cannot be kept either, the end must still be told.
+            with contextlib.suppress(OSError):
+                folder.write(FAILURE, traceback.format_exc().encode())
             self._told.put(Told(self._run.run_name, ended="failed", cause=_cause(error)))
 
     def _carried_out(self, owner: int) -> Outcome:
@@ -146,7 +148,8 @@ class TrialActor(ray.tune.Trainable):
         # What the driver did not hear before it, or this actor, was lost.
         self._tell_what_is_logged(run)
         outcome = self._trained(run, owner)
-        if outcome.status != "lost":
+        # Nothing is written where the folder is another's, or the disk full.
+        if outcome.status not in ("lost", "full"):
             self._tell_what_is_logged(run)
             self._log_settings(run)
         return outcome

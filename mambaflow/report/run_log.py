@@ -7,6 +7,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import Storage
+from mambaflow.storage import Storage, room_for
 
 Number = int | float
 # Where TensorBoard shows a number that is not shown under its own name; "" is nowhere. It sorts its
@@ -40,37 +41,43 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / RunPaths.METRICS
-        if path.exists():
-            _keep_until(path, step)
-        self._lines = path.open("a", encoding="utf-8")
-        # TensorBoard drops what earlier files have at purge_step and beyond. After 0 that is step 0
-        # too: a run that was lost before its first checkpoint logs all anew.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        self.folder = folder
+        with room_for(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / RunPaths.METRICS
+            if path.exists():
+                _keep_until(path, step)
+            # Unbuffered: a kill of the process costs no line, and a full disk is met at once.
+            self._lines = path.open("ab", buffering=0)
+            # TensorBoard drops what earlier files have at purge_step and beyond. After 0 that is
+            # step 0 too: a run that was lost before its first checkpoint logs all anew.
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def scalars(self, step: int, values: Mapping[str, Number]) -> None:
         """The next points of curves: a line of metrics.jsonl, and TensorBoard's cards (see
         CARDS)."""
         self.line(step, values)
-        for tag, value in values.items():
-            if shown := card(tag):
-                self._writer.add_scalar(shown, value, step)
+        with room_for(self.folder):
+            for tag, value in values.items():
+                if shown := card(tag):
+                    self._writer.add_scalar(shown, value, step)
 
     def line(self, step: int, values: Mapping[str, Number]) -> None:
         """One line of metrics.jsonl alone, with the step, the wall time and the values as they are:
         of numbers that come once, and are no curves."""
         line = {"step": step, "time": time.time(), **values}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()  # a kill of the process costs no line
+        with room_for(self.folder / RunPaths.METRICS):
+            _append(self._lines, (json.dumps(line) + "\n").encode())
 
     def image(self, step: int, tag: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """A picture in TensorBoard, after the curves of validation."""
-        self._writer.add_image(f"view/{tag}", image, step, dataformats="HWC")
+        with room_for(self.folder):
+            self._writer.add_image(f"view/{tag}", image, step, dataformats="HWC")
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """A text in TensorBoard, such as a table."""
-        self._writer.add_text(tag, markdown, step)
+        with room_for(self.folder):
+            self._writer.add_text(tag, markdown, step)
 
     def hparams(self, settings: Mapping[str, Any], curves: Sequence[str]) -> None:
         """A row of TensorBoard's table of runs: settings, and the newest points of some curves.
@@ -84,18 +91,33 @@ class RunLog:
         }
         # One level below the SummaryWriter, which cannot add a summary as it is.
         events: Any = self._writer.file_writer
-        for summary in hparams(plain, dict.fromkeys(curves)):
-            events.add_summary(summary)  # SummaryWriter.add_hparams would open a sub-run
+        with room_for(self.folder):
+            for summary in hparams(plain, dict.fromkeys(curves)):
+                events.add_summary(summary)  # SummaryWriter.add_hparams would open a sub-run
 
     def flush(self) -> None:
         """Everything logged so far is in the files."""
-        self._lines.flush()
-        self._writer.flush()
+        with room_for(self.folder):
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush and end; a second close does nothing."""
         self._lines.close()
-        self._writer.close()
+        with room_for(self.folder):
+            self._writer.close()
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """Add to a file all or nothing."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        left = memoryview(data)
+        while left:
+            # A disk takes what it has room for, and says at the next that it is full.
+            left = left[file.write(left) :]
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def card(tag: str) -> str:
@@ -127,8 +149,11 @@ def _keep_until(path: Path, step: int) -> None:
             kept.append(line + "\n")
     # Whole under another name first: a kill in between leaves the file as it was.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def logged(run: Storage) -> list[dict[str, Any]]:
@@ -177,11 +202,13 @@ class StoredRunLog(RunLog):
         folder back; a second close does nothing."""
         if self._lines.closed:
             return
-        if push:
-            self.push()
-        super().close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        try:
+            if push:
+                self.push()
+            super().close()
+        finally:
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
 
 def _scratch_copy(run: Storage) -> tempfile.TemporaryDirectory:

@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from mambaflow.models.weights import CheckpointInfo
 from mambaflow.report.pictures import to_png
 from mambaflow.report.run_log import StoredRunLog
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import Storage
+from mambaflow.storage import FullError, Storage
 from mambaflow.training import checkpoint
 from mambaflow.training.flops import step_flops
 from mambaflow.training.law_fit import fit_law, residuals
@@ -51,11 +52,16 @@ class Outcome:
     """How a run ended, and after which step."""
 
     status: str
-    """finished; stopped, as somebody asked; diverged: a gradient that is not finite; or lost:
-    another process has taken the run over."""
+    """finished; stopped, as somebody asked; diverged: a gradient that is not finite; lost: another
+    process has taken the run over; or full: no room for what it writes."""
     step: int
     cause: str = ""
-    """Of a run that diverged or was lost: what a person should read."""
+    """Of a run that diverged, was lost or full: what a person should read."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended without a result, in a way that trying again cannot help."""
+        return self.status in ("diverged", "lost", "full")
 
 
 class RunFailed(RuntimeError):
@@ -67,7 +73,11 @@ def train_and_score(config: RunConfig, group: ProcessGroup) -> Outcome:
     # All workers have the same outcome, and go on together: the test is shared out among them.
     outcome = train(config, group)
     if outcome.status == "finished":
-        score_test(config, group)
+        try:
+            score_test(config, group)
+        # Of the first worker, as it writes: by then no other waits for it.
+        except FullError as error:
+            return Outcome("full", outcome.step, str(error))
     return outcome
 
 
@@ -158,7 +168,10 @@ class Trainer:
         self.folder: Storage = self.paths.folder
         self.stop_signal = StopSignal(group, self.folder)
         # The first worker alone has one. It drops what an interrupted try logged past this step.
-        self.run_log = None if group.rank else StoredRunLog(self.folder, state.step)
+        self.run_log: StoredRunLog | None = None
+        if group.rank == 0:
+            with self._while_there_is_room():
+                self.run_log = StoredRunLog(self.folder, state.step)
         validation = ShardSet(config.data, "validation")
         # Read once and held: every validation is of the same images.
         self.eval_set = EvalSet.read(validation, layout, config.train.eval_images)
@@ -192,8 +205,8 @@ class Trainer:
                 # agreed() stands first, being collective: behind `and` it would be left out at the
                 # last step, after which there is nothing to stop.
                 answer = self.stop_signal.agreed()
-                if answer == "lost":
-                    return Outcome("lost", result.step, self._loss_of_the_folder())
+                if answer in ("lost", "full"):
+                    return Outcome(answer, result.step, self._why_it_cannot_write())
                 stopped = answer == "stop" and result.step < self.steps
                 # Before anything is logged or saved of it. The same norm on every worker, so that
                 # all leave together; returned, not raised, since Ray would try again what cannot
@@ -204,8 +217,10 @@ class Trainer:
                 if stopped:
                     break
         # What the first worker found as it saved last, all know before they score the test.
-        if self.group.broadcast(self.stop_signal.taken_by):
-            return Outcome("lost", self.state.step, self._loss_of_the_folder())
+        signal = self.stop_signal
+        found = self.group.broadcast("full" if signal.full else "lost" if signal.taken_by else "")
+        if found:
+            return Outcome(found, self.state.step, self._why_it_cannot_write())
         return Outcome("stopped" if stopped else "finished", self.state.step)
 
     def _finite(self, result: StepResult, now: bool) -> bool:
@@ -228,7 +243,19 @@ class Trainer:
             f"newest checkpoint is good: {newest}"
         )
 
-    def _loss_of_the_folder(self) -> str:
+    @contextlib.contextmanager
+    def _while_there_is_room(self) -> Iterator[None]:
+        """What the first worker writes: where there is no room, the next step's question ends the
+        run for all workers. An error of one would have Ray try again what cannot help."""
+        try:
+            yield
+        except FullError as error:
+            # The first of them is the cause.
+            self.stop_signal.full = self.stop_signal.full or str(error)
+
+    def _why_it_cannot_write(self) -> str:
+        if self.stop_signal.full:
+            return self.stop_signal.full
         who = self.stop_signal.taken_by or "another process"
         return f"{self.folder.uri} was taken over by {who}; this run ends, and leaves it as it is"
 
@@ -254,16 +281,15 @@ class Trainer:
         rate = (result.step - self._clock_step) * self.config.train.batch_size / seconds
         stall = self._waited / seconds
         self._start_clock()
-        self.run_log.scalars(
-            result.step,
-            {
-                "train/loss": loss,
-                "train/lr": result.lr,
-                "train/grad_norm": result.grad_norm.item(),  # of the mean, the same on all workers
-                "train/samples_per_second": rate,
-                "train/input_stall": stall,
-            },
-        )
+        values = {
+            "train/loss": loss,
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm.item(),  # of the mean, the same on all workers
+            "train/samples_per_second": rate,
+            "train/input_stall": stall,
+        }
+        with self._while_there_is_room():
+            self.run_log.scalars(result.step, values)
         self.group.report_progress(Progress(result.step, self.steps, loss, rate))
 
     def _save(self, step: int, validating: bool) -> None:
@@ -273,25 +299,32 @@ class Trainer:
             # Collective; the picture comes to the first worker alone.
             scores, picture = validate(self.state.ema, self.eval_set, self.config.train, self.group)
             if self.run_log is not None and picture is not None:
-                self.run_log.scalars(step, scores | self._law())
-                self.run_log.image(step, "validation", picture)
-        # Looked at again, right before anything is written: what was taken over meanwhile is not
-        # ours to write to, nor to prune. The next step's question ends the run for all workers.
-        if self.run_log is not None and not self.stop_signal.look_for_owner():
-            # Curves before the checkpoint: whoever goes on from it finds all points up to it.
-            self.run_log.push()
-            info = CheckpointInfo(
-                step=step, config=self.config, scores=scores, finished=step == self.steps
-            )
-            checkpoint.save(self.state, info, self.folder)
-            # Later steps are of a past that the run went back from: never the best, and removed.
-            # Older checkpoints go only now that the new one is whole.
-            best = weights.best_step(self.folder, BEST, until=step)
-            checkpoint.prune(self.folder, newest=step, best=best)
+                with self._while_there_is_room():
+                    self.run_log.scalars(step, scores | self._law())
+                    self.run_log.image(step, "validation", picture)
+        with self._while_there_is_room():
+            self._write(step, scores)
         # On Ray the others wait here for the first, so that none goes on from what is not in place;
         # those of torchrun wait in the gradients of the next step.
         about = {"step": float(step), "seconds": time.perf_counter() - self._began}
         self.group.report_checkpoint(scores | about, self.paths.uri(RunPaths.checkpoint(step)))
+
+    def _write(self, step: int, scores: dict[str, float]) -> None:
+        """The first worker's curves and checkpoint."""
+        # Looked at again, right before anything is written: what was taken over meanwhile is not
+        # ours to write to, nor to prune. The next step's question ends the run for all workers.
+        if self.run_log is None or self.stop_signal.full or self.stop_signal.look_for_owner():
+            return
+        # Curves before the checkpoint: whoever goes on from it finds all points up to it.
+        self.run_log.push()
+        info = CheckpointInfo(
+            step=step, config=self.config, scores=scores, finished=step == self.steps
+        )
+        checkpoint.save(self.state, info, self.folder)
+        # Later steps are of a past that the run went back from: never the best, and removed.
+        # Older checkpoints go only now that the new one is whole.
+        best = weights.best_step(self.folder, BEST, until=step)
+        checkpoint.prune(self.folder, newest=step, best=best)
 
     def _law(self) -> dict[str, float]:
         """The numbers of the residual's law, for curves."""
@@ -301,8 +334,11 @@ class Trainer:
 
     def close(self) -> None:
         """End the logs; those of a run that was taken over stay as they are."""
-        if self.run_log is not None:
-            self.run_log.close(push=not self.stop_signal.taken_by)
+        if self.run_log is None:
+            return
+        # In a run that ends by an error a second one would hide the first.
+        with self._while_there_is_room():
+            self.run_log.close(push=not self.stop_signal.taken_by and not self.stop_signal.full)
 
 
 def reported_steps(folder: Storage) -> int | None:

@@ -154,6 +154,18 @@ def test_damage_found_by_a_worker_ends_the_run_by_name_and_code(shards, tmp_path
     assert f"shard {last} is damaged" in said and "go on with --resume" in said
 
 
+def test_a_full_disk_ends_the_run_by_name_and_is_not_tried_again(shards, small_disk, marked):
+    # Room for the log, and for no checkpoint.
+    room = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - 100_000))
+    flags = [*ON_RAY, f"--data={shards}", f"--storage={small_disk}", "--num-workers=2"]
+    said = finish([*TRAIN, *flags, "--run-name=full"], code=1)
+    assert f"error: {small_disk}/full/" in said and "No space left on device; free space" in said
+    assert "go on with --resume --run-name full" in said and "--storage" in said
+    assert said.count("training full after step 0") == 1 and "Traceback" not in said
+    assert not list((small_disk / "full").glob("step_*"))
+
+
 def test_an_account_of_failures_names_the_count_the_worker_and_the_cause():
     cause = RuntimeError("Traceback …\n  line 3\nOSError: no space left on device")
     error = ray.train.WorkerGroupError("lost", {1: cause})

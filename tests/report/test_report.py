@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mambaflow.evaluation.metrics import COLUMNS, SAMPLED, VALIDATED
 from mambaflow.report.pictures import GAP, only_known, picture, to_png
 from mambaflow.report.run_log import RunLog, StoredRunLog
 from mambaflow.report.tables import Table, provenance, results_table
-from mambaflow.storage import at
+from mambaflow.storage import FullError, at
 
 
 def lines(folder):
@@ -203,3 +204,22 @@ def test_a_stored_log_closed_twice_is_closed_once(tmp_path):
     run.close()
     run.close()
     assert lines(tmp_path / "run")[-1]["a"] == 1.0
+
+
+def test_a_line_that_a_full_disk_has_no_room_for_is_not_there_by_half(small_disk):
+    run = RunLog(small_disk, 0)
+    for step in range(10):
+        run.scalars(step, {"train/loss": 0.5})
+    room = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize))
+    logged = 10
+    with pytest.raises(FullError, match=f"{small_disk}/metrics.jsonl: No space left") as caught:  # noqa: PT012
+        while logged < 10_000:
+            run.line(logged, {"train/loss": 0.5})
+            logged += 1
+    assert "--storage" in str(caught.value)
+    assert [line["step"] for line in lines(small_disk)] == list(range(logged))
+    (small_disk / "other").unlink()
+    run.line(logged, {"train/loss": 0.5})
+    assert lines(small_disk)[-1]["step"] == logged
+    run.close()

@@ -625,6 +625,50 @@ def test_a_run_whose_gradient_is_not_finite_stops_at_once_and_saves_nothing_of_i
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+def fill(disk: Path) -> None:
+    room = os.statvfs(disk)
+    (disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize))
+
+
+@pytest.mark.parametrize(("at_step", "until"), [(8, 13), (20, 20)])
+def test_a_full_disk_ends_a_run_by_name_and_it_goes_on_once_there_is_room(
+    straight, data, small_disk, at_step, until
+):
+    config = small.run_config(data, small_disk, "full")
+    outcome = start(config, {at_step: lambda: fill(small_disk)})
+    assert outcome.status == "full" and outcome.failed and at_step <= outcome.step <= until
+    assert str(folder(config)) in outcome.cause and "free space there" in outcome.cause
+    # The checkpoint before is good, and nothing is left of the one that had no room.
+    saved = [6] if at_step == 8 else [12, 18]
+    assert set(weights.saved_steps(at(folder(config)))) <= {*saved, 6}
+    assert {p.name for p in folder(config).glob("step_*")} == {
+        f"step_{step:07d}" for step in weights.saved_steps(at(folder(config)))
+    }
+    assert not list(folder(config).rglob(".*"))
+    (small_disk / "other").unlink()
+    assert start(replace(config, resume=True)) == Outcome("finished", STEPS)
+    assert_same_run(config, straight)
+
+
+def test_a_disk_that_is_full_at_the_report_ends_the_run_by_name(straight, data, small_disk):
+    config = small.run_config(data, small_disk, "untold")
+    sound, filled = run_module.final_report, []
+
+    def last(*args):
+        report = sound(*args)
+        filled.append(fill(small_disk))
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "final_report", last)
+        outcome = start(config)
+    assert filled and (outcome.status, outcome.step) == ("full", STEPS)
+    assert reported_steps(at(folder(config))) is None
+    (small_disk / "other").unlink()
+    assert start(replace(config, resume=True)) == Outcome("finished", STEPS)
+    assert reported_steps(at(folder(config))) == STEPS
+
+
 def test_a_run_that_diverges_late_keeps_what_it_saved_before(data, tmp_path, monkeypatch):
     config = small.run_config(data, tmp_path, "late")
     norms = {}
