@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import logging
 import os
-import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +31,7 @@ from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
+from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
 from mambaflow.host import speak_plainly
 from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.lease import owning
@@ -117,20 +118,6 @@ def check_compiler(config: RunConfig) -> None:
         ) from error
 
 
-def warn_of_a_copy(storage: str) -> None:
-    """Say so if a job of Ray would keep its run in the copy of --working-dir that it runs in."""
-    # Ray hands a submitted job its runtime environment, as JSON, in a variable that is called so.
-    # With --working-dir its current folder is the copy.
-    copied = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
-    # Relative, and so in that folder: neither from the root, nor of a home, nor with a scheme.
-    if copied and not re.match(r"/|~|\w+://", storage):
-        log.warning(
-            "storage (=%s) is in Ray's copy of --working-dir, which Ray removes in time; "
-            "use an absolute path that the nodes share, or s3://…",
-            storage,
-        )
-
-
 @contextlib.contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
     """The Ray to train on, if the run wants one: at RAY_ADDRESS, or private to this run."""
@@ -156,8 +143,9 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, 
         ValueError, OSError: bad input.
     """
     check_compiler(config)
-    # Before `settle`, which makes the address absolute.
+    # Before `settle`, which makes the addresses absolute.
     warn_of_a_copy(config.storage)
+    check_copied(config.data)
     config = settle(config, " ".join(["python", *sys.argv]))
     # What flags alone can be refused for, then data that are there, then the cluster, which takes
     # seconds; data that must be staged come after it, and last the run's folder: what is refused
@@ -247,7 +235,7 @@ def show(config: RunConfig) -> None:
     print(f"run folder   {paths.folder.uri}")
     if config.train.test_images:
         print(f"picture      {paths.uri(RunPaths.PICTURE)}")
-    print(f"TensorBoard  tensorboard --logdir {config.storage}")
+    print(f"TensorBoard  tensorboard --logdir {shlex.quote(config.storage)}")
 
 
 def main(argv: list[str] | None = None) -> int:

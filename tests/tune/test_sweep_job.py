@@ -104,6 +104,17 @@ def test_bad_input_is_refused_and_changes_nothing(job, sweep, flags, capsys):
     assert not sweep.folder.exists()
 
 
+def test_a_sweep_in_a_jobs_copy_is_warned_of_storage_and_refused_data_that_did_not_travel(
+    job, sweep, capsys, caplog, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://x"}}')
+    code = job.main([*sweep.flags, *SEARCH, "--storage=runs", "--data=data/away"])
+    assert code == 2 and "storage (=runs) is in Ray's copy of --working-dir" in caplog.text
+    assert "data (=data/away) is not in Ray's copy of --working-dir" in capsys.readouterr().err
+    assert not sweep.folder.exists()
+
+
 @pytest.mark.ray
 def test_more_workers_than_there_will_ever_be_are_refused_with_the_arithmetic(
     sweep, marked, monkeypatch
