@@ -34,7 +34,7 @@ from ray.tune.search import Searcher
 
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, from_json, to_dict
 from mambaflow.data.shard_reader import ShardSet
-from mambaflow.distributed.cluster import worker_resources
+from mambaflow.distributed.cluster import head_watch, loss_named, worker_resources
 from mambaflow.distributed.progress import Report, last_line
 from mambaflow.distributed.train import Listen, train_on_ray
 from mambaflow.host import share_threads
@@ -399,7 +399,8 @@ def run_on_tune(conductor: Conductor, concurrent: int, watch: Callable[[], None]
                 ),
             ),
         )  # fmt: skip
-        _watched(tuner, watch)
+        with loss_named():
+            _watched(tuner, watch)
 
 
 def _name(trial: Any) -> str:
@@ -409,15 +410,18 @@ def _name(trial: Any) -> str:
 
 def _watched(tuner: Any, watch: Callable[[], None]) -> None:
     # In the main thread Tune would take the signals for itself.
-    with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(tuner.fit)
-        while not wait([ending], timeout=WATCH_S).done:
-            watch()
+    # Not in a `with`, which would wait for `fit`: where the head is lost, it does not return.
+    pool, head = ThreadPoolExecutor(1), head_watch()
+    ending = pool.submit(tuner.fit)
+    pool.shutdown(wait=False)
+    while not wait([ending], timeout=WATCH_S).done:
+        head.look()
         watch()
-        try:
-            ending.result()
-        except ray.tune.TuneError as error:
-            raise _replaced(error) or RunFailed(f"Ray Tune failed: {last_line(error)}") from error
+    watch()
+    try:
+        ending.result()
+    except ray.tune.TuneError as error:
+        raise _replaced(error) or RunFailed(f"Ray Tune failed: {last_line(error)}") from error
 
 
 def _replaced(error: BaseException | None) -> ReplacedError | None:

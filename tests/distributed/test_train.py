@@ -30,7 +30,7 @@ set_ray_environment()
 import ray  # noqa: E402
 import ray.train  # noqa: E402
 
-from mambaflow.distributed import train  # noqa: E402
+from mambaflow.distributed import cluster, train  # noqa: E402
 
 pytestmark = pytest.mark.ray
 
@@ -341,6 +341,25 @@ def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
         logged, expected = curve(runs / "elastic", tag), curve(runs / "straight", tag)
         assert [step for step, _ in logged] == list(range(every, steps + 1, every))
         assert dict(logged) == pytest.approx(dict(expected), rel=1e-3)
+
+
+def test_a_head_that_does_not_answer_is_lost_after_a_while_and_a_run_says_so(monkeypatch):
+    monkeypatch.setattr(cluster, "HEAD_LOOK_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        head = cluster.HeadWatch(f"127.0.0.1:{server.getsockname()[1]}")
+        head.look()
+    head.look()  # it may be back soon
+    monkeypatch.setattr(cluster, "HEAD_LOST_S", 0.0)
+    lost = pytest.raises(run.RunFailed, match="cluster at RAY_ADDRESS .* is lost: its head")
+    with lost as said, cluster.loss_named():
+        head.look()
+    assert "see that its head runs" in str(said.value)
+
+
+def test_what_ray_raises_of_a_lost_cluster_is_a_run_that_failed():
+    for error in (ray.exceptions.RpcError("gone"), ray.exceptions.RaySystemError("gone")):
+        with pytest.raises(run.RunFailed, match="is lost: .*gone"), cluster.loss_named():
+            raise error
 
 
 def test_the_address_of_jobs_is_told_from_that_of_a_cluster(monkeypatch):
