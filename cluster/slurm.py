@@ -16,6 +16,7 @@ command's own.
 
 import argparse
 import getpass
+import shlex
 import socket
 import sys
 import time
@@ -138,7 +139,7 @@ def tensorboard(argv: list[str]) -> int:
     (one, *_) = found(flags("tensorboard", argv, jobs=1))
     where = storage(parsed(one.command.split(), ROOT))
     here = socket.getfqdn()
-    print(f"here:             tensorboard --logdir {where} --port 6006")
+    print(f"here:             tensorboard --logdir {shlex.quote(where)} --port 6006")
     print(f"on your machine:  ssh -N -L 6006:localhost:6006 {getpass.getuser()}@{here}")
     print("then open         http://localhost:6006")
     return 0

@@ -15,7 +15,7 @@ job with --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'.
 import argparse
 import contextlib
 import logging
-import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,13 +30,14 @@ from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
+from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
 from mambaflow.host import speak_plainly
 from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.lease import owning
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
 from mambaflow.signals import stopping
-from mambaflow.storage import at
+from mambaflow.storage import FullError, at
 from mambaflow.training.preflight import (
     check_data,
     check_flags,
@@ -54,7 +55,7 @@ from mambaflow.training.process_group import (
     launched_workers,
 )
 from mambaflow.training.run import Outcome, RunFailed, train_and_score
-from mambaflow.variables import check_variables, job_environment, launched, stated
+from mambaflow.variables import check_variables, launched, stated
 
 # 128 + a signal's number is what a shell says of a process that a signal ended.
 FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
@@ -122,19 +123,6 @@ def check_compiler(config: RunConfig) -> None:
         ) from error
 
 
-def warn_of_a_copy(storage: str) -> None:
-    """Say so if a job of Ray would keep its run in the copy of --working-dir that it runs in."""
-    # With --working-dir a submitted job's current folder is the copy.
-    copied = "working_dir" in job_environment()
-    # Relative, and so in that folder: neither from the root, nor of a home, nor with a scheme.
-    if copied and not re.match(r"/|~|\w+://", storage):
-        log.warning(
-            "storage (=%s) is in Ray's copy of --working-dir, which Ray removes in time; "
-            "use an absolute path that the nodes share, or s3://…",
-            storage,
-        )
-
-
 @contextlib.contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
     """The Ray to train on, if the run wants one: at RAY_ADDRESS, or private to this run."""
@@ -160,8 +148,9 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, 
         ValueError, OSError: bad input.
     """
     check_compiler(config)
-    # Before `settle`, which makes the address absolute.
+    # Before `settle`, which makes the addresses absolute.
     warn_of_a_copy(config.storage)
+    check_copied(config.data)
     config = settle(config, " ".join(["python", *sys.argv]))
     # What flags alone can be refused for, then data that are there, then the cluster, which takes
     # seconds; data that must be staged come after it, and last the run's folder: what is refused
@@ -254,7 +243,7 @@ def show(config: RunConfig) -> None:
     print(f"run folder   {paths.folder.uri}")
     if config.train.test_images:
         print(f"picture      {paths.uri(RunPaths.PICTURE)}")
-    print(f"TensorBoard  tensorboard --logdir {config.storage}")
+    print(f"TensorBoard  tensorboard --logdir {shlex.quote(config.storage)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -313,12 +302,14 @@ def carry_out(config: RunConfig, owner: int, group: ProcessGroup | None) -> int:
     except (ShardError, CheckpointError) as error:
         print(f"error: {error}\nmended? go on with {resuming}", file=sys.stderr)
         return DAMAGED
-    except RunFailed as error:
+    # A full disk is the run's outcome, or met by the driver, as it asks the workers to stop.
+    except (RunFailed, FullError) as error:
         print(f"error: {error}\ngo on with {resuming}", file=sys.stderr)
         return FAILED
-    if outcome.status in ("diverged", "lost"):
+    if outcome.failed:
         if leads(group):
-            print(f"error: {outcome.cause}", file=sys.stderr)
+            more = f"\ngo on with {resuming}" if outcome.status == "full" else ""
+            print(f"error: {outcome.cause}{more}", file=sys.stderr)
         return FAILED
     if outcome.status == "stopped":
         if leads(group):

@@ -41,6 +41,8 @@ ATTEMPTS = 5
 CONNECT_S, READ_S = 10, 60
 # What a file system without hard links answers: a bucket that is mounted, exFAT, many SMB shares.
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+# What a file system answers that has no room, or no more for this user.
+FULL = {errno.ENOSPC, errno.EDQUOT}
 # Seconds that a folder which locks a name may be old; that a claim in S3 needs to be seen by others
 # (twice the second in which services count times); that a claim may be old.
 LOCK_S, SETTLE_S, CLAIM_S = 10.0, 2.0, 60.0
@@ -72,6 +74,28 @@ CURES = {
 
 class StorageError(OSError):
     """Storage that refuses or cannot be reached; the message names it, the cause and a cure."""
+
+
+class FullError(StorageError):
+    """A disk, or somebody's share of it, that has no room left: to try again cannot help."""
+
+
+@contextlib.contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """What is written in here; a disk that is full is said by the name of what it had no room for.
+
+    Raises:
+        FullError: there is no room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise FullError(
+            f"{path}: {error.strerror}; free space there, or keep it elsewhere (runs by --storage, "
+            "shards and results by --out)"
+        ) from error
 
 
 def at(uri: str | Path) -> "Storage":
@@ -162,21 +186,29 @@ class Storage(ABC):
 @contextlib.contextmanager
 def _partial(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, gone at the end."""
+    with room_for(path):
+        name = _temporary(path)
+        try:
+            yield name
+        finally:
+            # Gone already where it was renamed.
+            name.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside its place, since a rename is one step only within a file system; with a dot before
         # its name, which listings leave out.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise StorageError(f"{path}: {error}; give a folder that you may write to") from error
     # mkstemp's files are for their owner alone; a run's may be read by others.
     os.fchmod(handle, 0o644)
     os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        # Gone already where it was renamed.
-        Path(name).unlink(missing_ok=True)
+    return Path(name)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 examples of a property are tried, and which."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -56,6 +57,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         own = test._hypothesis_internal_use_settings
         more = settings(own, max_examples=FUZZ * own.max_examples)
         test._hypothesis_internal_use_settings = more
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own that holds 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-o", "size=2m,mode=777"]
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", *options, "mambaflow-test", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a full disk is NOT tested here: only root can mount a small one")
+    yield folder
+    # Lazily: a process that a failed test left behind may still be in there.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def _free_port() -> int:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from conftest import s3_environment
 
 from mambaflow import storage as storage_module
-from mambaflow.storage import MULTIPART_BYTES, LocalStorage, StorageError, at
+from mambaflow.storage import MULTIPART_BYTES, FullError, LocalStorage, StorageError, at
 
 CASES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
 
@@ -433,3 +434,34 @@ def test_a_body_that_breaks_off_is_asked_for_again(bucket, monkeypatch):
     monkeypatch.setattr(StreamingBody, "read", breaking)
     assert at(bucket).read("x") == b"whole"
     assert next(breaks, None) is None  # both faults were met
+
+
+def test_a_full_disk_names_the_file_says_what_to_do_and_leaves_nothing(small_disk, tmp_path):
+    storage = at(small_disk)
+    storage.write("before", b"kept")
+    (tmp_path / "large").write_bytes(bytes(2**22))
+    key = "step_0000001/model.safetensors"
+    for put in (
+        lambda: storage.write(key, bytes(2**22)),
+        lambda: storage.create(key, bytes(2**22)),
+        lambda: storage.upload(tmp_path / "large", key),
+    ):
+        with pytest.raises(FullError, match="No space left on device; free space there") as caught:
+            put()
+        assert str(caught.value).startswith(f"{small_disk}/{key}: ")
+        assert isinstance(pickle.loads(pickle.dumps(caught.value)), FullError), "Ray pickles it"
+    files = [path for path in small_disk.rglob("*") if path.is_file()]
+    assert files == [small_disk / "before"] and storage.read("before") == b"kept"
+
+
+def test_a_quota_that_is_used_up_is_a_full_disk(tmp_path, monkeypatch):
+    asked = []
+
+    def used_up(self, data):
+        asked.append(self)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(Path, "write_bytes", used_up)
+    with pytest.raises(FullError, match="/x: Disk quota exceeded; free space there, or keep it"):
+        at(tmp_path).write("x", b"1")
+    assert len(asked) == 1 and not list(tmp_path.iterdir())

@@ -41,6 +41,7 @@ from mambaflow.config import RECIPES, RunConfig
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
+from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
 from mambaflow.host import speak_plainly
 from mambaflow.lease import owning
 from mambaflow.search.board import Board
@@ -126,6 +127,9 @@ def prepare(config: SweepConfig, stack: contextlib.ExitStack) -> tuple[SweepConf
         ValueError, OSError: bad input; nothing was written.
     """
     command = shlex.join(["python", *sys.argv])
+    # Before `settle`, which makes the addresses absolute.
+    warn_of_a_copy(config.run.storage)
+    check_copied(config.run.data)
     config = replace(config, run=settle(config.run, command))
     check_sweep(config)
     space = space_of(config)

@@ -110,9 +110,10 @@ class Source(ABC):
         cut = 0 if own else validation
         held = cut if test else cut + validation
         if held >= train or validation <= 0:
+            cure = _fewer(train, parts=(not own) + (not test))
             raise SourceError(
                 f"validation (={validation}) leaves nothing to train on: {self.name} has {train} "
-                f"training and {test} test images; use {max(1, train // 10)}, or more images"
+                f"training and {test} test images; {cure}"
             )
         # A random word for each place, which hangs on nothing but the place: the same images are
         # held out by every staging of a source, and a larger validation split holds the smaller
@@ -127,6 +128,15 @@ class Source(ABC):
             "test": ("test", np.arange(test)) if test
             else ("train", np.sort(places[cut:held])),
         }  # fmt: skip
+
+
+def _fewer(train: int, parts: int) -> str:
+    """What to do where too many of the training images are held out, in so many parts."""
+    # One is left to train on.
+    most = (train - 1) // parts if parts else train
+    if most < 1:
+        return f"no other number would do: give {parts + 1} training images or more"
+    return f"use {min(max(1, train // 10), most)}, or more images"
 
 
 class Unlabelled(Source):

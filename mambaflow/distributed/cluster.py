@@ -8,6 +8,7 @@ import contextlib
 import logging
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from mambaflow import host
 from mambaflow.checks import require
 from mambaflow.config import ScaleConfig
 from mambaflow.distributed.environment import LOCAL, cluster_address, is_set, worker_environment
+from mambaflow.distributed.progress import last_line
 from mambaflow.distributed.reaper import named, reaper
 from mambaflow.training.run import RunFailed
 from mambaflow.variables import seconds
@@ -25,6 +27,9 @@ from mambaflow.variables import seconds
 REACH_S = 10  # until an address where nobody answers is given up
 PATIENCE_S, SOON_S = 300.0, 5.0  # until a run without room is given up; until it says that it waits
 GROWTH_S = 60.0  # Ray's own default
+# Between two looks for the head; without an answer for so long it is lost. After 60 s Ray ends the
+# driver itself, without a word that a user could go on by.
+HEAD_LOOK_S, HEAD_LOST_S = 5.0, 30.0
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +67,59 @@ def connect() -> Iterator[None]:
             _join(settings, {"env_vars": worker_environment(address)})
         stack.callback(ray.shutdown)  # undone in reverse: Ray ends before its folder is removed
         yield
+
+
+@contextlib.contextmanager
+def loss_named() -> Iterator[None]:
+    """What a driver does in here with the cluster; that is lost with its head.
+
+    Raises:
+        RunFailed: the cluster no longer answers.
+    """
+    try:
+        yield
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise RunFailed(
+            f"the Ray cluster at RAY_ADDRESS (={cluster_address()}) is lost: {last_line(error)}; "
+            "see that its head runs, or start one with `ray start --head`"
+        ) from error
+
+
+class HeadWatch:
+    """Whether the head of a cluster still answers.
+
+    Args:
+        address: where it does, HOST:PORT.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.answered = self.looked = time.monotonic()
+
+    def look(self) -> None:
+        """Look now and then.
+
+        Raises:
+            ConnectionError: there was no answer for HEAD_LOST_S.
+        """
+        if time.monotonic() - self.looked < HEAD_LOOK_S:
+            return
+        self.looked = time.monotonic()
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), HEAD_LOOK_S).close()
+        except OSError as error:
+            if time.monotonic() - self.answered > HEAD_LOST_S:
+                raise ConnectionError(
+                    f"its head ({self.address}) does not answer: {error}"
+                ) from error
+            return
+        self.answered = time.monotonic()
+
+
+def head_watch() -> HeadWatch:
+    """Of the connected cluster."""
+    return HeadWatch(ray.get_runtime_context().gcs_address)
 
 
 def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import ray
 
 from mambaflow.data.staging import ShardResult, ShardTask, make
 from mambaflow.distributed.cluster import connect
+from mambaflow.storage import FullError
 
 IN_FLIGHT = 64
 RETRIES = 3  # Ray's own default
@@ -21,7 +22,7 @@ def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
     with connect():
         # Ray tries again by itself where a worker is lost; for an exception it must be told which.
         # Storage that fails raises an OSError; damage would be there again.
-        remote = ray.remote(make).options(
+        remote = ray.remote(attempt).options(
             num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError]
         )
         running = [remote.remote(task) for task in tasks[:IN_FLIGHT]]
@@ -30,6 +31,17 @@ def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
             done, running = ray.wait(running)  # returns with the first that is done
             running += [remote.remote(task) for task in itertools.islice(waiting, len(done))]
             try:
-                yield ray.get(done[0])
+                found = ray.get(done[0])
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error  # the task's own, as where no Ray is
+            if isinstance(found, FullError):
+                raise found
+            yield found
+
+
+def attempt(task: ShardTask) -> ShardResult | FullError:
+    """Make a shard; a full disk is an answer and no error, which Ray would try again."""
+    try:
+        return make(task)
+    except FullError as error:
+        return error

@@ -33,7 +33,7 @@ from ray.tune.search import Searcher
 
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, from_json, to_dict
 from mambaflow.data.shard_reader import ShardSet
-from mambaflow.distributed.cluster import worker_resources
+from mambaflow.distributed.cluster import head_watch, loss_named, worker_resources
 from mambaflow.distributed.progress import Report, last_line
 from mambaflow.distributed.train import Listen, train_on_ray
 from mambaflow.host import share_threads
@@ -132,13 +132,15 @@ class TrialActor(ray.tune.Trainable):
             folder = RunPaths.of(self._run).folder
             with owning(folder, f"trial {self._run.run_name}") as owner:
                 outcome = self._carried_out(owner)
-            ended = "failed" if outcome.status in ("diverged", "lost") else outcome.status
+            ended = "failed" if outcome.failed else outcome.status
             self._told.put(Told(self._run.run_name, ended=ended, cause=outcome.cause))
         # Whatever it is, the sweep goes on, and the ledger has the cause.
         except Exception as error:
             # The whole of it beside the run: a line is not enough to mend it.
             folder = RunPaths.of(self._run).folder
-            folder.write(FAILURE, traceback.format_exc().encode())
+            # Where that cannot be kept either, the end must still be told.
+            with contextlib.suppress(OSError):
+                folder.write(FAILURE, traceback.format_exc().encode())
             self._told.put(Told(self._run.run_name, ended="failed", cause=_cause(error)))
 
     def _carried_out(self, owner: int) -> Outcome:
@@ -146,7 +148,8 @@ class TrialActor(ray.tune.Trainable):
         # What the driver did not hear before it, or this actor, was lost.
         self._tell_what_is_logged(run)
         outcome = self._trained(run, owner)
-        if outcome.status != "lost":
+        # Nothing is written where the folder is another's, or the disk full.
+        if outcome.status not in ("lost", "full"):
             self._tell_what_is_logged(run)
             self._log_settings(run)
         return outcome
@@ -206,12 +209,11 @@ class TrialActor(ray.tune.Trainable):
     def _log_settings(self, run: RunConfig) -> None:
         """What was chosen beside what came of it, for TensorBoard's table of settings."""
         folder = RunPaths.of(run).folder
-        scores = [line[METRIC] for line in logged(folder) if METRIC in line]
-        if not scores:
+        if not any(METRIC in line for line in logged(folder)):
             return
         run_log = StoredRunLog(folder, self._known)
         try:
-            run_log.hparams(self._chosen, {"sweep/psnr": scores[-1]})
+            run_log.hparams(self._chosen, [METRIC])
         finally:
             run_log.close()
 
@@ -400,7 +402,8 @@ def run_on_tune(conductor: Conductor, concurrent: int, watch: Callable[[], None]
                 ),
             ),
         )  # fmt: skip
-        _watched(tuner, watch)
+        with loss_named():
+            _watched(tuner, watch)
 
 
 def _name(trial: Any) -> str:
@@ -410,15 +413,18 @@ def _name(trial: Any) -> str:
 
 def _watched(tuner: Any, watch: Callable[[], None]) -> None:
     # In the main thread Tune would take the signals for itself.
-    with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(tuner.fit)
-        while not wait([ending], timeout=WATCH_S).done:
-            watch()
+    # Not in a `with`, which would wait for `fit`: where the head is lost, it does not return.
+    pool, head = ThreadPoolExecutor(1), head_watch()
+    ending = pool.submit(tuner.fit)
+    pool.shutdown(wait=False)
+    while not wait([ending], timeout=WATCH_S).done:
+        head.look()
         watch()
-        try:
-            ending.result()
-        except ray.tune.TuneError as error:
-            raise _replaced(error) or RunFailed(f"Ray Tune failed: {last_line(error)}") from error
+    watch()
+    try:
+        ending.result()
+    except ray.tune.TuneError as error:
+        raise _replaced(error) or RunFailed(f"Ray Tune failed: {last_line(error)}") from error
 
 
 def _replaced(error: BaseException | None) -> ReplacedError | None:

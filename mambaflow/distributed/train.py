@@ -22,7 +22,15 @@ from torch import nn
 
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, to_dict
 from mambaflow.data.shards import ShardError
-from mambaflow.distributed.cluster import SOON_S, await_room, growth_s, missing, worker_resources
+from mambaflow.distributed.cluster import (
+    SOON_S,
+    await_room,
+    growth_s,
+    head_watch,
+    loss_named,
+    missing,
+    worker_resources,
+)
 from mambaflow.distributed.progress import (
     ActorLogHandler,
     ControllerReporter,
@@ -100,9 +108,18 @@ def train_on_ray(
         owner: under which number the run's folder is owned (see `lease`).
 
     Raises:
-        RunFailed: no room for the workers, or they failed more often than max_failures.
+        RunFailed: no room for the workers, they failed more often than max_failures, or the cluster
+            is lost.
         ShardError, CheckpointError: workers found these damaged.
     """
+    # Around all of it: even what an account is made of is asked of the cluster.
+    with loss_named():
+        return _trained(config, watch, listen, score_test, owner)
+
+
+def _trained(
+    config: RunConfig, watch: Watch, listen: Listen, score_test: bool, owner: int
+) -> Outcome:
     # First, so that what is missing is said in our words, and waited for within bounds.
     await_room(config.scale)
     actor = start_progress_actor()
@@ -175,12 +192,15 @@ def _account(error: ray.train.TrainingFailedError, scale: ScaleConfig) -> str:
 def _watched(fit: Callable[[], Any], actor: Any, watch: Watch, listen: Listen) -> Any:
     """Run `fit` in a thread, while this one, which is where signals arrive, shows the news."""
     # In the main thread `fit` would take Ctrl-C for itself, and abort the run without a checkpoint.
-    with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(fit)
-        while not wait([ending], timeout=WATCH_S).done:
-            _show(actor, watch, listen)
-        _show(actor, watch, listen)  # what came after the last look
-        return ending.result()  # or raises what `fit` raised
+    # Not in a `with`, which would wait for `fit`: where the head is lost, it does not return.
+    pool, head = ThreadPoolExecutor(1), head_watch()
+    ending = pool.submit(fit)
+    pool.shutdown(wait=False)
+    while not wait([ending], timeout=WATCH_S).done:
+        head.look()
+        _show(actor, watch, listen)
+    _show(actor, watch, listen)  # what came after the last look
+    return ending.result()  # or raises what `fit` raised
 
 
 def _show(actor: Any, watch: Watch, listen: Listen) -> None:

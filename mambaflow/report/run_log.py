@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,19 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import Storage
+from mambaflow.storage import Storage, room_for
 
 Number = int | float
+# Where TensorBoard shows a number that is not shown under its own name; "" is nowhere. It sorts its
+# cards by name and opens on the first of them: these names put the loss first, then validation.
+CARDS = {
+    # An error of a mean, and what is the same at every step: the table at the end has them.
+    r"val/.+_(se|truth)": "",
+    r"val/(spread_.+)": r"val_spread/\1",
+    r"val/(.*speckle|spread|coherence)": r"val_texture/\1",
+    r"train/(?!loss)(.+)": r"watch/\1",
+    r"law/(.+)": r"watch_law/\1",
+}
 log = logging.getLogger(__name__)
 
 
@@ -29,58 +41,91 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / RunPaths.METRICS
-        if path.exists():
-            _keep_until(path, step)
-        self._lines = path.open("a", encoding="utf-8")
-        # TensorBoard drops what earlier files have at purge_step and beyond. After 0 that is step 0
-        # too: a run that was lost before its first checkpoint logs all anew.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
-        self._step = step
+        self.folder = folder
+        with room_for(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / RunPaths.METRICS
+            if path.exists():
+                _keep_until(path, step)
+            # Unbuffered: a kill of the process costs no line, and a full disk is met at once.
+            self._lines = path.open("ab", buffering=0)
+            # TensorBoard drops what earlier files have at purge_step and beyond. After 0 that is
+            # step 0 too: a run that was lost before its first checkpoint logs all anew.
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def scalars(self, step: int, values: Mapping[str, Number]) -> None:
-        """One line of metrics.jsonl with the step, the wall time and the values as they are."""
+        """The next points of curves: a line of metrics.jsonl, and TensorBoard's cards (see
+        CARDS)."""
+        self.line(step, values)
+        with room_for(self.folder):
+            for tag, value in values.items():
+                if shown := card(tag):
+                    self._writer.add_scalar(shown, value, step)
+
+    def line(self, step: int, values: Mapping[str, Number]) -> None:
+        """One line of metrics.jsonl alone, with the step, the wall time and the values as they are:
+        of numbers that come once, and are no curves."""
         line = {"step": step, "time": time.time(), **values}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()  # a kill of the process costs no line
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._step = step
+        with room_for(self.folder / RunPaths.METRICS):
+            _append(self._lines, (json.dumps(line) + "\n").encode())
 
     def image(self, step: int, tag: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """A picture in TensorBoard."""
-        self._writer.add_image(tag, image, step, dataformats="HWC")
+        """A picture in TensorBoard, after the curves of validation."""
+        with room_for(self.folder):
+            self._writer.add_image(f"view/{tag}", image, step, dataformats="HWC")
 
-    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, Number]) -> None:
-        """The settings, dotted names for nested ones, beside the run's final numbers."""
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """A text in TensorBoard, such as a table."""
+        with room_for(self.folder):
+            self._writer.add_text(tag, markdown, step)
+
+    def hparams(self, settings: Mapping[str, Any], curves: Sequence[str]) -> None:
+        """A row of TensorBoard's table of runs: settings, and the newest points of some curves.
+
+        TensorBoard takes the columns from one of the runs that it shows: all should have the same.
+        """
+        # TensorBoard raises for all others, None among them.
+        plain = {
+            name: x if isinstance(x, bool | int | float | str) else repr(x)
+            for name, x in settings.items()
+        }
         # One level below the SummaryWriter, which cannot add a summary as it is.
         events: Any = self._writer.file_writer
-        for summary in hparams(_flat(settings), dict(metrics)):
-            events.add_summary(summary)  # SummaryWriter.add_hparams would open a sub-run
-        self.scalars(self._step, metrics)
+        with room_for(self.folder):
+            for summary in hparams(plain, dict.fromkeys(curves)):
+                events.add_summary(summary)  # SummaryWriter.add_hparams would open a sub-run
 
     def flush(self) -> None:
         """Everything logged so far is in the files."""
-        self._lines.flush()
-        self._writer.flush()
+        with room_for(self.folder):
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush and end; a second close does nothing."""
         self._lines.close()
-        self._writer.close()
+        with room_for(self.folder):
+            self._writer.close()
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            # TensorBoard raises for all others, None among them.
-            plain = isinstance(value, bool | int | float | str)
-            flat[f"{prefix}{key}"] = value if plain else repr(value)
-    return flat
+def _append(file: FileIO, data: bytes) -> None:
+    """Add to a file all or nothing."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        left = memoryview(data)
+        while left:
+            # A disk takes what it has room for, and says at the next that it is full.
+            left = left[file.write(left) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def card(tag: str) -> str:
+    """What TensorBoard calls a number; "" for one that it does not show."""
+    for pattern, shown in CARDS.items():
+        if found := re.fullmatch(pattern, tag):
+            return found.expand(shown)
+    return tag
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -104,8 +149,11 @@ def _keep_until(path: Path, step: int) -> None:
             kept.append(line + "\n")
     # Whole under another name first: a kill in between leaves the file as it was.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def logged(run: Storage) -> list[dict[str, Any]]:
@@ -154,11 +202,13 @@ class StoredRunLog(RunLog):
         folder back; a second close does nothing."""
         if self._lines.closed:
             return
-        if push:
-            self.push()
-        super().close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        try:
+            if push:
+                self.push()
+            super().close()
+        finally:
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
 
 def _scratch_copy(run: Storage) -> tempfile.TemporaryDirectory:

@@ -27,7 +27,7 @@ from mambaflow.models.weights import (
     where,
 )
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import Storage
+from mambaflow.storage import FullError, Storage
 from mambaflow.training.loop import TrainState
 
 PARTS = ("model", "ema", "optimizer")
@@ -35,9 +35,23 @@ log = logging.getLogger(__name__)
 
 
 def save(state: TrainState, info: CheckpointInfo, run: Storage) -> str:
-    """Write a checkpoint into the run's storage, its index last; returns its folder name."""
+    """Write a checkpoint into the run's storage, its index last; returns its folder name.
+
+    Raises:
+        FullError: there is no room for it; nothing of it is left, and earlier ones stay.
+    """
     folder = RunPaths.checkpoint(info.step)
     _remove(run, folder)  # what an interrupted save, or another past of this run, left there
+    try:
+        _write(state, info, run, folder)
+    except FullError:
+        # Its parts would take the room that somebody frees.
+        _remove(run, folder)
+        raise
+    return folder
+
+
+def _write(state: TrainState, info: CheckpointInfo, run: Storage, folder: str) -> None:
     digests = {}
     for part, tensors in _parts(state).items():
         # safetensors takes dense tensors alone. The digest is of the bytes as they are meant to be,
@@ -58,7 +72,6 @@ def save(state: TrainState, info: CheckpointInfo, run: Storage) -> str:
     text = json.dumps(values | {"sha256": digest(values)}, indent=2)
     # Last: a save that was interrupted before this line has no index, and is no checkpoint.
     run.write(f"{folder}/{INDEX}", text.encode())
-    return folder
 
 
 def _remove(run: Storage, folder: str) -> None:

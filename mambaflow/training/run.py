@@ -9,30 +9,40 @@ import copy
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from mambaflow.config import RunConfig, to_dict
+from mambaflow.config import RECIPES, RunConfig, differences
 from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet, other_splits
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.final_report import FinalReport, final_report, validate
 from mambaflow.models import weights
+from mambaflow.models.velocity_field import parameters
 from mambaflow.models.weights import CheckpointInfo
 from mambaflow.report.pictures import to_png
 from mambaflow.report.run_log import StoredRunLog
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import Storage
+from mambaflow.storage import FullError, Storage
 from mambaflow.training import checkpoint
+from mambaflow.training.flops import step_flops
 from mambaflow.training.law_fit import fit_law, residuals
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
 from mambaflow.training.objective import Objective
-from mambaflow.training.preflight import check_same_data, total_steps
+from mambaflow.training.preflight import MAY_CHANGE, check_same_data, total_steps
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
 
+# A run's columns in TensorBoard's table of runs, the same for all, and the curves beside them.
+COMPARED = (
+    "arch", "recipe", "model.d_model", "model.num_layers", "model.start", "train.lr",
+    "train.batch_size", "train.masks", "train.precision", "train.seed", "workers",
+)  # fmt: skip
+COMPARED_BY = ("val/psnr", "val/sample_psnr", "val/ssim", "train/loss")
 BEST = "val/psnr"  # of the posterior mean: a sample's PSNR is highest where it is no sample
 log = logging.getLogger(__name__)
 
@@ -42,11 +52,16 @@ class Outcome:
     """How a run ended, and after which step."""
 
     status: str
-    """finished; stopped, as somebody asked; diverged: a gradient that is not finite; or lost:
-    another process has taken the run over."""
+    """finished; stopped, as somebody asked; diverged: a gradient that is not finite; lost: another
+    process has taken the run over; or full: no room for what it writes."""
     step: int
     cause: str = ""
-    """Of a run that diverged or was lost: what a person should read."""
+    """Of a run that diverged, was lost or full: what a person should read."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended without a result, in a way that trying again cannot help."""
+        return self.status in ("diverged", "lost", "full")
 
 
 class RunFailed(RuntimeError):
@@ -58,7 +73,11 @@ def train_and_score(config: RunConfig, group: ProcessGroup) -> Outcome:
     # All workers have the same outcome, and go on together: the test is shared out among them.
     outcome = train(config, group)
     if outcome.status == "finished":
-        score_test(config, group)
+        try:
+            score_test(config, group)
+        # Of the first worker, as it writes: by then no other waits for it.
+        except FullError as error:
+            return Outcome("full", outcome.step, str(error))
     return outcome
 
 
@@ -162,7 +181,10 @@ class Trainer:
         self.folder: Storage = self.paths.folder
         self.stop_signal = StopSignal(group, self.folder)
         # The first worker alone has one. It drops what an interrupted try logged past this step.
-        self.run_log = None if group.rank else StoredRunLog(self.folder, state.step)
+        self.run_log: StoredRunLog | None = None
+        if group.rank == 0:
+            with self._while_there_is_room():
+                self.run_log = StoredRunLog(self.folder, state.step)
         validation = ShardSet(config.data, "validation")
         # Read once and held: every validation is of the same images.
         self.eval_set = EvalSet.read(validation, layout, config.train.eval_images)
@@ -196,8 +218,8 @@ class Trainer:
                 # agreed() stands first, being collective: behind `and` it would be left out at the
                 # last step, after which there is nothing to stop.
                 answer = self.stop_signal.agreed()
-                if answer == "lost":
-                    return Outcome("lost", result.step, self._loss_of_the_folder())
+                if answer in ("lost", "full"):
+                    return Outcome(answer, result.step, self._why_it_cannot_write())
                 stopped = answer == "stop" and result.step < self.steps
                 # Before anything is logged or saved of it. The same norm on every worker, so that
                 # all leave together; returned, not raised, since Ray would try again what cannot
@@ -208,8 +230,10 @@ class Trainer:
                 if stopped:
                     break
         # What the first worker found as it saved last, all know before they score the test.
-        if self.group.broadcast(self.stop_signal.taken_by):
-            return Outcome("lost", self.state.step, self._loss_of_the_folder())
+        signal = self.stop_signal
+        found = self.group.broadcast("full" if signal.full else "lost" if signal.taken_by else "")
+        if found:
+            return Outcome(found, self.state.step, self._why_it_cannot_write())
         return Outcome("stopped" if stopped else "finished", self.state.step)
 
     def _finite(self, result: StepResult, now: bool) -> bool:
@@ -232,7 +256,19 @@ class Trainer:
             f"newest checkpoint is good: {newest}"
         )
 
-    def _loss_of_the_folder(self) -> str:
+    @contextlib.contextmanager
+    def _while_there_is_room(self) -> Iterator[None]:
+        """What the first worker writes: where there is no room, the next step's question ends the
+        run for all workers. An error of one would have Ray try again what cannot help."""
+        try:
+            yield
+        except FullError as error:
+            # The first of them is the cause.
+            self.stop_signal.full = self.stop_signal.full or str(error)
+
+    def _why_it_cannot_write(self) -> str:
+        if self.stop_signal.full:
+            return self.stop_signal.full
         who = self.stop_signal.taken_by or "another process"
         return f"{self.folder.uri} was taken over by {who}; this run ends, and leaves it as it is"
 
@@ -258,16 +294,15 @@ class Trainer:
         rate = (result.step - self._clock_step) * self.config.train.batch_size / seconds
         stall = self._waited / seconds
         self._start_clock()
-        self.run_log.scalars(
-            result.step,
-            {
-                "train/loss": loss,
-                "train/lr": result.lr,
-                "train/grad_norm": result.grad_norm.item(),  # of the mean, the same on all workers
-                "train/samples_per_second": rate,
-                "train/input_stall": stall,
-            },
-        )
+        values = {
+            "train/loss": loss,
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm.item(),  # of the mean, the same on all workers
+            "train/samples_per_second": rate,
+            "train/input_stall": stall,
+        }
+        with self._while_there_is_room():
+            self.run_log.scalars(result.step, values)
         self.group.report_progress(Progress(result.step, self.steps, loss, rate))
 
     def _save(self, step: int, validating: bool) -> None:
@@ -277,25 +312,32 @@ class Trainer:
             # Collective; the picture comes to the first worker alone.
             scores, picture = validate(self.state.ema, self.eval_set, self.config.train, self.group)
             if self.run_log is not None and picture is not None:
-                self.run_log.scalars(step, scores | self._law())
-                self.run_log.image(step, "validation", picture)
-        # Looked at again, right before anything is written: what was taken over meanwhile is not
-        # ours to write to, nor to prune. The next step's question ends the run for all workers.
-        if self.run_log is not None and not self.stop_signal.look_for_owner():
-            # Curves before the checkpoint: whoever goes on from it finds all points up to it.
-            self.run_log.push()
-            info = CheckpointInfo(
-                step=step, config=self.config, scores=scores, finished=step == self.steps
-            )
-            checkpoint.save(self.state, info, self.folder)
-            # Later steps are of a past that the run went back from: never the best, and removed.
-            # Older checkpoints go only now that the new one is whole.
-            best = weights.best_step(self.folder, BEST, until=step)
-            checkpoint.prune(self.folder, newest=step, best=best)
+                with self._while_there_is_room():
+                    self.run_log.scalars(step, scores | self._law())
+                    self.run_log.image(step, "validation", picture)
+        with self._while_there_is_room():
+            self._write(step, scores)
         # On Ray the others wait here for the first, so that none goes on from what is not in place;
         # those of torchrun wait in the gradients of the next step.
         about = {"step": float(step), "seconds": time.perf_counter() - self._began}
         self.group.report_checkpoint(scores | about, self.paths.uri(RunPaths.checkpoint(step)))
+
+    def _write(self, step: int, scores: dict[str, float]) -> None:
+        """The first worker's curves and checkpoint."""
+        # Looked at again, right before anything is written: what was taken over meanwhile is not
+        # ours to write to, nor to prune. The next step's question ends the run for all workers.
+        if self.run_log is None or self.stop_signal.full or self.stop_signal.look_for_owner():
+            return
+        # Curves before the checkpoint: whoever goes on from it finds all points up to it.
+        self.run_log.push()
+        info = CheckpointInfo(
+            step=step, config=self.config, scores=scores, finished=step == self.steps
+        )
+        checkpoint.save(self.state, info, self.folder)
+        # Later steps are of a past that the run went back from: never the best, and removed.
+        # Older checkpoints go only now that the new one is whole.
+        best = weights.best_step(self.folder, BEST, until=step)
+        checkpoint.prune(self.folder, newest=step, best=best)
 
     def _law(self) -> dict[str, float]:
         """The numbers of the residual's law, for curves."""
@@ -305,14 +347,31 @@ class Trainer:
 
     def close(self) -> None:
         """End the logs; those of a run that was taken over stay as they are."""
-        if self.run_log is not None:
-            self.run_log.close(push=not self.stop_signal.taken_by)
+        if self.run_log is None:
+            return
+        # In a run that ends by an error a second one would hide the first.
+        with self._while_there_is_room():
+            self.run_log.close(push=not self.stop_signal.taken_by and not self.stop_signal.full)
 
 
 def reported_steps(folder: Storage) -> int | None:
     """After how many steps the run's report was written, if it was."""
     there = folder.exists(RunPaths.RESULTS)
     return json.loads(folder.read(RunPaths.RESULTS))["trained_steps"] if there else None
+
+
+def compared(config: RunConfig) -> dict[str, Any]:
+    """What tells runs apart: the fields of COMPARED, and in a line whatever else of what is learnt
+    is not as architecture and recipe have it."""
+    values = {"arch": config.arch, "recipe": config.recipe, "workers": config.scale.num_workers}
+    recipe, changed = RECIPES[config.recipe](config.arch), []
+    for part in ("model", "train"):
+        ours, usual = getattr(config, part), getattr(recipe, part)
+        values |= {f"{part}.{name}": value for name, value in vars(ours).items()}
+        changed += list(differences(usual, ours, f"{part}."))
+    told = {*COMPARED, *(f"train.{name}" for name in MAY_CHANGE)}
+    others = "; ".join(line for line in changed if line.split(":")[0] not in told)
+    return {name: values[name] for name in COMPARED} | {"others": others}
 
 
 def score_test(config: RunConfig, group: ProcessGroup) -> None:
@@ -330,14 +389,23 @@ def score_test(config: RunConfig, group: ProcessGroup) -> None:
     eval_set = EvalSet.read(test, Layout.of(test.spec, config.model), config.train.test_images)
     report = final_report(model, eval_set, config, info.step, steps, group)
     if report is not None:
-        _write_report(report, config, folder, steps)
+        # Of the training split, whose shards hold targets.
+        spec = ShardSet(config.data, "train").spec
+        flops = steps * step_flops(config.model, config.train, spec.known, spec.target)
+        cost = {"steps": steps, "parameters": parameters(model), "flops": flops}
+        _write_report(report, config, folder, cost)
 
 
-def _write_report(report: FinalReport, config: RunConfig, folder: Storage, steps: int) -> None:
+def _write_report(
+    report: FinalReport, config: RunConfig, folder: Storage, cost: dict[str, int]
+) -> None:
     # Its own: the trainer's is closed, and a resumed run may have nothing left but its test.
+    steps = cost["steps"]
     run_log = StoredRunLog(folder, steps)
     try:
-        run_log.hparams(to_dict(config), report.curves)
+        run_log.line(steps, report.curves)
+        run_log.hparams(compared(config) | cost, COMPARED_BY)
+        run_log.text(steps, "test", report.table)
         run_log.image(steps, "test", report.picture)
     finally:
         run_log.close()

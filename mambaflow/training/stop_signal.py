@@ -1,7 +1,7 @@
 """Whether to stop: one answer for all workers, at the same step.
 
-There are two reasons: somebody asked, and the run saves and ends; or another process has taken its
-folder over, and it ends without a word to it.
+There are three reasons: somebody asked, and the run saves and ends; another process has taken its
+folder over, and it ends without a word to it; or there is no room left for what it writes.
 """
 
 import signal
@@ -21,8 +21,9 @@ from mambaflow.storage import Storage
 from mambaflow.training.process_group import ProcessGroup
 
 STOP_POLL_S = 1.0  # between two looks for the file
-# What a worker adds to the sum where the folder is lost: more than all that are asked to stop.
-LOST = 1e6
+# What a worker adds to the sum where the folder is lost, or the disk full: more than all that are
+# asked to stop. The first worker alone finds either.
+LOST, FULL = 1e6, 4e6
 
 
 class StopSignal:
@@ -36,6 +37,8 @@ class StopSignal:
         self.group, self.run = group, run
         self.received = False
         self.taken_by = ""
+        self.full = ""
+        """What there was no room for, as messages say it; told by the worker that writes."""
         self._looked = time.monotonic()
         # What was sent after the step before, and the collective that sums it up.
         self._travelling: tuple[Tensor, dist.Work | None] | None = None
@@ -56,8 +59,8 @@ class StopSignal:
         self.received = True
 
     def agreed(self) -> str:
-        """Whether all workers end after this step: "stop", "lost", or "" for neither; every one of
-        them asks at every step."""
+        """Whether all workers end after this step: "stop", "lost", "full", or "" for none; every
+        one of them asks at every step."""
         self._poll()
         if self.group.size == 1:
             return _meaning(self._said)
@@ -72,6 +75,8 @@ class StopSignal:
 
     @property
     def _said(self) -> float:
+        if self.full:
+            return FULL
         return LOST if self.taken_by else float(self.received)
 
     def _arrived(self) -> str:
@@ -101,4 +106,6 @@ class StopSignal:
 
 
 def _meaning(total: float) -> str:
+    if total >= FULL:
+        return "full"
     return "lost" if total >= LOST else "stop" if total else ""

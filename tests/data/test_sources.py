@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -318,13 +319,40 @@ def test_other_images_have_another_fingerprint(tmp_path):
 class CountedVelocity(Sample):
     """A source of so many images, none of which is looked at."""
 
-    def __init__(self, train, test):
-        self.counts, self.name = {"train": train, "test": test}, "counted"
+    def __init__(self, train, test, own=0):
+        self.counts, self.name = {"train": train, "test": test, "validation": own}, "counted"
 
     def count(self, split):
         return self.counts[split]
 
+    def own_validation(self):
+        return self.counts["validation"]
+
     splits = sources.Source.splits
+
+
+@given(
+    train=st.integers(0, 30), test=st.integers(0, 2), own=st.integers(0, 2),
+    validation=st.integers(0, 40),
+)  # fmt: skip
+def test_an_advised_validation_is_accepted_and_none_is_advised_where_none_would_do(
+    train, test, own, validation
+):
+    source = CountedVelocity(train, test, own)
+    try:
+        source.splits(validation)
+        return
+    except SourceError as error:
+        said = str(error)
+    if advised := re.search(r"use (\d+), or more images", said):
+        splits = source.splits(int(advised[1]))
+        assert all(len(places) for _, places in splits.values())
+        return
+    for other in range(1, train + 2):
+        with pytest.raises(SourceError):
+            source.splits(other)
+    enough = int(re.search(r"give (\d+) training images or more", said)[1])
+    CountedVelocity(enough, test, own).splits(1)
 
 
 @given(train=st.integers(2, 400), test=st.integers(0, 9), validation=st.integers(1, 150))

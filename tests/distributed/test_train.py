@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -30,7 +31,7 @@ set_ray_environment()
 import ray  # noqa: E402
 import ray.train  # noqa: E402
 
-from mambaflow.distributed import train  # noqa: E402
+from mambaflow.distributed import cluster, train  # noqa: E402
 
 pytestmark = pytest.mark.ray
 
@@ -152,6 +153,18 @@ def test_damage_found_by_a_worker_ends_the_run_by_name_and_code(shards, tmp_path
     flags = [*ON_RAY, f"--data={shards}", f"--storage={tmp_path / 'runs'}", "--max-failures=1"]
     said = finish([*TRAIN, *flags, "--run-name=damaged"], code=3)
     assert f"shard {last} is damaged" in said and "go on with --resume" in said
+
+
+def test_a_full_disk_ends_the_run_by_name_and_is_not_tried_again(shards, small_disk, marked):
+    # Room for the log, and for no checkpoint.
+    room = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - 100_000))
+    flags = [*ON_RAY, f"--data={shards}", f"--storage={small_disk}", "--num-workers=2"]
+    said = finish([*TRAIN, *flags, "--run-name=full"], code=1)
+    assert f"error: {small_disk}/full/" in said and "No space left on device; free space" in said
+    assert "go on with --resume --run-name full" in said and "--storage" in said
+    assert said.count("training full after step 0") == 1 and "Traceback" not in said
+    assert not list((small_disk / "full").glob("step_*"))
 
 
 def test_an_account_of_failures_names_the_count_the_worker_and_the_cause():
@@ -291,6 +304,25 @@ def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
         logged, expected = curve(runs / "elastic", tag), curve(runs / "straight", tag)
         assert [step for step, _ in logged] == list(range(every, steps + 1, every))
         assert dict(logged) == pytest.approx(dict(expected), rel=1e-3)
+
+
+def test_a_head_that_does_not_answer_is_lost_after_a_while_and_a_run_says_so(monkeypatch):
+    monkeypatch.setattr(cluster, "HEAD_LOOK_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        head = cluster.HeadWatch(f"127.0.0.1:{server.getsockname()[1]}")
+        head.look()
+    head.look()  # it may be back soon
+    monkeypatch.setattr(cluster, "HEAD_LOST_S", 0.0)
+    lost = pytest.raises(run.RunFailed, match="cluster at RAY_ADDRESS .* is lost: its head")
+    with lost as said, cluster.loss_named():
+        head.look()
+    assert "see that its head runs" in str(said.value)
+
+
+def test_what_ray_raises_of_a_lost_cluster_is_a_run_that_failed():
+    for error in (ray.exceptions.RpcError("gone"), ray.exceptions.RaySystemError("gone")):
+        with pytest.raises(run.RunFailed, match="is lost: .*gone"), cluster.loss_named():
+            raise error
 
 
 def test_the_address_of_jobs_is_told_from_that_of_a_cluster(monkeypatch):

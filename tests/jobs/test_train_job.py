@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,6 +31,7 @@ from mambaflow.config import (
     to_json,
 )
 from mambaflow.data.shards import MANIFEST, read_manifest, write_manifest
+from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
 from mambaflow.models import weights
 from mambaflow.run_paths import RunPaths
 from mambaflow.storage import at
@@ -523,6 +525,44 @@ def test_a_run_writes_down_what_was_asked_and_shows_its_end(place, capsys):
     assert {p.name for p in (folder / "report").iterdir()} == {
         "picture.png", "results.json", "table.md",
     }  # fmt: skip
+
+
+def test_the_command_for_tensorboard_is_quoted_for_a_shell(place, capsys):
+    storage = place.storage.parent / "my runs"
+    assert main([*place.run(), f"--storage={storage}"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "tensorboard" in x]
+    command = line.removeprefix("TensorBoard").strip()
+    assert shlex.split(command) == ["tensorboard", "--logdir", str(storage)]
+
+
+def test_data_that_did_not_travel_with_a_jobs_folder_are_refused_with_the_cure(
+    place, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)  # as in Ray's copy of --working-dir
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://x"}}')
+    code, words = refusal([*place.run(), "--data=data/away"], capsys)
+    assert code == 2 and not (place.storage / "new").exists()
+    assert (
+        "data (=data/away) is not in Ray's copy of --working-dir, which leaves out what git "
+        "ignores; use an absolute path that the nodes share, or s3://…"
+    ) in words
+    # What travelled is taken, and so is an address that means the same anywhere.
+    check_copied("shards")
+    for elsewhere in ("/data/away", "~/away", "s3://bucket/away", "sample"):
+        check_copied(elsewhere)
+    # Without a copy a relative address is one of this folder, and what lacks there is said.
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    code, words = refusal([*place.run(), "--data=data/away"], capsys)
+    assert code == 2 and "--working-dir" not in words and "is not there" in words
+
+
+def test_a_relative_storage_in_a_jobs_copy_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://x"}}')
+    for fine in ("/runs", "~/runs", "s3://bucket/runs"):
+        warn_of_a_copy(fine)
+    assert not caplog.text
+    warn_of_a_copy("runs")
+    assert "storage (=runs) is in Ray's copy of --working-dir" in caplog.text
 
 
 def test_a_run_without_a_name_is_called_after_its_architecture_and_the_time(place):

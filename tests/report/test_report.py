@@ -1,17 +1,18 @@
 import io
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mambaflow.evaluation.metrics import COLUMNS
+from mambaflow.evaluation.metrics import COLUMNS, SAMPLED, VALIDATED
 from mambaflow.report.pictures import GAP, only_known, picture, to_png
 from mambaflow.report.run_log import RunLog, StoredRunLog
 from mambaflow.report.tables import Table, provenance, results_table
-from mambaflow.storage import at
+from mambaflow.storage import FullError, at
 
 
 def lines(folder):
@@ -45,7 +46,7 @@ def test_a_run_that_goes_on_shows_every_step_once(tmp_path):
     assert [(e.step, e.value) for e in found.Scalars("train/loss")] == expected
     pictures = [
         (e.step, np.asarray(Image.open(io.BytesIO(e.encoded_image_string)))[0, 0, 0])
-        for e in found.Images("validation")
+        for e in found.Images("view/validation")
     ]
     assert pictures == expected
 
@@ -86,17 +87,50 @@ def test_values_keep_their_full_precision_and_are_there_at_once(tmp_path):
     run.close()
 
 
-def test_settings_and_final_numbers_are_in_the_runs_own_folder(tmp_path):
+def test_settings_and_final_numbers_are_in_the_runs_own_folder_and_are_no_curves(tmp_path):
     run = RunLog(tmp_path, 0)
     run.scalars(7, {"train/loss": 1.0})
-    run.hparams({"arch": "v2", "model": {"d_model": 8, "none": None}}, {"test/psnr": 23.5})
+    run.line(7, {"test/psnr": 23.5})
+    run.hparams({"arch": "v2", "model.d_model": 8, "none": None}, ["train/loss"])
+    run.text(7, "test", "| method |\n| --- |\n| linear |")
     run.close()
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
-    found = events(tmp_path)
-    assert [(e.step, e.value) for e in found.Scalars("test/psnr")] == [(7, 23.5)]
     assert lines(tmp_path)[-1]["test/psnr"] == 23.5
+    found = events(tmp_path)
+    assert found.Tags()["scalars"] == ["train/loss"]
     settings = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"model.d_model" in settings and b"arch" in settings
+    (text,) = found.Tensors("test/text_summary")
+    assert text.step == 7 and b"| linear |" in text.tensor_proto.string_val[0]
+
+
+def test_tensorboard_opens_on_the_loss_and_then_on_validation(tmp_path):
+    run = RunLog(tmp_path, 0)
+    curves = [f"val/{name}" for name in (*VALIDATED, *SAMPLED)]
+    curves += ["train/loss", "train/lr", "train/input_stall", "law/length", "train/grad_norm"]
+    for step in (1, 2):
+        run.scalars(step, dict.fromkeys(curves, 0.5))
+        run.image(step, "validation", square(step))
+    run.close()
+    assert lines(tmp_path)[-1].keys() == {"step", "time", *curves}, "as they are called"
+    found = events(tmp_path).Tags()
+    # TensorBoard unfolds the first two groups, in the order of their names.
+    groups = {}
+    for tag in sorted(found["scalars"] + found["images"]):
+        groups.setdefault(tag.partition("/")[0], []).append(tag)
+    assert list(groups) == [
+        "train",
+        "val",
+        "val_spread",
+        "val_texture",
+        "view",
+        "watch",
+        "watch_law",
+    ]
+    assert groups["train"] == ["train/loss"] and groups["view"] == ["view/validation"]
+    both = ("psnr", "psnr_unknown", "sample_psnr", "sample_psnr_unknown", "sample_ssim", "ssim")
+    assert groups["val"] == [f"val/{name}" for name in both]
+    assert not [tag for tag in found["scalars"] if tag.endswith(("_se", "_truth"))]
 
 
 def test_nothing_temporary_is_left(tmp_path):
@@ -170,3 +204,22 @@ def test_a_stored_log_closed_twice_is_closed_once(tmp_path):
     run.close()
     run.close()
     assert lines(tmp_path / "run")[-1]["a"] == 1.0
+
+
+def test_a_line_that_a_full_disk_has_no_room_for_is_not_there_by_half(small_disk):
+    run = RunLog(small_disk, 0)
+    for step in range(10):
+        run.scalars(step, {"train/loss": 0.5})
+    room = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize))
+    logged = 10
+    with pytest.raises(FullError, match=f"{small_disk}/metrics.jsonl: No space left") as caught:  # noqa: PT012
+        while logged < 10_000:
+            run.line(logged, {"train/loss": 0.5})
+            logged += 1
+    assert "--storage" in str(caught.value)
+    assert [line["step"] for line in lines(small_disk)] == list(range(logged))
+    (small_disk / "other").unlink()
+    run.line(logged, {"train/loss": 0.5})
+    assert lines(small_disk)[-1]["step"] == logged
+    run.close()

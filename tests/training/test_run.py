@@ -18,23 +18,29 @@ from hypothesis import strategies as st
 from processes import wait_for
 from small import CPU, FLAGS, LAYOUT, STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
-from mambaflow.config import RunConfig, ScaleConfig, from_json, to_json
+from mambaflow.config import RECIPES, RunConfig, ScaleConfig, from_json, to_json
 from mambaflow.data.batches import Batches
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.final_report import final_report
 from mambaflow.models import weights
+from mambaflow.models.velocity_field import VelocityField, parameters
 from mambaflow.storage import at
 from mambaflow.training import run as run_module
 from mambaflow.training import stop_signal
+from mambaflow.training.flops import step_flops
 from mambaflow.training.preflight import open_run, total_steps
 from mambaflow.training.process_group import ProcessGroup
-from mambaflow.training.run import Outcome, reported_steps, train_and_score
+from mambaflow.training.run import Outcome, compared, reported_steps, train_and_score
 
 ROOT = Path(__file__).parents[2]
-VOLATILE = {"time", "train/samples_per_second", "train/input_stall", "test/seconds"}
+VOLATILE = {
+    "time", "train/samples_per_second", "train/input_stall", "watch/samples_per_second",
+    "watch/input_stall", "test/seconds",
+}  # fmt: skip
 
 
 class Killed(BaseException):
@@ -264,6 +270,45 @@ def test_resuming_a_finished_run_changes_nothing(straight, data, tmp_path):
     start(config)
     start(replace(config, resume=True))
     assert_same_run(config, straight)
+
+
+def test_no_curve_of_a_finished_run_is_a_single_point(straight):
+    single = [tag for tag, points in events(straight).items() if len(points) == 1]
+    assert "val/psnr" in events(straight) and not single
+    # The final figures are a line of metrics.jsonl, and a table in TensorBoard.
+    assert "test/psnr" in lines(straight)[-1]
+    book = EventAccumulator(str(folder(straight))).Reload()
+    (text,) = book.Tensors("test/text_summary")
+    table = (folder(straight) / "report/table.md").read_bytes()
+    assert text.tensor_proto.string_val == [table] and text.step == STEPS
+    assert [image.step for image in book.Images("view/test")] == [STEPS]
+
+
+def test_tensorboards_table_has_what_runs_are_compared_by_and_no_path(straight, data):
+    book = EventAccumulator(str(folder(straight))).Reload()
+    about = book.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    settings = HParamsPluginData.FromString(about).session_start_info.hparams
+    with torch.device("meta"):
+        count = parameters(VelocityField(straight.model))
+    assert settings["parameters"].number_value == count
+    assert settings["flops"].number_value == STEPS * step_flops(
+        straight.model, straight.train, LAYOUT.known, LAYOUT.target
+    )
+    assert (
+        settings["model.d_model"].number_value == 16 and settings["train.lr"].number_value == 2e-3
+    )
+    # What has no column of its own, and is not as the recipe has it.
+    assert "model.frequencies: 64 -> 4" in settings["others"].string_value
+    assert "d_model" not in settings["others"].string_value
+    assert not [name for name in settings if name in ("command", "data", "storage")]
+    for value in settings.values():
+        assert str(data) not in value.string_value and straight.storage not in value.string_value
+
+
+def test_every_run_has_the_same_columns_in_tensorboards_table(straight):
+    other = RECIPES["mission"]("v1")
+    assert compared(other).keys() == compared(straight).keys()
+    assert compared(other)["others"] == ""
 
 
 def test_a_finished_run_with_more_epochs_goes_on_and_says_that_its_rate_changes(
@@ -578,6 +623,50 @@ def test_a_run_whose_gradient_is_not_finite_stops_at_once_and_saves_nothing_of_i
     assert len(logged) == outcome.step - 1
     for line in logged:
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def fill(disk: Path) -> None:
+    room = os.statvfs(disk)
+    (disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize))
+
+
+@pytest.mark.parametrize(("at_step", "until"), [(8, 13), (20, 20)])
+def test_a_full_disk_ends_a_run_by_name_and_it_goes_on_once_there_is_room(
+    straight, data, small_disk, at_step, until
+):
+    config = small.run_config(data, small_disk, "full")
+    outcome = start(config, {at_step: lambda: fill(small_disk)})
+    assert outcome.status == "full" and outcome.failed and at_step <= outcome.step <= until
+    assert str(folder(config)) in outcome.cause and "free space there" in outcome.cause
+    # The checkpoint before is good, and nothing is left of the one that had no room.
+    saved = [6] if at_step == 8 else [12, 18]
+    assert set(weights.saved_steps(at(folder(config)))) <= {*saved, 6}
+    assert {p.name for p in folder(config).glob("step_*")} == {
+        f"step_{step:07d}" for step in weights.saved_steps(at(folder(config)))
+    }
+    assert not list(folder(config).rglob(".*"))
+    (small_disk / "other").unlink()
+    assert start(replace(config, resume=True)) == Outcome("finished", STEPS)
+    assert_same_run(config, straight)
+
+
+def test_a_disk_that_is_full_at_the_report_ends_the_run_by_name(straight, data, small_disk):
+    config = small.run_config(data, small_disk, "untold")
+    sound, filled = run_module.final_report, []
+
+    def last(*args):
+        report = sound(*args)
+        filled.append(fill(small_disk))
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "final_report", last)
+        outcome = start(config)
+    assert filled and (outcome.status, outcome.step) == ("full", STEPS)
+    assert reported_steps(at(folder(config))) is None
+    (small_disk / "other").unlink()
+    assert start(replace(config, resume=True)) == Outcome("finished", STEPS)
+    assert reported_steps(at(folder(config))) == STEPS
 
 
 def test_a_run_that_diverges_late_keeps_what_it_saved_before(data, tmp_path, monkeypatch):

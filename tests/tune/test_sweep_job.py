@@ -104,6 +104,17 @@ def test_bad_input_is_refused_and_changes_nothing(job, sweep, flags, capsys):
     assert not sweep.folder.exists()
 
 
+def test_a_sweep_in_a_jobs_copy_is_warned_of_storage_and_refused_data_that_did_not_travel(
+    job, sweep, capsys, caplog, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://x"}}')
+    code = job.main([*sweep.flags, *SEARCH, "--storage=runs", "--data=data/away"])
+    assert code == 2 and "storage (=runs) is in Ray's copy of --working-dir" in caplog.text
+    assert "data (=data/away) is not in Ray's copy of --working-dir" in capsys.readouterr().err
+    assert not sweep.folder.exists()
+
+
 @pytest.mark.ray
 def test_more_workers_than_there_will_ever_be_are_refused_with_the_arithmetic(
     sweep, marked, monkeypatch
@@ -243,9 +254,9 @@ def test_tensorboard_has_each_trials_curve_and_settings(finished):
         events.Reload()
         curve = [point.value for point in events.Scalars("val/psnr")]
         assert curve == pytest.approx([report.psnr for report in trial.reports], rel=1e-6)
-        # A kill between this and the trial's last report has the resumed trial tell it again.
-        last = events.Scalars("sweep/psnr")[-1]
-        assert last.value == pytest.approx(trial.last.psnr, rel=1e-6)
+        assert "sweep/psnr" not in events.Tags()["scalars"], "a card of one dot"
+        table = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+        assert b"val/psnr" in table
         plugins = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         for name in ("model.d_model", "model.perceiver_iterations", "parameters", "flops"):
             assert name.encode() in plugins
