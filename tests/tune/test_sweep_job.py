@@ -16,12 +16,16 @@ from processes import processes, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mambaflow.config import from_json
-from mambaflow.distributed.sweep import FAILURE, Asha
+from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.models import weights
 from mambaflow.run_paths import RunPaths
 from mambaflow.search.board import Board
 from mambaflow.search.ledger import Ledger
 from mambaflow.storage import at
+
+set_ray_environment()  # before Ray is imported, which this import does
+
+from mambaflow.distributed.sweep import FAILURE, Asha  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "tune" / "sweep.py"
