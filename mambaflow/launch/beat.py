@@ -13,18 +13,18 @@ from mambaflow.checks import require
 from mambaflow.storage import LocalStorage
 
 BEAT_S = 2.0
-LEASE_S = 30.0  # a file server may show what was written up to this late
+SILENCE_S = 30.0  # a file server may show what was written up to this late
 
 
-def lease_s() -> float:
+def longest_silence_s() -> float:
     """Seconds of silence after which a node is taken for lost.
 
     Raises:
-        ValueError: MAMBAFLOW_LEASE_S is no number of at least 5.
+        ValueError: MAMBAFLOW_SILENCE_S is no number of at least 5.
     """
-    text = os.environ.get("MAMBAFLOW_LEASE_S") or str(LEASE_S)
+    text = os.environ.get("MAMBAFLOW_SILENCE_S") or str(SILENCE_S)
     good = text.replace(".", "", 1).isdigit() and float(text) >= 5
-    require(good, f"MAMBAFLOW_LEASE_S (={text!r}) must be 5 seconds or more; use 30")
+    require(good, f"MAMBAFLOW_SILENCE_S (={text!r}) must be 5 seconds or more; use 30")
     return float(text)
 
 

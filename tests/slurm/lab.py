@@ -211,7 +211,7 @@ class Lab:
     def kill_controller(self) -> None:
         """kill -9 of slurmctld."""
         self.daemons["slurmctld"].kill()
-        self.daemons["slurmctld"].wait(STOP_S)
+        assert self.daemons["slurmctld"].wait(STOP_S) == -signal.SIGKILL
 
     def start_node(self, name: str) -> None:
         if alive(self.daemons.get(name)):
