@@ -394,6 +394,8 @@ def _teardown(plan: Planned, first: int, count: int) -> list[str]:
     return [
         "code=$?",
         f"task={tasks}/{number}",
+        # Where the task was killed before it could.
+        f'rm -f "$task/{TaskFolder.ATTEMPTS}/${ATTEMPT}/token"',
         # The command's own: srun's is the highest, and tasks that end with the first's are killed.
         f'if [ -s "$task/{TaskFolder.DONE}" ]; then',
         f"""  exit "$(sed -n 's/.*"code": *\\([0-9]*\\).*/\\1/p' "$task/{TaskFolder.DONE}")\"""",

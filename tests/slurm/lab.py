@@ -276,6 +276,13 @@ class Lab:
         fields = [line.split() for line in found]
         return {int(f[1].rpartition(":")[2], 16) for f in fields if f[3] == "0A"}
 
+    def own(self, name: str) -> list[Path]:
+        """What there is in a node's folders of Ray."""
+        unshare = self.daemons[name].pid
+        (first, *_) = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
+        seen = [Path(f"/proc/{first}/root{own}") for own in OWN]
+        return [path for folder in seen for path in folder.iterdir()]
+
     def log(self) -> str:
         """The ends of the daemons' logs."""
         files = sorted((self.root / "log").glob("*"))

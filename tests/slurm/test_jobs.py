@@ -99,8 +99,7 @@ def test_at_its_time_limit_a_job_saves_is_requeued_and_goes_on(cluster):
     job.running(attempts=2)
     run("scontrol", "update", f"jobid={job.number}", "timelimit=30")
     assert job.finish() == 0 and job.restarts == 1
-    out = "".join(p.read_text() for p in job.plan.folder.path.rglob("*_0_log.out"))
-    assert "SIGUSR2: the command is asked to stop" in out
+    assert "SIGUSR2: the command is asked to stop" in job.told()
     assert cluster.counter.read_text() == "450"
 
 
