@@ -277,7 +277,9 @@ class Lab:
         return {int(f[1].rpartition(":")[2], 16) for f in fields if f[3] == "0A"}
 
     def own(self, name: str) -> list[Path]:
-        """What there is in a node's folders of Ray."""
+        """What there is in a node's folders of Ray; nothing where it has no power."""
+        if name not in self.daemons:
+            return []
         unshare = self.daemons[name].pid
         (first, *_) = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
         seen = [Path(f"/proc/{first}/root{own}") for own in OWN]

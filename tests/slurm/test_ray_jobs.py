@@ -194,8 +194,12 @@ def test_a_run_that_may_shrink_goes_on_without_a_node_that_is_lost(cluster, buck
     assert "workers: 2" in job.said() and "workers: 1" in job.said(), "the loss was noticed"
     found = load(bucket.weights("shrinks"))
     assert found.keys() == expected.keys()
-    for key, value in found.items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
+    # Sums over other shares of a batch round otherwise, and training makes more of it: of single
+    # elements, those that are nearly zero differ most.
+    ours, theirs = (
+        torch.cat([one[key].double().flatten() for key in expected]) for one in (found, expected)
+    )
+    assert 0 < (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_a_sweep_that_is_preempted_goes_on_with_the_trials_that_it_has(cluster, bucket):
