@@ -106,7 +106,7 @@ RULES: dict[str, Rule] = {
     "MAMBAFLOW_THREADS": COUNT,
     "MAMBAFLOW_CORES": COUNT,
     "MAMBAFLOW_GROWTH_S": SECONDS,
-    "MAMBAFLOW_LEASE_S": Rule(_is_lease, "be 5 seconds or more", "use 30"),
+    "MAMBAFLOW_SILENCE_S": Rule(_is_lease, "be 5 seconds or more", "use 30"),
     "MAMBAFLOW_NATIVE": SWITCH,
     "MAMBAFLOW_ONEDNN": SWITCH,
     "MAMBAFLOW_CACHE": PLACE,

@@ -120,7 +120,7 @@ BAD = {
     "MAMBAFLOW_THREADS": ["0", "-1", "2.5", "many", "\u0662", "1" * 9, " 2"],
     "MAMBAFLOW_CORES": ["none"],
     "MAMBAFLOW_GROWTH_S": ["soon", "-1", "1e3", "nan", "inf", "."],
-    "MAMBAFLOW_LEASE_S": ["4", "soon", "."],
+    "MAMBAFLOW_SILENCE_S": ["4", "soon", "."],
     "MAMBAFLOW_NATIVE": ["false", "no", "2"],
     "MAMBAFLOW_ONEDNN": ["off"],
     "MAMBAFLOW_CACHE": [" /tmp/x"],
@@ -154,7 +154,7 @@ HIDDEN = {
 }  # fmt: skip
 GOOD = {
     "MAMBAFLOW_THREADS": ["1", "64"], "MAMBAFLOW_GROWTH_S": ["1", "0.5"],
-    "MAMBAFLOW_LEASE_S": ["5", "7.5"], "MAMBAFLOW_NATIVE": ["0", "1"], "CXX": ["ccache g++"],
+    "MAMBAFLOW_SILENCE_S": ["5", "7.5"], "MAMBAFLOW_NATIVE": ["0", "1"], "CXX": ["ccache g++"],
     "MAMBAFLOW_CACHE": ["cache", "/tmp/my cache"], "OMP_NUM_THREADS": ["4", "4,2"],
     "RAY_ADDRESS": ["auto", "local", "10.0.0.1:6379", "head-0.ns.svc:6379", "[::1]:6379",
                     "http://head:8265", "https://head/", "ray://head:10001"],
@@ -335,7 +335,7 @@ ENDS = [
     ("jobs/evaluate.py --out no", "AWS_MAX_ATTEMPTS", "x"),
     ("jobs/stage.py --out no", "RAY_ADDRESS", "head"),
     ("tune/sweep.py", "MAMBAFLOW_GROWTH_S", "soon"),
-    ("cluster/slurm.py status x", "MAMBAFLOW_LEASE_S", "1"),
+    ("cluster/slurm.py status x", "MAMBAFLOW_SILENCE_S", "1"),
 ]
 
 

@@ -109,8 +109,11 @@ def space_of(config: SweepConfig) -> Space:
 
 
 def _loaded(file: str, function: str) -> Callable[[RunConfig], Space]:
-    require(Path(file).is_file(), f"space (={file}:{function}) must be a file; {file} is not there")
-    spec = importlib.util.spec_from_file_location("spaces_of_a_user", file)
+    # A job on a cluster has its file with its code, as both were when it was submitted.
+    beside = Path(__file__).resolve().parents[1] / file
+    path = beside if beside.is_file() else Path(file)
+    require(path.is_file(), f"space (={file}:{function}) must be a file; {file} is not there")
+    spec = importlib.util.spec_from_file_location("spaces_of_a_user", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

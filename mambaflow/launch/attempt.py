@@ -17,18 +17,19 @@ from pathlib import Path
 
 import submitit
 
-from mambaflow.launch import lease as leases
-from mambaflow.launch.beat import Beat, Watch, lease_s
+from mambaflow.launch.beat import Beat, Watch, longest_silence_s
 from mambaflow.launch.command import STOPPED, Command, Running, resumed
 from mambaflow.launch.node import Node
 from mambaflow.launch.ray_node import NodeFailed, RayNode, room
 from mambaflow.launch.scheduler import usable_nodes
 from mambaflow.launch.task_folder import TaskFolder
+from mambaflow.launch.turn import Turn, take
 from mambaflow.signals import stopping
 from mambaflow.storage import LocalStorage
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 REQUEUE = STOPPED  # above 128: what a killed task has too, and the batch script looks for
+LOCAL_REQUEUE = 144  # what submitit's local executor takes for it, a few times
 FAILED = 1
 FAULTS = 3  # so many are made good
 JOIN_S, LEAVE_S, LOOK_S = 300.0, 20.0, 0.25
@@ -62,7 +63,8 @@ class Attempt:
         if code and node.rank == 0:
             # Not an exception, which submitit would turn into 1: the real code reaches Slurm.
             sys.stdout.flush()
-            raise SystemExit(code)
+            again = node.local and code == REQUEUE and _ended(task) is None
+            raise SystemExit(LOCAL_REQUEUE if again else code)
         return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -141,8 +143,8 @@ class Member(Part):
         return code
 
     def _serve(self) -> None:
-        deadline = time.monotonic() + leases.lease_s() + JOIN_S
-        # While the head waits for its lease it lives, and so do we.
+        deadline = time.monotonic() + longest_silence_s() + JOIN_S
+        # While the head waits for its turn it lives, and so do we.
         while not self.has("address"):
             if self.has("over") or _ended(self.task) is not None:
                 return
@@ -159,7 +161,7 @@ class Member(Part):
     def _look(self) -> None:
         """Say that we live, and see that the head does."""
         self.beat.tick()
-        limit = lease_s() if self.head.path.exists() else JOIN_S
+        limit = longest_silence_s() if self.head.path.exists() else JOIN_S
         if self.head.silent_s() > limit:
             raise Over(f"the head has been silent for {limit:.0f} s")
         time.sleep(LOOK_S)
@@ -168,14 +170,14 @@ class Member(Part):
 class Head(Part):
     """The node that runs the command."""
 
-    lease: leases.Lease | None = None
+    turn: Turn | None = None
 
     def run(self) -> int:
         self.others = {
             rank: Watch(self.folder / f"beat-{rank}") for rank in range(1, self.node.size)
         }
         try:
-            with self._leased():
+            with self._turn():
                 return self._run()
         finally:
             self.put("over")
@@ -183,14 +185,14 @@ class Head(Part):
             self.token.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _leased(self) -> Iterator[None]:
+    def _turn(self) -> Iterator[None]:
         """The right to run the command; waits until another attempt that has it is gone."""
-        self.lease = leases.take(self.task, self.node.attempt, self._may_wait)
+        self.turn = take(self.task, self.node.attempt, self._may_wait)
         try:
             yield
         finally:
-            if self.lease is not None:
-                self.lease.give_back()
+            if self.turn is not None:
+                self.turn.give_back()
 
     def _may_wait(self) -> bool:
         self.beat.tick()
@@ -198,10 +200,10 @@ class Head(Part):
 
     def _run(self) -> int:
         """Carry the command out; the code for the scheduler."""
-        if self.lease is None:
+        if self.turn is None:
             code = _ended(self.task)
             return REQUEUE if code is None else code
-        # Of attempts that were killed: with the lease ours, nobody lives who needs theirs.
+        # Of attempts that were killed: with the turn ours, nobody lives who needs theirs.
         for attempt in self.task.attempts():
             (attempt / "token").unlink(missing_ok=True)
         try:
@@ -224,7 +226,7 @@ class Head(Part):
                 return self.task.finish(FAILED, self.node.attempt, f"gave up: {fault[0]}")
             return REQUEUE
         if fault is not None or (code != 0 and self.asked):
-            _say(f"{self.asked[0]}: to be started again; the command ended with {code}")
+            _say(f"{self.asked[0]}: not done; the command ended with {code}")
             return REQUEUE
         return self.task.finish(code, self.node.attempt)
 
@@ -299,7 +301,10 @@ class Head(Part):
     def _tick(self, may_stop: bool = True) -> None:
         """Say that we live, and see that nobody has taken our place or asks to stop."""
         self.beat.tick()
-        if self.lease is not None and not self.lease.held():
+        # Slurm sends a signal as well; where there is none, the mark is all.
+        if not self.asked and self.task.files.exists(self.task.CANCELLED):
+            self.asked.append("cancelled")
+        if self.turn is not None and not self.turn.held():
             raise Replaced(f"another attempt than {self.node.attempt} has taken over")
         if may_stop and self.asked:
             raise Over(f"{self.asked[0]} before the command had begun")
@@ -312,13 +317,13 @@ class Head(Part):
             if self.has(f"failed-{rank}"):
                 name, _, why = self.files.read(f"failed-{rank}").decode().partition(" ")
                 raise Over(why, [name])
-            if watch.path.exists() and watch.silent_s() > lease_s():
+            if watch.path.exists() and watch.silent_s() > longest_silence_s():
                 # Not left out: one that is down is no node for the scheduler, until it is mended.
-                raise Over(f"{self._name(rank)} has been silent for {lease_s():.0f} s")
+                raise Over(f"{self._name(rank)} has been silent for {longest_silence_s():.0f} s")
 
     def _require_nodes_now(self) -> None:
         """As `_require_nodes`, after having waited until each has shown that it lives."""
-        end = time.monotonic() + lease_s() + LOOK_S
+        end = time.monotonic() + longest_silence_s() + LOOK_S
         since = {rank: time.monotonic() for rank in self.others}
         while time.monotonic() < end:
             self._require_nodes()
@@ -349,7 +354,7 @@ class Head(Part):
         """Until the others have tidied up: the scheduler ends them when we are gone."""
         end = time.monotonic() + LEAVE_S
         while time.monotonic() < end and not all(
-            self.has(f"left-{rank}") or watch.silent_s() > lease_s() / 2
+            self.has(f"left-{rank}") or watch.silent_s() > longest_silence_s() / 2
             for rank, watch in self.others.items()
         ):
             self.beat.tick()

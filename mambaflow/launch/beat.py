@@ -12,16 +12,16 @@ from mambaflow.storage import LocalStorage
 from mambaflow.variables import seconds
 
 BEAT_S = 2.0
-LEASE_S = 30.0  # a file server may show what was written up to this late
+SILENCE_S = 30.0  # a file server may show what was written up to this late
 
 
-def lease_s() -> float:
+def longest_silence_s() -> float:
     """Seconds of silence after which a node is taken for lost.
 
     Raises:
-        ValueError: MAMBAFLOW_LEASE_S is no number of at least 5.
+        ValueError: MAMBAFLOW_SILENCE_S is no number of at least 5.
     """
-    return seconds("MAMBAFLOW_LEASE_S", LEASE_S)
+    return seconds("MAMBAFLOW_SILENCE_S", SILENCE_S)
 
 
 class Beat:

@@ -40,9 +40,7 @@ class Command:
 
     def value(self, flag: str) -> str | None:
         """What a flag is given; None where it is not there."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        parser.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}", dest="found")
-        found: str | None = parser.parse_known_args(list(self.arguments))[0].found
+        found: str | None = _parser(flag).parse_known_args(self.arguments)[0].found
         return found
 
     def has(self, flag: str) -> bool:
@@ -53,6 +51,41 @@ class Command:
 
     def plus(self, *arguments: str) -> "Command":
         return Command(self.script, (*self.arguments, *arguments))
+
+    def without(self, flag: str) -> "Command":
+        """The same without a flag that takes a value."""
+        return Command(self.script, tuple(_parser(flag).parse_known_args(self.arguments)[1]))
+
+
+def _parser(flag: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}", dest="found")
+    return parser
+
+
+def with_own_space(command: Command, root: Path, code: Sequence[str]) -> Command:
+    """The same command, with the file of a --space called by its place in the checkout: so the one
+    that was submitted is read, and not the one that is there when the job starts.
+
+    Args:
+        code: folders of the checkout of which a submission has a snapshot.
+
+    Raises:
+        ValueError: the file is in none of these.
+    """
+    space = command.value("space") or ""
+    file, colon, function = space.rpartition(":")
+    if command.script != "tune/sweep.py" or not colon:
+        return command
+    path = next((p.resolve() for p in (Path(file), root / file) if p.is_file()), None)
+    inside = path is not None and any(path.is_relative_to((root / c).resolve()) for c in code)
+    require(
+        inside,
+        f"space (={space}) must be a file of the code that is submitted; put it into {root}/tune",
+    )
+    assert path is not None
+    place = path.relative_to(root.resolve()).as_posix()
+    return command.without("space").plus(f"--space={place}:{function}")
 
 
 def named(command: Command, name: str, nodes: int, gpus_per_node: int) -> Command:

@@ -23,6 +23,8 @@ class Node:
     name: str
     cpus: int
     gpus: int
+    local: bool = False
+    """Without a batch system, by submitit's local executor."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> "Node":
@@ -33,7 +35,7 @@ class Node:
         given = environment.get("CUDA_VISIBLE_DEVICES", "")
         gpus = len([d for d in given.split(",") if d])
         name = socket.gethostname()
-        return cls(job, f"{job}.0-{name}-{os.getpid()}", 0, 1, name, _cores(), gpus)
+        return cls(job, f"{job}.0-{name}-{os.getpid()}", 0, 1, name, _cores(), gpus, True)
 
     @property
     def restarts(self) -> int:

@@ -1,8 +1,6 @@
 """Where submissions stand: what their folders say, and what the scheduler says of the rest."""
 
-import contextlib
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,11 +80,13 @@ def _with_state(one: Standing, states: dict[str, JobState]) -> Standing:
 
 
 def _runs(pid: int) -> bool:
+    """Whether a process is there, and is submitit's: numbers are given again."""
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):
+        title = Path(f"/proc/{pid}/cmdline")
+        return b"submitit" in title.read_bytes() if Path("/proc/self").exists() else True
+    except OSError:
         return False
-    return True
 
 
 def cancel(found: Sequence[Standing]) -> None:
@@ -96,12 +96,10 @@ def cancel(found: Sequence[Standing]) -> None:
         SchedulerError: Slurm does not answer.
     """
     ended = [one for one in found if one.code is None]
-    # First: an attempt that is asked to stop looks here before it asks for another start.
+    # First: an attempt that is asked to stop looks here before it asks for another start. A local
+    # one is asked by this alone: its number may be another process's by now.
     for one in ended:
         one.task.files.write(TaskFolder.CANCELLED, b"cancelled\n")
-    for one in [o for o in ended if o.local]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(one.job), signal.SIGTERM)
     if jobs := [one.job for one in ended if not one.local]:
         scheduler.cancel(jobs)
 

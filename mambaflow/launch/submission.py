@@ -17,7 +17,7 @@ import submitit
 from mambaflow.checks import require, require_not_negative, require_positive, require_types
 from mambaflow.launch import scheduler
 from mambaflow.launch.attempt import RAY, Attempt
-from mambaflow.launch.command import Command, named
+from mambaflow.launch.command import Command, named, with_own_space
 from mambaflow.launch.node import ATTEMPT
 from mambaflow.launch.scheduler import SchedulerError
 from mambaflow.launch.task_folder import SubmissionFolder, TaskFolder
@@ -157,7 +157,7 @@ def planned(config: SubmitConfig, command: Command, lines: Sequence[str], root: 
     unique = f"{stem}-{secrets.token_hex(2)}"
     commands = []
     for number, line in enumerate(lines or [""]):
-        own = command.plus(*shlex.split(line))
+        own = with_own_space(command.plus(*shlex.split(line)), root, CODE)
         name = (config.name or unique) + (f"-{number}" if lines else "")
         commands.append(named(own, name, config.nodes, config.gpus_per_node))
     folder = Path(config.folder).expanduser().resolve() / unique
@@ -394,6 +394,8 @@ def _teardown(plan: Planned, first: int, count: int) -> list[str]:
     return [
         "code=$?",
         f"task={tasks}/{number}",
+        # Where the task was killed before it could.
+        f'rm -f "$task/{TaskFolder.ATTEMPTS}/${ATTEMPT}/token"',
         # The command's own: srun's is the highest, and tasks that end with the first's are killed.
         f'if [ -s "$task/{TaskFolder.DONE}" ]; then',
         f"""  exit "$(sed -n 's/.*"code": *\\([0-9]*\\).*/\\1/p' "$task/{TaskFolder.DONE}")\"""",
@@ -402,6 +404,8 @@ def _teardown(plan: Planned, first: int, count: int) -> list[str]:
         f'  && [ ! -e "$task/{TaskFolder.CANCELLED}" ] \\',
         f'  && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ] \\',
         '  && scontrol show job -o "$SLURM_JOB_ID" | grep -q "JobState=RUNNING"; then',
+        "  # Slurm ends what runs here as it requeues, and a trap does not protect scontrol.",
+        "  trap '' TERM",
         '  scontrol requeue "$SLURM_JOB_ID"',
         "  # While it waits, nodes can be left out; while it ran they could not.",
         f'  if [ -s "$task/{TaskFolder.EXCLUDED}" ]; then',

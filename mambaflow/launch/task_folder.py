@@ -9,7 +9,7 @@
     cancelled                      nobody is to start it again
     excluded                       nodes that failed, for the scheduler to leave out
     faults/                        one file for each time that not the command was at fault
-    leases/000001                  which attempt may run it; the highest number counts
+    turns/000001                   whose turn it is to run it; the highest number counts
     attempts/JOB.REQUEUES-NODE-PID/
       command.log                  what the command prints
       node-0.log                   what Ray prints as it starts on a node
@@ -36,7 +36,7 @@ class TaskFolder:
     CANCELLED: ClassVar[str] = "cancelled"
     EXCLUDED: ClassVar[str] = "excluded"
     FAULTS: ClassVar[str] = "faults"
-    LEASES: ClassVar[str] = "leases"
+    TURNS: ClassVar[str] = "turns"
     ATTEMPTS: ClassVar[str] = "attempts"
     LOG: ClassVar[str] = "command.log"
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from mambaflow.launch.command import Command, named, parsed, resumed, storage
+from mambaflow.launch.command import (
+    Command,
+    named,
+    parsed,
+    resumed,
+    storage,
+    with_own_space,
+)
 from mambaflow.run_paths import RunPaths
 
 ROOT = Path(__file__).parents[2]
@@ -58,3 +65,25 @@ def test_scripts_of_the_checkout_are_named_by_their_place_in_it(tmp_path, monkey
         parsed(["jobs/trian.py"], ROOT)
     with pytest.raises(ValueError, match="must follow after --"):
         parsed([], ROOT)
+
+
+def test_a_space_is_read_from_the_code_that_was_submitted_or_refused(tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    (root / "tune").mkdir(parents=True)
+    for file in (root / "tune/mine.py", tmp_path / "other.py"):
+        file.write_text("")
+
+    def space(given: str) -> str | None:
+        sweep = Command("tune/sweep.py", (f"--space={given}", "--seed=1"))
+        found = with_own_space(sweep, root, ["tune"])
+        assert found.value("seed") == "1"
+        return found.value("space")
+
+    assert space("size") == "size"
+    assert space("tune/mine.py:f") == space(f"{root}/tune/mine.py:f") == "tune/mine.py:f"
+    monkeypatch.chdir(root / "tune")
+    assert space("mine.py:f") == "tune/mine.py:f"
+    for outside in (f"{tmp_path}/other.py:f", "none.py:f"):
+        with pytest.raises(ValueError, match=r"space \(=.*:f\) must be a file of the code that is"):
+            space(outside)
+    assert with_own_space(train("--space=none.py:f"), root, []) == train("--space=none.py:f")

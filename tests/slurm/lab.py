@@ -211,7 +211,7 @@ class Lab:
     def kill_controller(self) -> None:
         """kill -9 of slurmctld."""
         self.daemons["slurmctld"].kill()
-        self.daemons["slurmctld"].wait(STOP_S)
+        assert self.daemons["slurmctld"].wait(STOP_S) == -signal.SIGKILL
 
     def start_node(self, name: str) -> None:
         if alive(self.daemons.get(name)):
@@ -275,6 +275,15 @@ class Lab:
         found = run("ip", "netns", "exec", f"mfl{name}", "cat", "/proc/net/tcp").splitlines()[1:]
         fields = [line.split() for line in found]
         return {int(f[1].rpartition(":")[2], 16) for f in fields if f[3] == "0A"}
+
+    def own(self, name: str) -> list[Path]:
+        """What there is in a node's folders of Ray; nothing where it has no power."""
+        if name not in self.daemons:
+            return []
+        unshare = self.daemons[name].pid
+        (first, *_) = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
+        seen = [Path(f"/proc/{first}/root{own}") for own in OWN]
+        return [path for folder in seen for path in folder.iterdir()]
 
     def log(self) -> str:
         """The ends of the daemons' logs."""

@@ -16,7 +16,7 @@ from mambaflow.launch.submission import SubmitConfig
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in_ray.py")))
-PATIENCE_S = 150
+PATIENCE_S = 240
 
 # A command that counts to a number in a file, saves at SIGTERM and ends with 143, as jobs do.
 COUNTING = """
@@ -84,9 +84,13 @@ class Job:
 
         return self.await_(begun)
 
-    def finish(self) -> int:
+    def told(self) -> str:
+        """What the first node's task printed, in all attempts."""
+        return "".join(_text(p) for p in self.plan.folder.path.glob("submitit/*_0_log.out"))
+
+    def finish(self, seconds: float = PATIENCE_S) -> int:
         """The command's exit code, once the scheduler too sees the job's end."""
-        self.await_(lambda: self.task.exit_code() is not None)
+        self.await_(lambda: self.task.exit_code() is not None, seconds)
         self.await_(lambda: scheduler.JobState(self.number, self.state).over)
         return self.task.exit_code()
 
@@ -153,8 +157,7 @@ class Cluster:
         wait_for(lambda: not self._left(), 60)
         for name, before in ports.items():
             wait_for(lambda name=name, before=before: not self.lab.listening(name) - before, 30)
-            where = f"/run/netns/mfl{name}"
-            assert Path(where).exists()
+            assert not self.lab.own(name), "a folder of Ray is left"
         assert not list(self.folder.rglob("token")), "a token is left"
 
     def _left(self) -> list[tuple[int, str]]:

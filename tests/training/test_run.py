@@ -133,9 +133,8 @@ def report(config: RunConfig) -> dict:
     for row in about["rows"].values():
         row.pop("seconds", None)
     about.pop("command")
-    about.pop(
-        "data hash", None
-    )  # a job asks what its data hold; who calls train_and_score need not
+    # A job asks what its data hold; who calls train_and_score need not.
+    about.pop("data hash", None)
     return about
 
 

@@ -1,22 +1,23 @@
-"""Which attempt may run the command: of two that the scheduler started, one.
+"""Whose turn it is to run the command: of two attempts that the scheduler started, one's.
 
 A scheduler may start a job twice (it was killed before it had saved that the job runs), and a node
-that was given up may still be there. Leases are numbered; each is created by one attempt alone, and
-the highest counts. Who finds a higher one than its own has been given up, and ends.
+that was given up may still be there. Turns are numbered; each is taken by one attempt alone, and
+the highest counts. Who finds a higher one than its own has been given up, and ends. An owner of
+`mambaflow.lease` refuses others at once; here they wait, since theirs may come.
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mambaflow.launch.beat import Beat, Watch, age_s, lease_s
+from mambaflow.launch.beat import Beat, Watch, age_s, longest_silence_s
 from mambaflow.launch.task_folder import TaskFolder
 from mambaflow.storage import LocalStorage
 
 LOOK_S = 0.5
 
 
-class Lease:
+class Turn:
     """The right to run a command, while nobody has a newer one."""
 
     def __init__(self, folder: Path, number: int) -> None:
@@ -36,14 +37,14 @@ class Lease:
 
 
 def newest(folder: Path) -> int:
-    """The number of the newest lease; 0 for none."""
+    """The number of the newest turn; 0 for none."""
     return max((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), default=0)
 
 
-def take(task: TaskFolder, attempt: str, go_on: Callable[[], bool]) -> Lease | None:
-    """A lease, once nobody else who has one lives; None where the command is done, or `go_on` says
+def take(task: TaskFolder, attempt: str, go_on: Callable[[], bool]) -> Turn | None:
+    """A turn, once nobody else who has one lives; None where the command is done, or `go_on` says
     no."""
-    folder = task.path / task.LEASES
+    folder = task.path / task.TURNS
     watched, watch = 0, Watch(folder / "none")
     while go_on() and task.exit_code() is None:
         number = newest(folder)
@@ -51,20 +52,20 @@ def take(task: TaskFolder, attempt: str, go_on: Callable[[], bool]) -> Lease | N
             watched, watch = number, Watch(folder / f"{number:06d}.beat")
         if number == 0 or _free(folder, number, watch):
             if LocalStorage(folder).create(f"{number + 1:06d}", attempt.encode()):
-                lease = Lease(folder, number + 1)
-                lease.beat.tick()
-                return lease
+                turn = Turn(folder, number + 1)
+                turn.beat.tick()
+                return turn
             continue
         time.sleep(LOOK_S)
     return None
 
 
 def _free(folder: Path, number: int, watch: Watch) -> bool:
-    """Whether who has the lease has ended, or is silent."""
+    """Whether whose turn it is has ended, or is silent."""
     if (folder / f"{number:06d}.ended").exists():
         return True
     # Long ago by the server's clock: no need to wait and see.
     beat = folder / f"{number:06d}.beat"
-    if beat.exists() and age_s(beat) > 2 * lease_s():
+    if beat.exists() and age_s(beat) > 2 * longest_silence_s():
         return True
-    return watch.silent_s() > lease_s()
+    return watch.silent_s() > longest_silence_s()
