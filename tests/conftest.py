@@ -17,9 +17,9 @@ import pytest
 from heads import start_head
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 from processes import kill, wait_for
+from s3_places import KEY, SECRET, s3_environment
 from tensorboard.summary.writer import event_file_writer
 
-KEY, SECRET = "TESTKEYID", "TESTSECRET"
 START_S = 30
 
 # Examples that do not depend on luck, as `make test` wants them: the same on every machine and at
@@ -101,18 +101,6 @@ def _serving(command: list[str], port: int):
     finally:
         process.terminate()
         process.wait(START_S)
-
-
-def s3_environment(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """What the user of an S3 service sets, and nothing of the machine's own."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from conftest import s3_environment
+from s3_places import s3_environment
 
 from mambaflow import storage as storage_module
 from mambaflow.storage import MULTIPART_BYTES, FullError, LocalStorage, StorageError, at
