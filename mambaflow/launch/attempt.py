@@ -7,6 +7,7 @@ life it watches.
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import sys
@@ -34,6 +35,8 @@ FAILED = 1
 FAULTS = 3  # so many are made good
 JOIN_S, LEAVE_S, LOOK_S = 300.0, 20.0, 0.25
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -52,6 +55,7 @@ class Attempt:
     ray: tuple[str, ...] = RAY
 
     def __call__(self) -> int:
+        _log_to_stdout()
         node, task = Node.here(), TaskFolder(Path(self.folder))
         if (code := _ended(task)) is None:
             asked: list[str] = []
@@ -79,9 +83,13 @@ def _ended(task: TaskFolder) -> int | None:
     return STOPPED if task.files.exists(task.CANCELLED) else None
 
 
-def _say(text: str) -> None:
-    # Into the log that submitit keeps of this node.
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201
+def _log_to_stdout() -> None:
+    """What is told here goes into the log that submitit keeps of this node's output."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    # Of this file alone: submitit has handlers of its own for its own.
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
 
 
 class Replaced(Exception):
@@ -131,13 +139,13 @@ class Member(Part):
         except NodeFailed as error:
             code = FAILED
             self.put(f"failed-{self.node.rank}", f"{self.node.name} {error}")
-            _say(str(error))
+            log.info("%s", error)
             # The head is to end first: the end of any task ends all others at once.
             with contextlib.suppress(Over):
                 while not self.has("over"):
                     self._look()
         except Over as error:
-            _say(str(error))
+            log.info("%s", error)
             code = REQUEUE
         self.put(f"left-{self.node.rank}")
         return code
@@ -209,7 +217,7 @@ class Head(Part):
         try:
             code, fault = self._on_cluster(), None
         except Replaced as error:
-            _say(str(error))
+            log.info("%s", error)
             return FAILED  # below 128: nobody is to start us again
         except (NodeFailed, Over) as error:
             nodes = error.nodes if isinstance(error, Over) else [self.node.name]
@@ -221,12 +229,12 @@ class Head(Part):
         if fault is not None and not self.asked:
             why, nodes = fault
             count = self.task.fault(self.node.attempt, why, self._dispensable(nodes))
-            _say(f"fault {count}: {fault[0]}")
+            log.info("fault %d: %s", count, fault[0])
             if count > FAULTS:
                 return self.task.finish(FAILED, self.node.attempt, f"gave up: {fault[0]}")
             return REQUEUE
         if fault is not None or (code != 0 and self.asked):
-            _say(f"{self.asked[0]}: not done; the command ended with {code}")
+            log.info("%s: not done; the command ended with %d", self.asked[0], code)
             return REQUEUE
         return self.task.finish(code, self.node.attempt)
 
@@ -243,7 +251,7 @@ class Head(Part):
             address = self.ray.start_head(self._tick)
             self.put("address", address)
             self._await_members()
-            _say(f"Ray at {address} on {self.node.size} node(s)")
+            log.info("Ray at %s on %d node(s)", address, self.node.size)
             return self._carried_out(address)
 
     def _await_members(self) -> None:
@@ -260,7 +268,7 @@ class Head(Part):
         begun = self.task.begun()
         environment = self.ray.environment | {"RAY_ADDRESS": address}
         command = resumed(self.plan.command, begun)
-        _say(f"python {command}")
+        log.info("python %s", command)
         running = Running(
             command, Path(self.plan.code), self.plan.cwd, self.folder / TaskFolder.LOG, environment
         )
@@ -287,7 +295,7 @@ class Head(Part):
 
     def _stopped(self, running: Running) -> int:
         """The exit code of the command after it has been asked to stop."""
-        _say(f"{self.asked[0]}: the command is asked to stop")
+        log.info("%s: the command is asked to stop", self.asked[0])
         running.stop()
         end = time.monotonic() + self.plan.grace_s
         while running.code is None and time.monotonic() < end:

@@ -260,20 +260,7 @@ def bars(
             or a series without a style.
     """
     right = right or {}
-    _require_named("series", series)
-    for name, found in series.items():
-        require(
-            len(found) == len(groups),
-            f"series {name!r} (={len(found)} bars) must have {len(groups)}, one for each of "
-            f"{list(groups)}",
-        )
-        numbers = [n for bar in found for n in bar if n is not None]
-        _require_finite(f"series {name!r}", [*numbers, *right.values()])
-        _require_errors(f"series {name!r}", [bar.error for bar in found])
-    require(
-        reach is None or -math.inf < reach[0] < reach[1] < math.inf,
-        f"reach (={reach}) must rise, by finite numbers; use (low, high)",
-    )
+    _check_bars(series, groups, reach, right)
     styles = _styles(series, styles)
     with _style():
         figure, axes = _axes(wide, 320)
@@ -296,6 +283,28 @@ def bars(
         _legend(figure, axes, wide)
         _references(figure, axes, right)
         return _svg(figure)
+
+
+def _check_bars(
+    series: Mapping[str, Sequence[Bar]],
+    groups: Sequence[str],
+    reach: tuple[Number, Number] | None,
+    right: Mapping[str, Number],
+) -> None:
+    _require_named("series", series)
+    for name, found in series.items():
+        require(
+            len(found) == len(groups),
+            f"series {name!r} (={len(found)} bars) must have {len(groups)}, one for each of "
+            f"{list(groups)}",
+        )
+        numbers = [n for bar in found for n in bar if n is not None]
+        _require_finite(f"series {name!r}", [*numbers, *right.values()])
+        _require_errors(f"series {name!r}", [bar.error for bar in found])
+    require(
+        reach is None or -math.inf < reach[0] < reach[1] < math.inf,
+        f"reach (={reach}) must rise, by finite numbers; use (low, high)",
+    )
 
 
 def differences(
