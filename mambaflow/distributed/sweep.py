@@ -30,6 +30,7 @@ import ray.tune
 import torch
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, from_json, to_dict
 from mambaflow.data.shard_reader import ShardSet
@@ -186,8 +187,12 @@ class TrialActor(ray.tune.Trainable):
             return self._run
         if self._run.scale.num_workers == 1:
             return _measured(to_dict(self._run), self._search)
-        # As its workers will compute, on a node with room for one.
-        remote = ray.remote(_measured).options(**_as_options(self._run.scale))
+        # As its workers will compute, on a node with room for one: outside of the placement group
+        # of this trial, which its children would else share, and which holds no CPU.
+        # Ray documents None, and its annotation lacks it.
+        outside = PlacementGroupSchedulingStrategy(None)  # type: ignore[arg-type]
+        options = _as_options(self._run.scale)
+        remote = ray.remote(_measured).options(scheduling_strategy=outside, **options)
         return ray.get(remote.remote(to_dict(self._run), self._search))
 
     def _tell(self, run: RunConfig, report: Report) -> None:
