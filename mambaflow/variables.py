@@ -80,7 +80,7 @@ def _is_job(text: str) -> bool:
     return isinstance(env, dict) and isinstance(env.get("env_vars") or {}, dict)
 
 
-def _is_lease(text: str) -> bool:
+def _is_silence(text: str) -> bool:
     return bool(SECONDS.holds(text)) and float(text) >= 5
 
 
@@ -106,7 +106,7 @@ RULES: dict[str, Rule] = {
     "MAMBAFLOW_THREADS": COUNT,
     "MAMBAFLOW_CORES": COUNT,
     "MAMBAFLOW_GROWTH_S": SECONDS,
-    "MAMBAFLOW_SILENCE_S": Rule(_is_lease, "be 5 seconds or more", "use 30"),
+    "MAMBAFLOW_SILENCE_S": Rule(_is_silence, "be 5 seconds or more", "use 30"),
     "MAMBAFLOW_NATIVE": SWITCH,
     "MAMBAFLOW_ONEDNN": SWITCH,
     "MAMBAFLOW_CACHE": PLACE,
