@@ -29,8 +29,8 @@ test: env
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not slurm"
 
-# On a real Slurm of two nodes that the tests start (tests/slurm/lab.py): root on Debian, after
-# apt-get install slurm-wlm munge iproute2. Elsewhere they skip and say why.
+# On a real Slurm of three nodes that the tests start (tests/slurm/lab.py): root on Debian, after
+# apt-get install slurm-wlm munge iproute2 slurmdbd mariadb-server. Elsewhere they skip and say why.
 test-slurm: env
 	$(BIN)/python -m pytest -m slurm -rs
 

@@ -1,5 +1,7 @@
 """One real Slurm for all tests that need one, and their jobs."""
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +11,15 @@ from submitted import Cluster
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Iterator[Lab]:
+def lab() -> Iterator[Lab]:
     """A Slurm of three nodes; where there can be none the test is skipped, loudly."""
     if why := missing():
         pytest.skip(f"NO SLURM: {why}")
-    # Two runs at once would have the same ports and links.
-    here = Lab(tmp_path_factory.mktemp("lab"))
+    # Two runs at once would have the same ports and links. Not in pytest's folder, which is shut to
+    # a cluster's other users.
+    root = Path(tempfile.mkdtemp(prefix="mambaflow-lab-"))
+    root.chmod(0o755)
+    here = Lab(root)
     before = pytest.MonkeyPatch()
     before.setenv("SLURM_CONF", str(here.conf))
     try:
@@ -23,6 +28,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
     finally:
         here.stop()
         before.undo()
+        shutil.rmtree(root)
 
 
 @pytest.fixture

@@ -10,9 +10,12 @@ kill, and nothing outside FOLDER is touched but for links and namespaces whose n
 
 import contextlib
 import os
+import pwd
+import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -78,10 +81,18 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 PriorityTier=10 P
 # cred_expire: a requeued job is held that long, 120 s by default.
 # preempt_send_user_signal: else a preempted job gets SIGTERM, and no signal that it asked for.
 
+# What Python needs may lie in a home that is shut to others, and a node's other users must get
+# there: on a node that home is empty but for what is needed.
 NODE = """\
-root=$1; name=$2; shift 2
+root=$1; name=$2; home=$3; needed=$4; shift 4
 hostname $name; ip link set lo up
 mount --bind $root/etc/hosts /etc/hosts
+if [ "$home" ]; then
+    mkdir -p $root/needed
+    mount --rbind $home $root/needed
+    mount -t tmpfs -o mode=755 tmpfs $home
+    for path in $needed; do mkdir -p $path; mount --bind $root/needed${path#$home} $path; done
+fi
 mount -t tmpfs -o size=1g tmpfs /dev/shm
 for own in "$@"; do mount -t tmpfs -o mode=1777 tmpfs $own; done
 chmod 700 "${!#}"
@@ -99,6 +110,18 @@ def missing() -> str:
         return f"{', '.join(absent)} not found; apt-get install slurm-wlm munge iproute2"
     done = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True)
     return "" if done.returncode == 0 else f"no namespaces here: {done.stderr.decode().strip()}"
+
+
+def shut_home() -> tuple[str, str]:
+    """The home that keeps other users from Python or from this code, "" where there is none; and
+    what of it they need."""
+    needed = {sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parents[2])}
+    for path in sorted(needed):
+        for parent in reversed(Path(path).parents):
+            if not parent.stat().st_mode & stat.S_IXOTH:
+                inside = sorted(p for p in needed if Path(p).is_relative_to(parent))
+                return str(parent), " ".join(inside)
+    return "", ""
 
 
 def run(*command: str, check: bool = True, timeout: float = 60) -> str:
@@ -129,6 +152,7 @@ class Lab:
     nodes: int = 3
     cpus: int = 2
     daemons: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    nodes_conf: str = ""
 
     @property
     def conf(self) -> Path:
@@ -172,15 +196,21 @@ class Lab:
                 "RealMemory=4000 State=UNKNOWN"
             )
             hosts.append(f"{address} {name}")
-        self.conf.write_text(
-            CONF.format(
-                host=socket.gethostname().split(".")[0], net=NET, root=self.root,
-                controller_port=CONTROLLER_PORT, nodes="\n".join(lines),
-            )
-        )  # fmt: skip
+        self.nodes_conf = "\n".join(lines)
+        self.configure()
         (self.root / "etc/hosts").write_text("\n".join([*hosts, ""]))
         (self.root / "etc/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         (self.root / "env").write_text(f"export SLURM_CONF={self.conf}\n")
+
+    def configure(self, **settings: object) -> None:
+        """Write slurm.conf, with settings in place of its own, for the controller's next start."""
+        text = CONF.format(
+            host=socket.gethostname().split(".")[0], net=NET, root=self.root,
+            controller_port=CONTROLLER_PORT, nodes=self.nodes_conf,
+        )  # fmt: skip
+        for name, value in settings.items():
+            text = re.sub(rf"^{name}=.*\n", "", text, flags=re.MULTILINE) + f"{name}={value}\n"
+        self.conf.write_text(text)
 
     def _munge(self) -> None:
         # A daemon of its own with a key of its own: the machine's, if it has one, is left alone.
@@ -188,14 +218,14 @@ class Lab:
         key.write_bytes(os.urandom(64))
         key.chmod(0o600)
         socket_, log = self.root / "run/munge.sock", self.root / "log/munged.log"
-        self.daemons["munged"] = self._daemon(
+        self.daemons["munged"] = self.daemon(
             "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={socket_}",
             f"--pid-file={self.root}/run/munged.pid", f"--log-file={log}",
             f"--seed-file={self.root}/munge/seed",
         )  # fmt: skip
         until(socket_.exists, lambda: "munged has no socket")
 
-    def _daemon(self, *command: str) -> "subprocess.Popen[bytes]":
+    def daemon(self, *command: str) -> "subprocess.Popen[bytes]":
         # Without a test's mark: what has it must end with the test.
         environment = {k: v for k, v in os.environ.items() if k != "MAMBAFLOW_TEST_MARK"}
         with (self.root / "log" / f"{command[0]}.out").open("ab") as out:
@@ -206,7 +236,15 @@ class Lab:
 
     def start_controller(self) -> None:
         if not alive(self.daemons.get("slurmctld")):
-            self.daemons["slurmctld"] = self._daemon("slurmctld", "-D", "-f", str(self.conf))
+            self.daemons["slurmctld"] = self.daemon("slurmctld", "-D", "-f", str(self.conf))
+
+    def restart_controller(self) -> None:
+        """As an administrator does, for settings that it reads at its start."""
+        process = self.daemons["slurmctld"]
+        process.terminate()
+        process.wait(START_S)
+        self.start_controller()
+        until(self.resumed, self.log)
 
     def kill_controller(self) -> None:
         """kill -9 of slurmctld."""
@@ -226,10 +264,10 @@ class Lab:
             run("ip", "-n", space, "link", "set", "eth0", "up")
         for own in OWN:
             own.mkdir(exist_ok=True)
-        self.daemons[name] = self._daemon(
+        self.daemons[name] = self.daemon(
             "nsenter", f"--net=/run/netns/{space}", "unshare", "--uts", "--ipc", "--mount", "--pid",
             "--fork", "--kill-child", "--mount-proc", "bash", "-c", NODE, "node", str(self.root),
-            name, *map(str, OWN),
+            name, *shut_home(), *map(str, OWN),
         )  # fmt: skip
 
     def kill_node(self, name: str) -> None:
@@ -280,10 +318,21 @@ class Lab:
         """What there is in a node's folders of Ray; nothing where it has no power."""
         if name not in self.daemons:
             return []
-        unshare = self.daemons[name].pid
-        (first, *_) = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
-        seen = [Path(f"/proc/{first}/root{own}") for own in OWN]
+        seen = [Path(f"/proc/{self._first(name)}/root{own}") for own in OWN]
         return [path for folder in seen for path in folder.iterdir()]
+
+    def _first(self, name: str) -> int:
+        """The process with which a node began."""
+        unshare = self.daemons[name].pid
+        return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
+
+    def on_node(self, name: str, user: str, *command: str) -> list[str]:
+        """A command line that runs another on a node, as one of its users."""
+        who = pwd.getpwnam(user)
+        return [
+            "nsenter", f"--target={self._first(name)}", "--mount", "--uts", "--ipc", "--net",
+            "--pid", f"--setuid={who.pw_uid}", f"--setgid={who.pw_gid}", "--wd=/", *command,
+        ]  # fmt: skip
 
     def log(self) -> str:
         """The ends of the daemons' logs."""
