@@ -43,6 +43,10 @@ FUZZ = 5
 # A run that goes on in another process, as all but those of tests do, never meets this.
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
+# Ray's workers give way to all else by themselves (niceness 15), and stand still beside whatever
+# else a busy machine runs.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fuzz by more examples also where a test states a number of its own.

@@ -35,8 +35,6 @@ def lab() -> Iterator[Lab]:
 def cluster(lab: Lab, marked: str, tmp_path: Path, monkeypatch) -> Iterator[Cluster]:
     """Every node idle; afterwards nothing may be left of what the test submitted."""
     monkeypatch.setenv("MAMBAFLOW_SILENCE_S", "8")
-    # The nodes share this machine with whatever runs on it, before which Ray's workers give way.
-    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.chdir(tmp_path)
     lab.restore()
     ports = {name: lab.listening(name) for name in lab.names}
