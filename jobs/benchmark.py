@@ -11,6 +11,7 @@
     python jobs/benchmark.py --what ray       what training on Ray costs
     python jobs/benchmark.py --what reference --reference CHECKOUT
                                               a training step against the reference repository's
+    python jobs/benchmark.py --what scale     what 8, 64 and 1024 GPUs ask of storage and network
 
 Works on CPU and GPU; prints tables and writes JSON. Exit codes: 0 done, 1 failed, 2 bad input.
 """
@@ -30,6 +31,7 @@ from mambaflow.benchmarks import (
     ray_cost,
     reference,
     sample,
+    scale,
     scan,
     stall,
     step,
@@ -51,6 +53,7 @@ PARTS: dict[str, Callable[[BenchmarkConfig], list[Table]]] = {
     "memory": memory.measure,
     "ray": ray_cost.measure,
     "reference": reference.measure,
+    "scale": scale.measure,
 }
 
 
@@ -80,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for table in tables:
         print(table)
-    reads_data = config.what in ("loader", "stall", "ray")
+    reads_data = config.what in ("loader", "stall", "ray", "scale")
     print(
         # Last of all: a number without its command, machine, data and date says nothing.
         provenance(

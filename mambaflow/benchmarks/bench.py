@@ -29,7 +29,7 @@ class BenchmarkConfig:
 
     what: Literal[
         "scan", "attention", "step", "sample", "loader", "stall", "memory", "ray",
-        "reference",
+        "reference", "scale",
     ] = "scan"  # fmt: skip
     """The part to measure."""
     arch: str = "v2"
@@ -55,7 +55,17 @@ class BenchmarkConfig:
     steps: int = 8
     """Intervals of every sampler in `sample`."""
     data: str = "data/sample"
-    """Staged shards that `loader`, `stall` and `ray` read."""
+    """Staged shards that `loader`, `stall`, `ray` and `scale` read."""
+    storage: str = ""
+    """Where `scale` writes a checkpoint and removes it: a folder or s3://…; empty: here."""
+    gpus: tuple[int, ...] = (8, 64, 1024)
+    """Numbers of GPUs that `scale` reckons for."""
+    gpus_per_node: int = 8
+    """GPUs of a node in `scale`."""
+    trials: int = 24
+    """Trials of the sweep in `scale`."""
+    epochs: int = 50
+    """Epochs of each trial in `scale`."""
     reference: str = ""
     """Checkout of github.com/colpark/MambaFlowMatching that `reference` races; its code is run."""
     out: str = ""
@@ -63,9 +73,22 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         lookup(ARCHITECTURES, self.arch, "arch")
-        for name in ("batch_size", "queries", "repeats", "steps"):
+        positive = (
+            "batch_size",
+            "queries",
+            "repeats",
+            "steps",
+            "gpus_per_node",
+            "trials",
+            "epochs",
+        )
+        for name in positive:
             value = getattr(self, name)
             require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
+        require(
+            bool(self.gpus) and min(self.gpus) > 0,
+            f"gpus (={self.gpus}) must be positive numbers; use 8 64 1024",
+        )
         require(
             self.device == "cpu" or torch.cuda.is_available(),
             f"device (={self.device!r}) is not here: torch sees no GPU; use --device cpu",
