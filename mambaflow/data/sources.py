@@ -37,6 +37,7 @@ from mambaflow.data.tree import (
     parquet,
     pictures,
     stray_parquet,
+    with_pictures,
 )
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks
@@ -188,6 +189,11 @@ def open_source(
     Raises:
         SourceError: it is none of these.
     """
+    if label_column and labels != "keep":
+        raise SourceError(
+            f"label_column (={label_column!r}) names labels that labels (={labels!r}) leaves out; "
+            "leave one of them out"
+        )
     source = _open(
         address, Path(download_to), Columns(image_column, label_column, labels == "keep")
     )
@@ -225,6 +231,11 @@ def _named(address: str) -> Path:
 def _open_folder(path: Path, columns: "Columns") -> Source:
     # torchvision's folder before a folder of images, which it would else be taken for.
     if (path / CIFAR10_FOLDER).is_dir():
+        if others := with_pictures(path, CIFAR10_FOLDER):
+            raise SourceError(
+                f"{path} holds {CIFAR10_FOLDER}, and pictures in {others[0].name}/; give --source "
+                f"{path / CIFAR10_FOLDER}, or the folder of those"
+            )
         return Cifar10(path, download=False)
     if all((path / name).is_file() for name in ("data_batch_1", "test_batch")):
         return Cifar10(path.parent, download=False, within=path.name, address=path)
@@ -415,7 +426,10 @@ def _columns_of(file: Path, schema: pa.Schema, columns: Columns) -> tuple[str, s
     """The columns of images and labels, the second "" where labels are not wanted."""
     kinds = f"columns {dict(zip(schema.names, map(str, schema.types), strict=True))}"
     usual = [columns.image] if columns.image else ["img", "image"]
-    image = next((name for name in usual if name in schema.names), None)
+    there = [name for name in usual if name in schema.names]
+    if len(there) > 1:
+        raise SourceError(f"{file} has {kinds}: both img and image; choose by --image-column")
+    image = there[0] if there else None
     label = (columns.label or "label") if columns.labelled else ""
     if image is None or (label and label not in schema.names):
         raise SourceError(
@@ -482,7 +496,13 @@ class FolderSource(Source):
 
     def found(self) -> Found:
         counts = {split: self.count(split) for split in SPLITS}
-        return Found(counts, tuple(self.classes), self.tree.passed)
+        lost = {split: self._lost(split) for split in SPLITS if self._lost(split)}
+        return Found(counts, tuple(self.classes), self.tree.passed, lost)
+
+    def _lost(self, split: str) -> tuple[str, ...]:
+        """Classes that training has not."""
+        named = {self.tree.class_of(split, f) for f in self.files.get(split, [])} - {None}
+        return tuple(sorted(map(str, named - {*self.classes}))) if self.classes else ()
 
     @cached_property
     def _label(self) -> dict[str | None, int]:

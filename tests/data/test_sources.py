@@ -156,6 +156,17 @@ def test_columns_of_other_names_are_refused_with_those_that_there_are_and_can_be
         open_source("sample", label_column="fine_label")
 
 
+def test_what_would_leave_a_choice_of_columns_without_effect_is_refused(tmp_path):
+    file = cifar100(tmp_path / "c.parquet")
+    with pytest.raises(SourceError, match="names labels that labels .* leaves out"):
+        open_source(file, label_column="coarse_label", labels="ignore")
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("image", table["img"]), file)
+    with pytest.raises(SourceError, match="both img and image; choose by --image-column"):
+        open_source(file, label_column="fine_label")
+    assert open_source(file, label_column="fine_label", image_column="img").count("train") == 4
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
