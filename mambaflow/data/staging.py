@@ -48,10 +48,11 @@ from mambaflow.data.sources import (
     embedded,
     open_source,
 )
+from mambaflow.run_paths import FIRST_OF, require_free
 from mambaflow.storage import Storage, StorageError, at
 
 # Beside the shards' own names: a listing of "shard-" sees neither.
-CLAIM, NOTES = "claim.json", "staging"
+CLAIM, NOTES = FIRST_OF["staged data"], "staging"
 TOLD = 3  # images in two splits that are named
 LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
@@ -111,11 +112,12 @@ class StageConfig:
         )
         # 256: a pixel's place must fit in 16 bits, in a shard and where masks are ranked.
         require(1 <= self.size <= 256, f"size (={self.size}) must be in [1, 256]; use 32")
-        require(
-            self.known > 0,
-            f"known_ratio (={self.known_ratio}) keeps no pixel of {self.size} x {self.size}; "
-            f"use at least {1 / self.size**2:.3g}",
-        )
+        for name, pixels in (("known_ratio", self.known), ("target_ratio", self.target)):
+            require(
+                pixels > 0,
+                f"{name} (={getattr(self, name)}) keeps no pixel of {self.size} x {self.size}; "
+                f"use at least {1 / self.size**2:.3g}",
+            )
         require(
             0 <= self.mask_seed < 2**32,
             f"mask_seed (={self.mask_seed}) must be in [0, 2^32); use 42",
@@ -274,6 +276,7 @@ def stake_claim(out: str, parts: list[SplitPlan]) -> None:
             log.debug("no manifest that could be in the way: %s", error)
         else:
             _refuse(out, part.spec.split, theirs, part.claim)
+    require_free(at(out), CLAIM, f"out (={out})", "give another --out")
     # Of many processes one creates the file. The others find it whole, go on where it is their own
     # staging too, and are refused where it is another.
     ours = {part.spec.split: part.claim for part in parts}

@@ -669,6 +669,7 @@ BAD = [
     ("--source nowhere", r"source \(='nowhere'\) is none of: sample, cifar10"),
     ("--known-ratio 0", r"known_ratio \(=0.0\) must be in \(0, 1\); use 0.2"),
     ("--known-ratio nan", r"known_ratio \(=nan\) must be in \(0, 1\)"),
+    ("--target-ratio 0.0001", r"target_ratio \(=0.0001\) keeps no pixel of 32 x 32; use at least"),
     ("--target-ratio 1.5", r"target_ratio \(=1.5\) must be in \(0, 1\)"),
     ("--known-ratio 0.7 --target-ratio 0.4", r"known_ratio \+ target_ratio \(=1.1\) must be at"),
     ("--known-ratio 0.0001", r"known_ratio \(=0.0001\) keeps no pixel of 32 x 32; use at least"),
