@@ -44,6 +44,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from mambaflow.checks import require
 
+VERSION = 2
+"""Another one where a picture comes to mean something else: it is then read anew."""
 Pixels = UInt8[np.ndarray, "h w 3"]
 Grey = UInt8[np.ndarray, "h w"]
 # Pillow's own bound, above which it only warns.

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int
 
 from mambaflow.checks import require
+from mambaflow.data.decode import VERSION
 from mambaflow.data.pixels import reduced
 from mambaflow.data.random_bits import drawn
 from mambaflow.data.shards import (
@@ -365,7 +366,7 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     # The shard, then its note: where a note is, the shard is whole. Two that make the same shard at
     # once write the same bytes.
     split.write(name, data)
-    about = {"corrupt": corrupt, "contents": contents, "content": content}
+    about = {"decoder": VERSION, "corrupt": corrupt, "contents": contents, "content": content}
     note = {"claim": task.claim_hash, "info": asdict(info), **about}
     split.write(f"{NOTES}/{name}.json", _json(note))
     return ShardResult(task.spec.split, info, False, corrupt, contents, content)
@@ -386,9 +387,8 @@ def _made(task: ShardTask) -> ShardResult | None:
         f"out (={task.out}) holds a shard of another staging ({task.spec.split}/{name}); "
         "give another --out, or remove that folder",
     )
-    # Of an earlier version, which turned no picture upright and knew no profile: its pixels may be
-    # others than those that are in the same files now.
-    if "contents" not in note:
+    # Of an earlier version, to which the same files had other pixels.
+    if note.get("decoder") != VERSION:
         return None
     # By its bytes, not by being there: what was damaged since is made again.
     info = ShardInfo(**note["info"])

@@ -136,6 +136,12 @@ def plan(config: EvaluateConfig) -> Plan:
     images = split.rows(taken[: config.limit], pixels=False, images=False).ids.tolist()
     truth = at(config.truth).uri if config.truth else ""
     if truth:
+        size = ShardSet(truth, config.split).spec.size
+        require(
+            size in {cell.resolution for cell in asked},
+            f"truth (={truth}) is of {size} x {size}, and no answer is: nothing would be scored "
+            f"against it; add --resolutions {size}, or leave --truth out",
+        )
         _check_truth(split, ShardSet(truth, config.split), taken[: config.limit])
     lpips = config.lpips
     if lpips not in ("none", "torchvision"):

@@ -229,13 +229,14 @@ def test_a_finished_shard_that_is_damaged_is_made_again(source, tmp_path, damage
     assert contents(config.out) == before
 
 
-def test_a_shard_of_a_version_that_decoded_otherwise_is_made_again(source, tmp_path):
+@pytest.mark.parametrize("decoder", [None, 1])
+def test_a_shard_of_a_version_that_decoded_otherwise_is_made_again(source, tmp_path, decoder):
     config = config_of(source, tmp_path / "out")
     staged(config)
     file = tmp_path / f"out/train/staging/{shard_name(1)}.json"
     note = json.loads(file.read_text())
-    del note["contents"]
-    file.write_text(json.dumps(note))
+    del note["decoder"]
+    file.write_text(json.dumps(note | ({"decoder": decoder} if decoder else {})))
     assert staged(config)["reused"] == 7
     assert staged(config)["reused"] == 8
 
