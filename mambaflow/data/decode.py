@@ -193,7 +193,8 @@ def _require_one_picture(image: Image.Image) -> None:
         f"holds {frames} frames, and nothing says which is meant; save that one as PNG",
     )
     # Pillow would fill the rest with whatever colour comes first.
-    filled = image.format != "GIF" or image.tile[0][1] == (0, 0, width, height)
+    tiles = getattr(image, "tile", None) if image.format == "GIF" else None
+    filled = not tiles or tiles[0][1] == (0, 0, width, height)
     require(filled, "a GIF that its frame does not fill; save it as PNG")
 
 
