@@ -165,6 +165,12 @@ def _require_plain(text: str) -> None:
         raise ValueError(f"{text!r} is not {kind} address; use a path, or s3://bucket/prefix")
 
 
+def _is_hidden(key: str) -> bool:
+    """Whether a file is none of anybody's: it is being written, a killed writer left it, or it is a
+    copy that some program keeps in a folder of its own, such as .ipynb_checkpoints."""
+    return key.startswith(".") or "/." in key
+
+
 class Storage(ABC):
     """Files by key. A file that can be seen is whole."""
 
@@ -339,10 +345,9 @@ class LocalStorage(Storage):
         folder = self.root / prefix.rpartition("/")[0]
         if not folder.is_dir():
             return []
-        # Names with a dot are files that are being written, or that a killed writer left.
-        files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files = (p for p in folder.rglob("*") if p.is_file())
         keys = (p.relative_to(self.root).as_posix() for p in files)
-        return sorted(key for key in keys if key.startswith(prefix))
+        return sorted(key for key in keys if key.startswith(prefix) and not _is_hidden(key))
 
     def exists(self, key: str) -> bool:
         return (self.root / key).is_file()
@@ -569,8 +574,7 @@ class S3Storage(Storage):
     def list(self, prefix: str = "") -> list[str]:
         # Keys come whole, from the bucket's root on.
         keys = (o["Key"][len(self._key("")) :] for o in self._objects(prefix))
-        # As in a folder: names with a dot are no files of anybody's.
-        return sorted(key for key in keys if not key.rpartition("/")[2].startswith("."))
+        return sorted(key for key in keys if not _is_hidden(key))
 
     def _objects(self, prefix: str) -> Iterator[dict[str, Any]]:
         """What the service lists, a thousand at a time."""

@@ -59,6 +59,13 @@ def test_files_are_listed_by_prefix_in_order(storage):
     assert storage.child("b").list() == ["1", "2", "d/3"]
 
 
+@pytest.mark.parametrize("hidden", [".a", "b/.a", ".ipynb_checkpoints/a", "b/.ipynb_checkpoints/1"])
+def test_what_is_hidden_or_in_a_hidden_folder_is_not_listed(storage, hidden):
+    storage.write("b/1", b"")
+    storage.write(hidden, b"")
+    assert storage.list() == ["b/1"] == storage.list("b/")
+
+
 def test_deleting_a_tree_leaves_its_neighbours(storage):
     for key in ("run/a", "run/b/c", "running", "other"):
         storage.write(key, b"x")

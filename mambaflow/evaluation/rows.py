@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -122,7 +123,8 @@ class Results:
 
     def _newest(self) -> int:
         """How often something was added to the manifest."""
-        return len(self.storage.list(ADDED))
+        found = (re.fullmatch(rf"{ADDED}(\d+)\.json", key) for key in self.storage.list(ADDED))
+        return max((int(match[1]) for match in found if match), default=0)
 
     def ask(self, request: Mapping[str, Any]) -> None:
         """Write down what is asked for, for who looks from elsewhere (see `requests`)."""
