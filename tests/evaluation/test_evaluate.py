@@ -300,6 +300,12 @@ def _png(data: bytes):
     return Image.open(io.BytesIO(data))
 
 
+def test_a_checkpoint_under_the_name_of_another_architecture_is_said(data, run, tmp_path, caplog):
+    plan(config(data, run, tmp_path, checkpoint=(f"V1={run}", f"v2={run}")))
+    assert "V1 is of architecture v2: exchanged?" in caplog.text
+    assert "v2 is of architecture" not in caplog.text
+
+
 def test_a_truth_of_other_images_is_refused(large, run, tmp_path):
     half, whole = large
     with pytest.raises(ValueError, match="must be a whole multiple of data's size"):
