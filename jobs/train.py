@@ -42,6 +42,7 @@ from mambaflow.training.preflight import (
     check_data,
     check_flags,
     check_launch,
+    check_name,
     check_opening,
     identified,
     open_run,
@@ -156,6 +157,7 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, 
     # seconds; data that must be staged come after it, and last the run's folder: what is refused
     # has made none.
     check_flags(config)
+    check_name(config)
     embedded = config.data in EMBEDDED
     if not embedded:
         check_data(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -85,6 +86,7 @@ class ModelConfig:
         require_types(self)
         require_positive(self, "d_model", "num_layers", "d_state", "d_conv", "expand", "num_heads")
         require_positive(self, "perceiver_iterations", "mlp_ratio", "frequencies", "max_frequency")
+        require_positive(self, "time_scale")
         # The cures are the widths on either side; one of 0 is none, hence `or heads`.
         heads, width = self.num_heads, self.d_model
         require(
@@ -99,7 +101,8 @@ class ModelConfig:
         )
         # Colours are mapped to [0, 1] by dividing by 1 - rgb_low.
         require(
-            self.rgb_low < 1, f"rgb_low (={self.rgb_low}) must be below 1, the top; use -1 or 0"
+            -math.inf < self.rgb_low < 1,
+            f"rgb_low (={self.rgb_low}) must be a number below 1, the top; use -1 or 0",
         )
         # In the other scans the queries carry the time through the scan themselves.
         require(
@@ -284,7 +287,8 @@ class RunConfig:
         lookup(ARCHITECTURES, self.arch, "arch")
         lookup(RECIPES, self.recipe, "recipe")
         # What a path, a key in S3 or a shell would take for more than a name.
-        bad = sorted(set(self.run_name) & set("/\\ \t\n:*?\"'"))
+        kept = set("/\\ :*?\"'")
+        bad = sorted(c for c in set(self.run_name) if c in kept or not c.isprintable())
         require(
             not bad and self.run_name not in (".", ".."),
             f"run_name (={self.run_name!r}) must be a plain folder name, without {bad}; "

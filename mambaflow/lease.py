@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import threading
 import time
 import uuid
@@ -27,6 +28,8 @@ from mambaflow.storage import Storage, StorageError
 FOLDER = "owner/"
 # Seconds between renewals, and without one after which an owner is taken to be gone.
 RENEW_S, VALID_S = 5.0, 20.0
+# When a process began of which nothing can be seen but that it lives.
+HIDDEN = "?"
 log = logging.getLogger(__name__)
 
 
@@ -49,22 +52,28 @@ class Owner:
     def is_gone(self) -> bool:
         """Whether it is known to have ended: it said so, or was here and is no more."""
         here = self.host == _host()
-        return self.ended or (here and _began(self.process) != self.began)
+        return self.ended or (here and _began(self.process) not in (self.began, HIDDEN))
 
 
 def _host() -> str:
-    # The boot too: after a restart of the machine no process of before is alive.
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()}{f'/{boot.read_text()[:8]}' if boot.exists() else ''}"
+    # The boot too: after a restart of the machine no process of before is alive. And which
+    # processes can be seen: containers of one machine may all be called as it is.
+    boot, seen = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    parts = [platform.node()]
+    parts += [boot.read_text()[:8]] if boot.exists() else []
+    parts += [re.sub(r"\D", "", os.readlink(seen))] if os.path.lexists(seen) else []
+    return "/".join(parts)
 
 
 def _began(process: int) -> str:
-    """When a process of this machine began, in ticks of its clock; "" where there is none."""
+    """When a process of this machine began, in ticks of its clock; "" where there is none, HIDDEN
+    where that cannot be seen."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except OSError:
-        # No such process; or no /proc, where a living one is only told from a dead one.
-        return "" if Path("/proc/self").exists() or not _lives(process) else "?"
+        # No such process; or one that is hidden from others than its user; or no /proc, where a
+        # living one is only told from a dead one.
+        return HIDDEN if _lives(process) else ""
     # Behind the name, which may hold anything: state is the first field there, the beginning the
     # twentieth. A zombie has ended.
     fields = stat.rpartition(")")[2].split()
@@ -74,6 +83,8 @@ def _began(process: int) -> str:
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)
+    except PermissionError:  # another user's
+        return True
     except OSError:
         return False
     return True

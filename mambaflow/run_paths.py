@@ -14,8 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from mambaflow.checks import require
 from mambaflow.config import RunConfig
 from mambaflow.storage import Storage, at
+
+# What a folder may be, and the file that makes it so: the first that is written there.
+FIRST_OF = {
+    "a run": "config.json",
+    "a sweep": "sweep.json",
+    "results of an evaluation": "manifest.json",
+    "staged data": "claim.json",
+}
+
+
+def require_free(folder: Storage, own: str, what: str, cure: str) -> None:
+    """Refuse a folder that is of another kind than the one whose first file is `own`: they would
+    write over one another's report.
+
+    Raises:
+        ValueError: naming what the folder is.
+    """
+    for kind, first in FIRST_OF.items():
+        require(
+            first == own or not folder.exists(first),
+            f"{what} holds {kind} ({folder.uri}/{first}); {cure}",
+        )
 
 
 @dataclass(frozen=True)
@@ -25,7 +48,7 @@ class RunPaths:
     folder: Storage
 
     # Keys below the run's folder; as ClassVars they are no fields of the dataclass.
-    CONFIG: ClassVar[str] = "config.json"
+    CONFIG: ClassVar[str] = FIRST_OF["a run"]
     METRICS: ClassVar[str] = "metrics.jsonl"
     # A file and no signal: who asks and who trains may be on different machines.
     STOP: ClassVar[str] = "STOP"

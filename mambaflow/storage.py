@@ -9,12 +9,13 @@ import contextlib
 import errno
 import io
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,16 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
-from mambaflow.variables import as_it_is, drop_empty, empty, family, number, refused
+from mambaflow.variables import (
+    COUNT,
+    as_it_is,
+    drop_empty,
+    empty,
+    family,
+    number,
+    refused,
+    stated,
+)
 
 # boto3's own default; tests cut their files at it.
 MULTIPART_BYTES = 8 * 2**20
@@ -106,13 +116,15 @@ def at(uri: str | Path) -> "Storage":
     """
     # A Path made of s3://bucket reads s3:/bucket, which would be a folder called s3: here.
     text = str(uri)
-    if text.startswith("s3:") and not text.startswith("s3://"):
-        raise ValueError(f"{text!r} is not an S3 address; use s3://bucket/prefix")
+    _require_plain(text)
     scheme, found, rest = text.partition("://")
     if not found:
         # Absolute, so that the address means the same to workers in folders of their own.
         return LocalStorage(Path(text).expanduser().resolve())
     if scheme == "file":
+        # What stands before the first slash is a host's name there.
+        if not rest.startswith("/"):
+            raise ValueError(f"{text!r} must be file:///path, with three slashes; or give the path")
         return LocalStorage(Path(rest).resolve())
     if scheme != "s3":
         raise ValueError(f"unknown scheme {scheme!r} in {text!r}; valid: a path, file://, s3://")
@@ -122,10 +134,42 @@ def at(uri: str | Path) -> "Storage":
             f"an S3 address must have no '?' ({text.partition('?')[0]}?…); set AWS_ENDPOINT_URL "
             "and the like in the environment"
         )
+    # Of pyarrow's addresses, too: before it stand a key and its secret, which no message may hold.
+    if "@" in rest.partition("/")[0]:
+        raise ValueError(
+            "an S3 address must hold no credentials before an '@'; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, and use s3://bucket/prefix"
+        )
     bucket, _, prefix = rest.partition("/")
     if not bucket:
         raise ValueError(f"{text!r} must name a bucket; use s3://bucket/prefix")
-    return S3Storage(bucket, prefix.strip("/"))
+    # As in a folder: what is joined with a slash too many is the same place.
+    parts = [part for part in prefix.split("/") if part]
+    if {".", ".."} & {*parts}:
+        raise ValueError(f"{text!r} must have no part '.' or '..', which S3 does not follow")
+    return S3Storage(bucket, "/".join(parts))
+
+
+def _require_plain(text: str) -> None:
+    """Refuse an address that would silently be another place than is meant."""
+    if text != text.strip() or not text.isprintable():
+        raise ValueError(
+            f"{text!r} must have no blanks around it and no control characters, such as the end of "
+            "a line that was copied with it"
+        )
+    if re.match(r"\$\{?\w", text):
+        raise ValueError(f"{text!r} begins with a variable that no shell has put in; put it in")
+    # What a Path makes of s3://bucket; it would be a folder called s3: here.
+    if re.match(r"s3:(?!//)", text, re.IGNORECASE):
+        raise ValueError(f"{text!r} is not an S3 address; use s3://bucket/prefix")
+    if re.match(r"[A-Za-z][\w+.-]+:/(?!/)", text):
+        raise ValueError(f"{text!r} is no address; use a path, or s3://bucket/prefix")
+
+
+def _is_hidden(key: str) -> bool:
+    """Whether a file is none of anybody's: it is being written, a killed writer left it, or it is a
+    copy that some program keeps in a folder of its own, such as .ipynb_checkpoints."""
+    return key.startswith(".") or "/." in key
 
 
 class Storage(ABC):
@@ -302,10 +346,9 @@ class LocalStorage(Storage):
         folder = self.root / prefix.rpartition("/")[0]
         if not folder.is_dir():
             return []
-        # Names with a dot are files that are being written, or that a killed writer left.
-        files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files = (p for p in folder.rglob("*") if p.is_file())
         keys = (p.relative_to(self.root).as_posix() for p in files)
-        return sorted(key for key in keys if key.startswith(prefix))
+        return sorted(key for key in keys if key.startswith(prefix) and not _is_hidden(key))
 
     def exists(self, key: str) -> bool:
         return (self.root / key).is_file()
@@ -343,18 +386,29 @@ def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
     refused(names)
     # boto3 takes an empty variable for a value: a profile without a name, say.
     drop_empty(empty("AWS_"))
-    # What is stated in the client's Config hides the variable, so it is read here.
-    attempts = number("AWS_MAX_ATTEMPTS", ATTEMPTS)
+    # A session of its own: boto3.client would take the process's one, which keeps the credentials
+    # that it found first.
+    session = boto3.session.Session()
     config = Config(
-        # adaptive also slows down all requests of this client when the service asks for fewer.
-        # total_max_attempts counts the first request; max_attempts, its neighbour, does not.
-        retries={"mode": "adaptive", "total_max_attempts": attempts},
+        retries=_retries(session._session.get_scoped_config()),
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,
     )
-    # A session of its own: boto3.client would take the process's one, which keeps the credentials
-    # that it found first.
-    return boto3.session.Session().client("s3", config=config)
+    return session.client("s3", config=config)
+
+
+def _retries(file: Mapping[str, str]) -> dict[str, Any]:
+    """How requests are repeated. What is stated in a client's Config hides the variables and what
+    boto3's own file says, so both are asked here."""
+    told = file.get("max_attempts", "")
+    if told and not COUNT.holds(told):
+        raise StorageError(f"max_attempts (={told!r}) of boto3's file must {COUNT.words}; use 5")
+    return {
+        # adaptive also slows down all requests of this client when the service asks for fewer.
+        "mode": stated("AWS_RETRY_MODE") or file.get("retry_mode") or "adaptive",
+        # Counts the first request; max_attempts, its neighbour, does not.
+        "total_max_attempts": number("AWS_MAX_ATTEMPTS") or int(told or ATTEMPTS),
+    }
 
 
 # Client and bucket -> whether the service keeps conditions.
@@ -521,8 +575,7 @@ class S3Storage(Storage):
     def list(self, prefix: str = "") -> list[str]:
         # Keys come whole, from the bucket's root on.
         keys = (o["Key"][len(self._key("")) :] for o in self._objects(prefix))
-        # As in a folder: names with a dot are no files of anybody's.
-        return sorted(key for key in keys if not key.rpartition("/")[2].startswith("."))
+        return sorted(key for key in keys if not _is_hidden(key))
 
     def _objects(self, prefix: str) -> Iterator[dict[str, Any]]:
         """What the service lists, a thousand at a time."""

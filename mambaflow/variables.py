@@ -100,6 +100,7 @@ ADDRESS = Rule(_is_ray_address, "be the head's host:port, auto or local",
                "use HOST:6379, or unset it for a private Ray on this machine")  # fmt: skip
 ENDPOINT = Rule(_matches(r"https?://[^\s/?#]+(/\S*)?"), "be http://HOST or https://HOST")
 SWITCHES = ("when_supported", "when_required")
+RETRY_MODES = ("legacy", "standard", "adaptive")
 CHECKSUMS = Rule(lambda text: text.lower() in SWITCHES, f"be one of {', '.join(SWITCHES)}")
 
 RULES: dict[str, Rule] = {
@@ -131,6 +132,7 @@ RULES: dict[str, Rule] = {
     "RAY_JOB_CONFIG_JSON_ENV_VAR": Rule(
         _is_job, "be JSON as `ray job submit` writes it", "unset it", secret=True),
     "AWS_MAX_ATTEMPTS": Rule(COUNT.holds, COUNT.words, "use 5"),
+    "AWS_RETRY_MODE": Rule(lambda text: text in RETRY_MODES, f"be one of {', '.join(RETRY_MODES)}"),
     "AWS_ENDPOINT_URL": ENDPOINT,
     "AWS_ENDPOINT_URL_S3": ENDPOINT,
     "AWS_REGION": Rule(_matches(r"[\w-]+"), "be a region's name", "use us-east-1"),

@@ -39,7 +39,9 @@ BAD = [
     (ModelConfig, {"num_layers": 7}, r"num_layers \(=7\) must be even .* use 8"),
     (ModelConfig, {"d_state": 0}, r"d_state \(=0\) must be positive"),
     (ModelConfig, {"scan": "joint"}, r"start \(='process'\) needs .* use start='plain'"),
-    (ModelConfig, {"rgb_low": 1.0}, r"rgb_low \(=1.0\) must be below 1"),
+    (ModelConfig, {"rgb_low": 1.0}, r"rgb_low \(=1.0\) must be a number below 1"),
+    (ModelConfig, {"rgb_low": float("-inf")}, r"rgb_low \(=-inf\) must be a number below 1"),
+    (ModelConfig, {"time_scale": float("nan")}, r"time_scale \(=nan\) must be positive"),
     (TrainConfig, {"epochs": 0}, r"epochs \(=0\) must be positive"),
     (TrainConfig, {"lr": -1.0}, r"lr \(=-1.0\) must be positive"),
     (TrainConfig, {"share_at_zero": 1.5}, r"share_at_zero \(=1.5\) must be in \[0, 1\]"),
@@ -58,6 +60,8 @@ BAD = [
      r"share_at_zero \(=0.0\) must be above 0 with start='process'.*; use 0.1, or start='gauss"),
     (RunConfig, {"arch": "v9"}, r"unknown arch 'v9'; valid: v1, v2"),
     (RunConfig, {"run_name": "a/b"}, r"run_name \(='a/b'\) must be a plain folder name"),
+    (RunConfig, {"run_name": "a\r"}, r"run_name \(='a\\r'\) must be a plain folder name"),
+    (RunConfig, {"run_name": "a\u200b"}, r"run_name \(='a\\u200b'\) must be a plain folder"),
     (RunConfig, {"run_name": ".."}, r"run_name \(='..'\) must be a plain folder name"),
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ BELOW = {
     "checks": set(), "variables": {"checks"}, "host": {"variables"}, "storage": {"variables"},
     "lease": {"checks", "storage"},
     "config": {"checks"}, "signals": set(),
-    "run_paths": {"config", "storage"},
+    "run_paths": {"checks", "config", "storage"},
 }  # fmt: skip
 ONLY = {
     "ray": {"distributed"},

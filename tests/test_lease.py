@@ -72,6 +72,25 @@ def test_an_owner_that_ended_is_replaced_at_once(storage, holder, monkeypatch):
         assert number == 3
 
 
+def test_a_process_of_another_container_is_not_taken_for_gone(storage, holder, monkeypatch):
+    """Containers of one machine may all have its name, and see none of one another's processes."""
+    monkeypatch.setattr(lease.os, "readlink", lambda path: "pid:[1]")
+    monkeypatch.setattr(lease, "_began", lambda process: "")
+    with pytest.raises(ValueError, match=f"owned by process {holder.pid} on .*lives"):
+        with owning(storage, "the run"):
+            pass
+
+
+@pytest.mark.parametrize(("answer", "gone"), [(PermissionError, False), (ProcessLookupError, True)])
+def test_a_process_that_is_hidden_from_others_than_its_user_is_not_gone(monkeypatch, answer, gone):
+    def kill(process, number):
+        raise answer
+
+    monkeypatch.setattr(lease.os, "kill", kill)
+    nobody = 2**22 + 1  # beyond what Linux gives
+    assert Owner(lease._host(), nobody, "17", "x").is_gone == gone
+
+
 def test_an_owner_that_is_not_heard_of_is_replaced_after_a_while(storage, holder):
     os.kill(holder.pid, signal.SIGSTOP)  # as far as others can see it is on a machine that is lost
     since = time.monotonic()

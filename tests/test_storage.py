@@ -59,6 +59,13 @@ def test_files_are_listed_by_prefix_in_order(storage):
     assert storage.child("b").list() == ["1", "2", "d/3"]
 
 
+@pytest.mark.parametrize("hidden", [".a", "b/.a", ".ipynb_checkpoints/a", "b/.ipynb_checkpoints/1"])
+def test_what_is_hidden_or_in_a_hidden_folder_is_not_listed(storage, hidden):
+    storage.write("b/1", b"")
+    storage.write(hidden, b"")
+    assert storage.list() == ["b/1"] == storage.list("b/")
+
+
 def test_deleting_a_tree_leaves_its_neighbours(storage):
     for key in ("run/a", "run/b/c", "running", "other"):
         storage.write(key, b"x")
@@ -247,9 +254,44 @@ def test_checksums_are_as_boto3s_own_file_says(bucket, tmp_path, monkeypatch):
     assert "ChecksumSHA256" not in head
 
 
+@pytest.mark.parametrize(
+    ("file", "variables", "asked"),
+    [
+        ("", {}, ("adaptive", 5)),
+        ("retry_mode = standard\nmax_attempts = 2", {}, ("standard", 2)),
+        ("max_attempts = 2", {"AWS_MAX_ATTEMPTS": "7", "AWS_RETRY_MODE": "legacy"}, ("legacy", 7)),
+    ],
+)
+def test_requests_are_repeated_as_boto3s_own_file_and_variables_say(
+    file, variables, asked, tmp_path, monkeypatch
+):
+    s3_environment(monkeypatch, "http://127.0.0.1:9")
+    (tmp_path / "config").write_text(f"[default]\n{file}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    retries = storage_module._client().meta.config.retries
+    assert (retries["mode"], retries["total_max_attempts"]) == asked
+
+
+def test_a_number_in_boto3s_file_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
+    s3_environment(monkeypatch, "http://127.0.0.1:9")
+    (tmp_path / "config").write_text("[default]\nmax_attempts = many\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(StorageError, match=r"max_attempts \(='many'\) of boto3's file must be a"):
+        at("s3://bucket/x").read("a")
+
+
 def test_an_address_with_a_query_is_refused():
     with pytest.raises(ValueError, match=r"must have no '\?'.*AWS_ENDPOINT_URL"):
         at("s3://bucket/prefix?endpoint_override=localhost:9000")
+
+
+def test_a_key_and_its_secret_in_an_address_are_refused_and_never_told():
+    with pytest.raises(ValueError, match="no credentials before an '@'; set AWS_") as refused:
+        at("s3://AKIA:verysecret@bucket/prefix")
+    assert "verysecret" not in str(refused.value)
+    assert at("s3://bucket/an@address").uri == "s3://bucket/an@address"
 
 
 @pytest.mark.parametrize("size", [MULTIPART_BYTES - 1, 2 * MULTIPART_BYTES + 5])
@@ -349,9 +391,20 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     [
         ("gs://bucket/x", "unknown scheme 'gs' in 'gs://bucket/x'; valid: a path, file://, s3://"),
         ("s3:///x", "'s3:///x' must name a bucket; use s3://bucket/prefix"),
-        ("s3:/bucket/x", "'s3:/bucket/x' is not an S3 address; use s3://bucket/prefix"),
+        *((odd, f"{odd!r} is not an S3 address; use s3://bucket/prefix")
+          for odd in ("s3:/bucket/x", "S3:/bucket/x", "s3:bucket/x")),
+        ("gs:/bucket/x", "'gs:/bucket/x' is no address; use a path, or s3://bucket/prefix"),
+        ("file://data/x", "'file://data/x' must be file:///path, with three slashes; or give the "
+         "path"),
+        ("s3://b/runs/../x", "'s3://b/runs/../x' must have no part '.' or '..', which S3 does not "
+         "follow"),
+        *((odd, f"{odd!r} must have no blanks around it and no control characters, such as the end "
+           "of a line that was copied with it")
+          for odd in ("s3://b/x\r", "runs\n", " runs", "ru\0ns")),
+        *((odd, f"{odd!r} begins with a variable that no shell has put in; put it in")
+          for odd in ("$SCRATCH/runs", "${HOME}/x")),
     ],
-)
+)  # fmt: skip
 def test_an_address_that_leads_nowhere_is_refused(uri, message):
     with pytest.raises(ValueError) as refused:
         at(uri)
@@ -362,6 +415,8 @@ def test_addresses_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert at("runs/x").uri == str(tmp_path / "runs" / "x") == at(f"file://{tmp_path}/runs/x").uri
     assert at("s3://bucket/a/b/").uri == "s3://bucket/a/b"
+    assert at("s3://bucket//a///b").uri == at("s3://bucket/a").child("b").uri
+    assert at("./runs//x/").uri == at("runs/x").uri and at("what $it costs").is_local
     assert at("s3://bucket").child("a").uri == "s3://bucket/a"
     assert isinstance(at("~"), LocalStorage) and at("~").path == Path.home()
     with pytest.raises(ValueError, match="s3://bucket is not a local folder"):

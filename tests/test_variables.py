@@ -138,6 +138,7 @@ BAD = {
     "RAY_AUTH_MODE": ["yes", "tokens"],
     "RAY_AUTH_TOKEN_PATH": [" /x"],
     "AWS_MAX_ATTEMPTS": ["0", "many", "\u0665"],
+    "AWS_RETRY_MODE": ["patient"],
     "AWS_ENDPOINT_URL": ["localhost:9000", "ftp://x", "http://", "http://a b"],
     "AWS_ENDPOINT_URL_S3": ["x"],
     "AWS_REGION": ["us east 1"],
@@ -161,6 +162,7 @@ GOOD = {
     "RAY_AUTH_MODE": ["token", "disabled"], "AWS_ENDPOINT_URL": ["http://[::1]:9", "https://s3.x/y"],
     "RAY_JOB_CONFIG_JSON_ENV_VAR": ["{}", '{"runtime_env": {"env_vars": {"A": "b"}}}',
                                     '{"runtime_env": null}', '{"runtime_env": {"env_vars": null}}'],
+    "AWS_RETRY_MODE": ["legacy", "standard", "adaptive"],
     "MASTER_ADDR": ["node-1.x", "fe80::1%eth0"], "MASTER_PORT": ["29500"],
 }  # fmt: skip
 

@@ -229,6 +229,7 @@ class Batches:
 
     Args:
         device_rows: all rows of the reader, on the device where batches are to be made.
+        block: rows that are shuffled together; 0: those whose shards may be open together.
     """
 
     def __init__(
@@ -239,6 +240,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         device_rows: DeviceRows | None = None,
+        block: int = 0,
     ) -> None:
         require(
             config.batch_size % world_size == 0,
@@ -249,7 +251,7 @@ class Batches:
         self.reader, self.layout, self.config = reader, layout, config
         self.rank, self.world_size, self.device_rows = rank, world_size, device_rows
         # The order hangs on the reader's block, and so on how many shards fit in its memory.
-        self.order = RowOrder(len(reader), config.seed, reader.shuffle_block)
+        self.order = RowOrder(len(reader), config.seed, block or reader.shuffle_block)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -2,13 +2,17 @@
 
 The same content gives the same pixels, whatever it was saved as without loss. In the file:
 
-    orientation 1 to 8            turned upright (of EXIF, XMP or TIFF); another number: is upright
-    1 to 8 bits of grey, palettes what they show; TIFF may say that 0 is white
-    16 bits, grey or colours      the high byte, which is what Pillow gives of colours
+    orientation 1 to 8            turned upright (of EXIF, XMP, TIFF, or text in a PNG); another
+                                  number: is upright
+    1 to 8 bits of grey, palettes what they show; TIFF may say that 0 is white, and must say which
+    16 bits, grey or colours      the high byte, which is what Pillow gives of colours; refused if
+                                  that is below 16 everywhere: 8 or 12 bits in the place of 16
     12 bits (TIFF)                the highest 8
+    JPEG 2000                     of 8 bits or more; with fewer, or with a sign: refused
     integers of 32 bits (TIFF)    16 bits if the largest is in (255, 65535]; else refused, since
                                   nothing says what is white
-    floats, numbers with a sign   refused for the same reason
+    floats, numbers with a sign   refused for the same reason; FITS of more than 8 bits, too
+    a fourth channel of a TIFF    refused where nothing says what it is
     transparency of any kind      laid on white, as on a page; opaque: dropped
     transparent everywhere        refused: an alpha channel that was never filled
     CMYK, YCCK                    by its profile, else R = (1 - C)(1 - K) and its like
@@ -19,15 +23,18 @@ The same content gives the same pixels, whatever it was saved as without loss. I
     a broken profile, or one of   refused
       other channels; broken EXIF
     PNG without a profile         gAMA is applied; cHRM or cICP other than sRGB's: refused
+    AVIF, JPEG 2000 without one   colours by numbers (nclx, enumerated) other than sRGB's: refused
     Adobe RGB by EXIF alone       refused
     several frames or pages       refused: which is meant is not said; of MPO the first, to which
-                                  cameras append copies and depths
-    cut off, wrong checksums,     refused
+                                  cameras append copies and depths; of icons the largest
+    cut off, zeros in place of    refused
+      the end, wrong checksums,
       over 89 million pixels
 """
 
 import hashlib
 import io
+import re
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -38,6 +45,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from mambaflow.checks import require
 
+VERSION = 2
+"""Another one where a picture comes to mean something else: it is then read anew."""
 Pixels = UInt8[np.ndarray, "h w 3"]
 Grey = UInt8[np.ndarray, "h w"]
 # Pillow's own bound, above which it only warns.
@@ -48,9 +57,18 @@ ALPHA = ("RGBA", "RGBa", "LA", "La", "PA", "P")
 SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, red, green, blue
 SRGB_GAMMA, SAME_GAMMA, SAME_PRIMARY = 1 / 2.2, 0.01, 0.01
 SRGB_CICP = (1, 13, 0, 1)  # ITU-T H.273: BT.709 primaries, sRGB's curve, RGB, full range
+# Of the same standard, 2 for "not stated", and the other curves of BT.709.
+NCLX_PRIMARIES, NCLX_CURVES = {1, 2}, {1, 2, 6, 13, 14, 15}
+# Of JPEG 2000: inks, sRGB, its grey, its YCC.
+COLOUR_SPACES = {12, 16, 17, 18}
 # Names of TIFF and EXIF tags.
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT, INTEROPERABILITY = 258, 262, 274, 339, 0xA005
-SIGNED = 2  # of SAMPLE_FORMAT
+SAMPLES, PLANES, PALETTE, EXTRA, SLICES = 277, 284, 320, 338, 32997
+SIGNED, APART = 2, 2  # of SAMPLE_FORMAT, of PLANES
+IN_XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>)\s*([0-9])""")
+LEAST_WHITE = 16
+"""Of 255: a picture of 16 bits that nowhere comes so far is of 12 bits or fewer, more often than it
+is that dark."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -71,12 +89,19 @@ def decode(data: bytes) -> Pixels:
     _verify(data)
     with Image.open(io.BytesIO(data)) as image:
         _require_one_picture(image)
+        # Asked of the file's own image, which alone has EXIF, and before Pillow turns a TIFF.
+        turn = TURNS.get(_orientation(image))
         image.load()  # raises where data are cut off
         _require_stated_inks(image)
+        if image.format == "TIFF":
+            _require_stated_layout(image)
+        if image.format == "JPEG2000":
+            _require_plain_samples(data)
         alpha = _alpha(image, data)
-        # Asked of the file's own image: what is made of it has no EXIF.
-        turn = TURNS.get(_exif(image).get(ORIENTATION, 1))
-        pixels = np.asarray(_in_srgb(image, _channels(image, data), data).convert("RGB"))
+        channels = _channels(image)
+        if alpha is None and _is_deep_colour(image, data):
+            _require_light(int(np.asarray(channels).max()))
+        pixels = np.asarray(_in_srgb(image, channels, data).convert("RGB"))
     laid = pixels if alpha is None else _on_white(pixels, alpha)
     return laid if turn is None else np.asarray(Image.fromarray(laid).transpose(turn))
 
@@ -88,13 +113,42 @@ def _verify(data: bytes) -> None:
         with Image.open(io.BytesIO(data)) as image:
             if image.format == "PNG":
                 image.verify()
+            kind = image.format
     except UnidentifiedImageError as error:
         raise ValueError(_unknown(data)) from error
+    # Nor do these decoders mind zeros, as in a file whose end was never written.
+    whole = _has_end(data) if kind in ("JPEG", "MPO") else _is_filled(kind, data)
+    require(whole, "its end is missing: fetch it again")
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether a JPEG has its last marker, behind the segments that may hold a smaller picture."""
+    place = 2
+    while data[place : place + 2] != b"\xff\xda":
+        if place + 4 > len(data) or data[place] != 0xFF:
+            return True  # padded, or broken: left to the decoder
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return data.find(b"\xff\xd9", place) >= 0
+
+
+def _is_filled(kind: str | None, data: bytes) -> bool:
+    """Whether a file of a compressing format has more at its end than zeros."""
+    if kind == "WEBP":  # which says its length, and may be padded
+        data = data[: 8 + int.from_bytes(data[4:8], "little")]
+    zeros = len(data) - len(data.rstrip(b"\0"))
+    return kind not in ("WEBP", "AVIF") or zeros <= max(64, len(data) // 8)
 
 
 def _unknown(data: bytes) -> str:
+    if not data:
+        return "holds no bytes: there is a name alone, or nothing; fetch the picture itself"
     if data.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS stands in the picture's place; fetch it by git lfs pull"
+    if data.startswith((b"II*\0", b"MM\0*")):
+        return (
+            f"a TIFF ({len(data)} bytes) that is cut off, or of a kind that cannot be read, as of "
+            "floats, of 16 bits with a sign or with grey and alpha; save it with 8 bits a channel"
+        )
     return f"no picture that can be read: {len(data)} bytes that begin with {data[:12]!r}"
 
 
@@ -103,6 +157,31 @@ def _exif(image: Image.Image) -> Image.Exif:
         return image.getexif()
     except Exception as error:  # Pillow has no one error for it
         raise ValueError(f"its EXIF is broken ({error}); save it without") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a picture that is not unpacked yet is stored, as EXIF counts."""
+    stated = _exif(image).get(ORIENTATION)
+    if stated is not None:
+        # As it unpacks a TIFF Pillow turns it, by what it has found itself.
+        return 1 if image.format == "TIFF" else stated
+    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+    hidden = _hidden(image)
+    for text in (xmp.encode() if isinstance(xmp, str) else xmp, *hidden):
+        if found := IN_XMP.search(text):
+            return int(found[1])
+    for text in hidden:
+        if text.startswith(b"Exif\0\0"):
+            exif = Image.Exif()
+            exif.load(text)
+            return int(exif.get(ORIENTATION, 1))
+    return 1
+
+
+def _hidden(image: Image.Image) -> list[bytes]:
+    """What ImageMagick writes into texts of a PNG: digits below three lines of a head."""
+    texts = (t for n, t in image.info.items() if str(n).startswith("Raw profile type "))
+    return [bytes.fromhex("".join(str(text).split("\n")[3:])) for text in texts]
 
 
 def _require_one_picture(image: Image.Image) -> None:
@@ -117,6 +196,10 @@ def _require_one_picture(image: Image.Image) -> None:
         frames == 1 or image.format == "MPO",
         f"holds {frames} frames, and nothing says which is meant; save that one as PNG",
     )
+    # Pillow would fill the rest with whatever colour comes first.
+    tiles = getattr(image, "tile", None) if image.format == "GIF" else None
+    filled = not tiles or tiles[0][1] == (0, 0, width, height)
+    require(filled, "a GIF that its frame does not fill; save it as PNG")
 
 
 def _require_stated_inks(image: Image.Image) -> None:
@@ -127,10 +210,68 @@ def _require_stated_inks(image: Image.Image) -> None:
     )
 
 
+def _require_stated_layout(image: Image.Image) -> None:
+    """Refuse a TIFF that leaves open what its numbers are, or of which Pillow mixes them up."""
+    bits, samples = _tag(image, BITS) or 1, _tag(image, SAMPLES) or 1
+    require(
+        _tag(image, PHOTOMETRIC) is not None,
+        "a TIFF that does not say whether 0 is black; save it as PNG",
+    )
+    require(
+        image.mode not in ("RGBA", "RGBX") or _tag(image, EXTRA) is not None,
+        "a TIFF of four channels that does not say what the fourth is; save it with three, or as "
+        "PNG with alpha",
+    )
+    require(
+        not (_tag(image, PLANES) == APART and bits > 8 and samples > 1),
+        f"a TIFF of {bits} bits with each channel by itself, which cannot be read; save it as PNG",
+    )
+
+    slices, palette = _tag(image, SLICES) or 1, getattr(image, "tag_v2", {}).get(PALETTE)
+    require(slices == 1, f"holds {slices} slices, and nothing says which is meant; save one as PNG")
+    if image.mode == "P" and palette:
+        _require_light(max(palette) >> 8)
+
+
+def _samples(data: bytes) -> list[int]:
+    """Of a JPEG 2000: the bits of each channel, below 0 where they have a sign."""
+    place = data.find(b"\xff\x51") + 38
+    count = int.from_bytes(data[place : place + 2], "big")
+    stated = data[place + 2 : place + 2 + 3 * count : 3]
+    return [((s & 127) + 1) * (-1 if s & 128 else 1) for s in stated]
+
+
+def _require_plain_samples(data: bytes) -> None:
+    bits = _samples(data)
+    require(
+        min(bits, default=0) >= 8,
+        f"a JPEG 2000 of channels of {bits} bits, of which those below 0 have a sign; save it with "
+        "8 or more without",
+    )
+
+
 # Channels of 8 bits
 
 
-def _channels(image: Image.Image, data: bytes) -> Image.Image:
+def _is_deep_colour(image: Image.Image, data: bytes) -> bool:
+    """Whether Pillow has left out the low bytes of 16 bits."""
+    if image.mode.startswith("I"):
+        return False
+    if image.format == "JPEG2000":
+        return max(_samples(data)) == 16
+    return data[24] == 16 if image.format == "PNG" else _tag(image, BITS) == 16
+
+
+def _require_light(high: int) -> None:
+    """Refuse 16 bits whose largest high byte this is."""
+    require(
+        high >= LEAST_WHITE,
+        f"16 bits of which none is above {(high << 8) + 255}: nearly black, as where 8 or 12 bits "
+        "stand in the place of 16; scale them, or save it with 8 bits",
+    )
+
+
+def _channels(image: Image.Image) -> Image.Image:
     """L, RGB, CMYK or LAB, without alpha."""
     require(
         # Pillow looks at it where there are more than 8 bits.
@@ -158,11 +299,22 @@ def _channels(image: Image.Image, data: bytes) -> Image.Image:
 def _deep_grey(image: Image.Image) -> Integer[np.ndarray, "h w"]:
     """Grey of more than 8 bits, 0 for black."""
     values = np.asarray(image).astype(np.int64)
+    require(
+        image.format != "FITS",
+        "FITS of more than 8 bits, of which nothing says what is white; save it with 8 bits",
+    )
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # which state that 65535 is white
         _require_16_bits(image, values)
+    if _depth(image) == 16 and not _is_spread(values):
+        _require_light(int(values.max()) >> 8)
     # Pillow turns 8 bits round where TIFF says that 0 is white, and leaves 16 as they are.
     negative = image.format == "TIFF" and _tag(image, PHOTOMETRIC) == 0
     return 2 ** _depth(image) - 1 - values if negative else values
+
+
+def _is_spread(values: Integer[np.ndarray, "h w"]) -> bool:
+    """Whether these are 8 bits that fill 16."""
+    return not (values % 257).any() or not (values % 256).any()
 
 
 def _require_16_bits(image: Image.Image, values: Integer[np.ndarray, "h w"]) -> None:
@@ -236,11 +388,72 @@ def _on_white(pixels: Pixels, alpha: Grey) -> Pixels:
 
 
 def _in_srgb(image: Image.Image, channels: Image.Image, data: bytes) -> Image.Image:
-    profile = image.info.get("icc_profile")
+    profile = _profile(image, data)
     if profile:
         return _by_profile(channels, profile)
     _require_no_adobe_rgb(image)
+    if image.format in ("AVIF", "JPEG2000"):
+        _require_srgb_boxes(image, data)
     return _by_png(image, channels, data) if image.format == "PNG" else channels
+
+
+def _profile(image: Image.Image, data: bytes) -> bytes | None:
+    """The colour profile, of which Pillow finds nothing in some formats."""
+    found = image.info.get("icc_profile")
+    require(
+        found is not None or "icc_profile" not in image.info,
+        "its colour profile is there in part alone, or broken; save it as sRGB",
+    )
+    if image.format == "GIF":
+        return _of_gif(data)
+    if image.format == "BMP":
+        return _of_bmp(data)
+    if image.format == "JPEG2000":
+        return next((box[3:] for box in _colour_boxes(data) if box[:1] in (b"\2", b"\3")), None)
+    return found
+
+
+def _of_gif(data: bytes) -> bytes | None:
+    """Of the ICC's own extension: blocks, each behind its length, up to an empty one."""
+    head = b"!\xff\x0bICCRGBG1012"
+    place, parts = data.find(head) + len(head), []
+    if place < len(head):
+        return None
+    while size := data[place]:
+        parts.append(data[place + 1 : place + 1 + size])
+        place += 1 + size
+    return b"".join(parts)
+
+
+def _of_bmp(data: bytes) -> bytes | None:
+    """Of a header of the fifth version, whose places count from its own beginning."""
+    if int.from_bytes(data[14:18], "little") < 124 or data[70:74] != b"DEBM":
+        return None
+    place, size = struct.unpack("<II", data[126:134])
+    return data[14 + place : 14 + place + size]
+
+
+def _colour_boxes(data: bytes) -> Iterator[bytes]:
+    """What JPEG 2000 and AVIF say of colours."""
+    place = data.find(b"colr")
+    while place >= 4:
+        (length,) = struct.unpack(">I", data[place - 4 : place])
+        yield data[place + 4 : place - 4 + length]
+        place = data.find(b"colr", place + 4)
+
+
+def _require_srgb_boxes(image: Image.Image, data: bytes) -> None:
+    for box in _colour_boxes(data):
+        if image.format == "AVIF" and box.startswith(b"nclx"):
+            primaries, curve = struct.unpack(">HH", box[4:8])
+            good = primaries in NCLX_PRIMARIES and curve in NCLX_CURVES
+            told = f"primaries {primaries} and curve {curve}"
+        elif image.format == "JPEG2000" and box[:1] == b"\1":
+            (space,) = struct.unpack(">I", box[3:7])
+            good, told = space in COLOUR_SPACES, f"colour space {space}"
+        else:
+            continue
+        require(good, f"not sRGB's: {told}, and there is no profile; save it as sRGB")
 
 
 def _by_profile(channels: Image.Image, profile: bytes) -> Image.Image:

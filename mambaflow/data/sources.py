@@ -34,9 +34,11 @@ from mambaflow.data.tree import (
     Found,
     SourceError,
     Tree,
+    nearly_split,
     parquet,
     pictures,
     stray_parquet,
+    with_pictures,
 )
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks
@@ -45,6 +47,8 @@ EMBEDDED = ("sample", "cifar10")
 CIFAR10_FOLDER = "cifar-10-batches-py"
 # Threads that hash the files of a folder; digits of a whole sha256.
 READERS, FULL = 8, 64
+# Columns of tables that say of which split a row is; words of one that are looked at.
+SPLIT_COLUMNS, MANY = {"split", "subset", "partition", "usage", "set"}, 100
 # Begins a folder's fingerprint: earlier versions' was of the names and sizes of its files.
 OF_BYTES = "bytes_"
 log = logging.getLogger(__name__)
@@ -188,6 +192,11 @@ def open_source(
     Raises:
         SourceError: it is none of these.
     """
+    if label_column and labels != "keep":
+        raise SourceError(
+            f"label_column (={label_column!r}) names labels that labels (={labels!r}) leaves out; "
+            "leave one of them out"
+        )
     source = _open(
         address, Path(download_to), Columns(image_column, label_column, labels == "keep")
     )
@@ -225,6 +234,11 @@ def _named(address: str) -> Path:
 def _open_folder(path: Path, columns: "Columns") -> Source:
     # torchvision's folder before a folder of images, which it would else be taken for.
     if (path / CIFAR10_FOLDER).is_dir():
+        if others := with_pictures(path, CIFAR10_FOLDER):
+            raise SourceError(
+                f"{path} holds {CIFAR10_FOLDER}, and pictures in {others[0].name}/; give --source "
+                f"{path / CIFAR10_FOLDER}, or the folder of those"
+            )
         return Cifar10(path, download=False)
     if all((path / name).is_file() for name in ("data_batch_1", "test_batch")):
         return Cifar10(path.parent, download=False, within=path.name, address=path)
@@ -385,7 +399,14 @@ def _only_labels(group: RowGroup) -> np.ndarray:
 def _labels_of(table: pa.Table, group: RowGroup) -> np.ndarray:
     if not group.label:
         return np.full(group.rows, -1)
-    return pc.fill_null(table[group.label], -1).to_numpy().astype(np.int64)
+    try:
+        # Before nulls are filled: an unsigned column would not take the -1.
+        labels = table[group.label].cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise SourceError(
+            f"{group.file} has labels beyond 64 bits ({error}); leave them out by --labels ignore"
+        ) from error
+    return pc.fill_null(labels, -1).to_numpy()
 
 
 def _parquet(file: Path) -> pq.ParquetFile:
@@ -405,17 +426,37 @@ def _groups(file: Path, columns: Columns) -> list[RowGroup]:
     opened = _parquet(file)
     about = opened.metadata
     image, label = _columns_of(file, opened.schema_arrow, columns)
+    _refuse_rows_of_splits(file, opened)
     return [
         RowGroup(file, number, about.row_group(number).num_rows, image, label)
         for number in range(about.num_row_groups)
     ]
 
 
+def _refuse_rows_of_splits(file: Path, opened: pq.ParquetFile) -> None:
+    """Refuse a table that says in a column of which split each row is."""
+    for kind in opened.schema_arrow:
+        # Text, or a dictionary of it.
+        if kind.name.lower() in SPLIT_COLUMNS and "string" in str(kind.type):
+            words = pc.unique(opened.read([kind.name])[kind.name].combine_chunks()).to_pylist()
+            named = {nearly_split(word or "") for word in words[:MANY]} - {""}
+            if len(named) > 1:
+                raise SourceError(
+                    f"{file} holds rows of several splits, by its column {kind.name} "
+                    f"({', '.join(map(str, words[:5]))}); write each split to a file of its own"
+                )
+
+
 def _columns_of(file: Path, schema: pa.Schema, columns: Columns) -> tuple[str, str]:
     """The columns of images and labels, the second "" where labels are not wanted."""
     kinds = f"columns {dict(zip(schema.names, map(str, schema.types), strict=True))}"
     usual = [columns.image] if columns.image else ["img", "image"]
-    image = next((name for name in usual if name in schema.names), None)
+    there = [name for name in usual if name in schema.names]
+    if len(there) > 1:
+        raise SourceError(f"{file} has {kinds}: both img and image; choose by --image-column")
+    image = there[0] if there else None
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise SourceError(f"{file} has {twice[0]} twice among its columns; rename one of them")
     label = (columns.label or "label") if columns.labelled else ""
     if image is None or (label and label not in schema.names):
         raise SourceError(
@@ -425,9 +466,10 @@ def _columns_of(file: Path, schema: pa.Schema, columns: Columns) -> tuple[str, s
         )
     kind = schema.field(image).type
     encoded = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    encoded = encoded and str(kind.field("bytes").type).removeprefix("large_") == "binary"
     if not encoded or (label and not pa.types.is_integer(schema.field(label).type)):
         raise SourceError(
-            f"{file} has {kinds}; {image} must be struct<bytes, path>"
+            f"{file} has {kinds}; {image} must be struct<bytes, path> of encoded pictures"
             f"{' and ' * bool(label)}{label}{' an integer' * bool(label)}; choose by "
             "--image-column and --label-column, or leave labels out by --labels ignore"
         )
@@ -482,7 +524,13 @@ class FolderSource(Source):
 
     def found(self) -> Found:
         counts = {split: self.count(split) for split in SPLITS}
-        return Found(counts, tuple(self.classes), self.tree.passed)
+        lost = {split: self._lost(split) for split in SPLITS if self._lost(split)}
+        return Found(counts, tuple(self.classes), self.tree.passed, lost)
+
+    def _lost(self, split: str) -> tuple[str, ...]:
+        """Classes that training has not."""
+        named = {self.tree.class_of(split, f) for f in self.files.get(split, [])} - {None}
+        return tuple(sorted(map(str, named - {*self.classes}))) if self.classes else ()
 
     @cached_property
     def _label(self) -> dict[str | None, int]:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int
 
 from mambaflow.checks import require
+from mambaflow.data.decode import VERSION
 from mambaflow.data.pixels import reduced
 from mambaflow.data.random_bits import drawn
 from mambaflow.data.shards import (
@@ -48,10 +49,11 @@ from mambaflow.data.sources import (
     embedded,
     open_source,
 )
+from mambaflow.run_paths import FIRST_OF, require_free
 from mambaflow.storage import Storage, StorageError, at
 
 # Beside the shards' own names: a listing of "shard-" sees neither.
-CLAIM, NOTES = "claim.json", "staging"
+CLAIM, NOTES = FIRST_OF["staged data"], "staging"
 TOLD = 3  # images in two splits that are named
 LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
@@ -111,11 +113,12 @@ class StageConfig:
         )
         # 256: a pixel's place must fit in 16 bits, in a shard and where masks are ranked.
         require(1 <= self.size <= 256, f"size (={self.size}) must be in [1, 256]; use 32")
-        require(
-            self.known > 0,
-            f"known_ratio (={self.known_ratio}) keeps no pixel of {self.size} x {self.size}; "
-            f"use at least {1 / self.size**2:.3g}",
-        )
+        for name, pixels in (("known_ratio", self.known), ("target_ratio", self.target)):
+            require(
+                pixels > 0,
+                f"{name} (={getattr(self, name)}) keeps no pixel of {self.size} x {self.size}; "
+                f"use at least {1 / self.size**2:.3g}",
+            )
         require(
             0 <= self.mask_seed < 2**32,
             f"mask_seed (={self.mask_seed}) must be in [0, 2^32); use 42",
@@ -274,13 +277,24 @@ def stake_claim(out: str, parts: list[SplitPlan]) -> None:
             log.debug("no manifest that could be in the way: %s", error)
         else:
             _refuse(out, part.spec.split, theirs, part.claim)
+    require_free(at(out), CLAIM, f"out (={out})", "give another --out")
     # Of many processes one creates the file. The others find it whole, go on where it is their own
     # staging too, and are refused where it is another.
     ours = {part.spec.split: part.claim for part in parts}
     if not at(out).create(CLAIM, _json(ours)):
+        for split, claim in _claimed(out, ours).items():
+            _refuse(out, split, claim, ours[split])
+
+
+def _claimed(out: str, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
+    try:
         theirs = json.loads(at(out).read(CLAIM))
-        for split in ours:
-            _refuse(out, split, theirs[split], ours[split])
+        return {split: dict(theirs[split]) for split in splits}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"out (={out}) holds a {CLAIM} that is damaged ({error!r}); give another --out, or "
+            "remove that folder"
+        ) from error
 
 
 def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -362,7 +376,7 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     # The shard, then its note: where a note is, the shard is whole. Two that make the same shard at
     # once write the same bytes.
     split.write(name, data)
-    about = {"corrupt": corrupt, "contents": contents, "content": content}
+    about = {"decoder": VERSION, "corrupt": corrupt, "contents": contents, "content": content}
     note = {"claim": task.claim_hash, "info": asdict(info), **about}
     split.write(f"{NOTES}/{name}.json", _json(note))
     return ShardResult(task.spec.split, info, False, corrupt, contents, content)
@@ -379,13 +393,12 @@ def _made(task: ShardTask) -> ShardResult | None:
         return None
     require(
         # By the note, since a claim may have been deleted and another made in its place.
-        note["claim"] == task.claim_hash,
+        note.get("claim") == task.claim_hash,
         f"out (={task.out}) holds a shard of another staging ({task.spec.split}/{name}); "
         "give another --out, or remove that folder",
     )
-    # Of an earlier version, which turned no picture upright and knew no profile: its pixels may be
-    # others than those that are in the same files now.
-    if "contents" not in note:
+    # Of an earlier version, to which the same files had other pixels.
+    if note.get("decoder") != VERSION:
         return None
     # By its bytes, not by being there: what was damaged since is made again.
     info = ShardInfo(**note["info"])

@@ -4,17 +4,20 @@ The rules, of which none looks at what is in a file:
 
 - Hidden names, and those that systems and programs leave behind (`LEFT_BEHIND`), are no data.
 - A picture is a file with an ending of a format that Pillow unpacks. Other files are passed over.
-- A split is a folder called train or training, val, valid or validation, test or testing, in any
-  case, with a year or without. Folders such as trainA and testA are nearly that, and refused.
+- A split is a folder called train or training, val, valid, validation or dev, test or testing, in
+  any case, with a year or without. Folders such as trainA and testset are nearly that, and refused.
 - Without splits the folder itself is training.
 - Inside a split: CLASS/NAME, else CLASS/images/NAME; where no folder has pictures: NAME, without
-  classes. What lies deeper is passed over, unless a class would vanish with it: that is refused.
-- Parquet is data before pictures are: of the folder, else of data/, else of its one folder that has
-  some. A file's split is the word that its name begins with, or its folder.
+  classes. What lies deeper is passed over, unless a class would vanish with it: that is refused, as
+  are two classes that are one folder, and masks/ beside images/.
+- Parquet is data before pictures are: of the folder or of data/, else of its one folder that has
+  some. A file's split is the word that its name begins with, or its folder; of a split's files all
+  must be of one set, and there.
 """
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,13 +28,35 @@ from PIL import Image
 
 SPLITS = {
     "train": ("train", "training"),
-    "validation": ("val", "valid", "validation"),
+    "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
 LEFT_BEHIND = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "lost+found", "@eadir",
-    "system volume information", "__pycache__", "icon\r",
+    "system volume information", "__pycache__", "icon\r", "#recycle", "@recycle", "recycler",
+    "#snapshot", "~snapshot", "@recently-snapshot", "found.000", "temporary items",
+    "network trash folder", "picasa.ini", "ehthumbs_vista.db",
 }  # fmt: skip
+# What else a split is called, never a split's whole name for certain; the short ones only beside
+# another word, as in imagesTr: alone they are languages, too.
+NEARLY = {
+    "train": ("trn", "tr"),
+    "validation": ("vld", "validate", "development"),
+    "test": ("tst", "ts", "te", "eval", "evaluation", "holdout"),
+}
+# Words that tell nothing of what is on pictures: test_images is no class, and test_tube is one.
+OF_ANYTHING = {
+    "set", "sets", "data", "dataset", "image", "images", "img", "imgs", "pic", "pics", "picture",
+    "pictures", "photo", "photos", "sample", "samples", "split", "part", "dir", "folder", "the",
+    "my", "full", "small", "new", "old", "raw",
+}  # fmt: skip
+# What a folder is called that has for each picture of another one what is where.
+MASKS = {
+    "mask", "masks", "label", "labels", "annotation", "annotations", "gt", "groundtruth", "trimaps",
+    "segmentation", "segmentations", "segmentationclass", "segmentationobject", "target", "targets",
+    "depth",
+}  # fmt: skip
+MASKED = {"image", "images", "img", "imgs", "jpegimages", "input", "inputs", "photos", "pictures"}
 # Drawings, films and tables: Pillow knows their endings, and has no pixels of them by itself.
 NO_PIXELS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 PARQUET = {".parquet", ".pq"}
@@ -80,6 +105,8 @@ class Found:
     """In each split that it has."""
     classes: tuple[str, ...] = ()
     passed: PassedOver = field(default_factory=PassedOver)
+    lost: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """In each split, classes that training has not."""
 
     def lines(self) -> list[str]:
         """For a person, before anything is done with it."""
@@ -91,7 +118,25 @@ class Found:
         of = f"{len(self.classes)} classes: {named}" if self.classes else "no classes by name"
         cut = [s for s in ("validation", "test") if not self.images.get(s)]
         after = f"; {' and '.join(cut)} will be cut out of train" if cut else ""
-        return [f"found {', '.join(held)}{after}; {of}", *self.passed.lines()]
+        return [f"found {', '.join(held)}{after}; {of}", *self._odd_classes(), *self.passed.lines()]
+
+    def _odd_classes(self) -> list[str]:
+        """What of the classes is seldom meant."""
+        alike: dict[str, list[str]] = defaultdict(list)
+        for name in self.classes:
+            alike[unicodedata.normalize("NFC", name).casefold()].append(name)
+        twice = [f"{', '.join(names)}" for names in alike.values() if len(names) > 1]
+        lines = [f"classes that differ in case or accents' code alone: {twice[0]}"] if twice else []
+        numbers = [int(name) for name in self.classes if name.isdecimal()]
+        if len(numbers) == len(self.classes) and numbers != sorted(numbers):
+            place = next(i for i, n in enumerate(numbers) if n != i)
+            lines.append(
+                f"labels are places in the order of text: {place} is class {numbers[place]}"
+            )
+        for split, names in self.lost.items():
+            told = ", ".join(names[:NAMED]) + ", …" * (len(names) > NAMED)
+            lines.append(f"no label in {split}, of classes that train lacks: {told}")
+        return lines
 
 
 @dataclass
@@ -114,10 +159,34 @@ def split_of(name: str) -> str | None:
     return next((split for split, words in SPLITS.items() if word in words), None)
 
 
+def nearly_split(name: str) -> str:
+    """The split that a word is, or that is a part of it; "" for none."""
+    return split_of(name) or _nearly(name) or ""
+
+
+def _words(name: str) -> list[str]:
+    """Those of a name such as trainA, seg_test or testset, in small letters."""
+    words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    ends = "|".join(OF_ANYTHING)
+    kinds = [word for words in (*SPLITS.values(), *NEARLY.values()) for word in words]
+    known = "|".join(word for word in kinds if len(word) > 2)
+    cut = [re.fullmatch(rf"({known})({ends})", w) for w in words]
+    return [
+        part for w, two in zip(words, cut, strict=True) for part in (two.groups() if two else [w])
+    ]
+
+
 def _nearly(name: str) -> str | None:
     """The split that is a word of a name such as trainA or seg_test, and not the whole of it."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
-    return next((s for w in words if (s := split_of(w))), None) if not split_of(name) else None
+    words, nearly = _words(name), {w: split for split, ws in NEARLY.items() for w in ws}
+    found = (split_of(w) or nearly.get(w if len(w) > 2 or len(words) > 1 else "") for w in words)
+    return next((split for split in found if split), None) if not split_of(name) else None
+
+
+def _is_of_anything(name: str) -> bool:
+    """Whether a name that is nearly a split's says nothing besides."""
+    nearly = {word for words in (*SPLITS.values(), *NEARLY.values()) for word in words}
+    return all(w in nearly or w in OF_ANYTHING or len(w) == 1 for w in _words(name))
 
 
 # Listing
@@ -156,8 +225,10 @@ def _listed(folder: Path, passed: PassedOver) -> _Listing:
 
 def _pass_kinds(files: Iterable[Path], passed: PassedOver) -> None:
     for file in files:
-        kind = f"{file.suffix.lower()} file(s)" if file.suffix else "file(s) without an ending"
-        passed.add(kind, "no pictures that can be read", file)
+        ending = file.suffix.lower()
+        why = "no pictures that can be read" if ending else "a picture's name ends in .png or such"
+        why = "not of the set that is read" if ending in PARQUET else why
+        passed.add(f"{ending} file(s)" if ending else "file(s) without an ending", why, file)
 
 
 def _require_there(files: Iterable[Path]) -> None:
@@ -197,6 +268,7 @@ def pictures(root: Path) -> Tree:
         for folder in (f for f in top.folders if f not in splits.values()):
             passed.add("picture(s)", "in folders that are no split", *_deep(folder, passed))
     splits = splits or {"train": root}
+    _require_distinct(splits.values())
     files = {split: _of_split(folder, passed) for split, folder in splits.items()}
     for found in files.values():
         _require_there(found)
@@ -225,12 +297,13 @@ def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
 
 def _refuse_nearly(root: Path, exact: dict[str, list[Path]], others: list[Path]) -> None:
     near = {f: split for f in others if (split := _nearly(f.name))}
+    sure = any(_is_of_anything(f.name) for f in near)
     # One folder such as test_tube among other classes is a class.
-    if near and (exact or len({*near.values()}) > 1 or len(near) == len(others)):
+    if near and (exact or sure or len({*near.values()}) > 1 or len(near) == len(others)):
         raise SourceError(
             f"{_names(near)} in {root} may be splits or classes; call them train, val and test "
-            f"with one folder for each class inside, or give one of them, as --source "
-            f"{next(iter(near))}"
+            f"with one folder for each class inside, call a class otherwise, or give one of them, "
+            f"as --source {next(iter(near))}"
         )
 
 
@@ -239,9 +312,32 @@ def _names(folders: Iterable[Path]) -> str:
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
+def _require_distinct(folders: Iterable[Path]) -> None:
+    """Refuse two names of one folder, whose pictures would count twice."""
+    real: dict[str, Path] = {}
+    for folder in folders:
+        first = real.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise SourceError(f"{first} and {folder} are one folder; remove one of the links")
+
+
+def _refuse_masks(split: Path, classes: Iterable[Path]) -> None:
+    plain = {re.sub(r"[^a-z]", "", f.name.lower()): f for f in classes}
+    masks, pictures = (next((plain[n] for n in plain if n in names), None)
+                       for names in (MASKS, MASKED))  # fmt: skip
+    if masks and pictures:
+        raise SourceError(
+            f"{_names([masks, pictures])} in {split} look like masks of pictures, and no two "
+            f"classes; move {masks} away, or give the pictures alone, as --source {pictures}"
+        )
+
+
 def _of_split(split: Path, passed: PassedOver) -> list[Path]:
     here = _listed(split, passed)
-    found = [picture for folder in here.folders for picture in _of_class(folder, passed)]
+    classes = {folder: _of_class(folder, passed) for folder in here.folders}
+    _require_distinct(folder for folder, taken in classes.items() if taken)
+    _refuse_masks(split, (folder for folder, taken in classes.items() if taken))
+    found = [picture for taken in classes.values() for picture in taken]
     _pass_kinds(here.others, passed)
     if not found:
         return here.pictures
@@ -282,11 +378,11 @@ def parquet(root: Path) -> Tree | None:
     passed = PassedOver()
     top = _listed(root, passed)
     named = [f for f in (root, *top.folders) if _parquet_splits(f, PassedOver())]
-    near = [f for f in named if f in (root, root / "data")][:1] or named
+    near = [f for f in named if f in (root, root / "data")] or named
     if len(near) > 1:
         raise SourceError(
             f"{root} holds several sets of Parquet files, {_names(near)}; give one of them, as "
-            f"--source {near[0]}"
+            f"--source {near[-1]}, or move the others away"
         )
     if not near:
         return None
@@ -303,6 +399,12 @@ def stray_parquet(root: Path) -> list[str]:
     return [f.name for f in _listed(root, PassedOver()).files if f.suffix.lower() in PARQUET]
 
 
+def with_pictures(root: Path, but: str) -> list[Path]:
+    """The folders in a folder, but for one of a name, that have pictures anywhere."""
+    folders = _listed(root, PassedOver()).folders
+    return [f for f in folders if f.name != but and _deep(f, PassedOver())]
+
+
 def _pass_rest(
     top: _Listing, taken: Path, files: dict[str, list[Path]], passed: PassedOver
 ) -> None:
@@ -316,42 +418,93 @@ def _pass_rest(
 def _parquet_splits(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
     """The files of each split: by their names, or in folders that are called so."""
     here, found = _listed(folder, passed), defaultdict(list)
-    for file in (f for f in here.files if f.suffix.lower() in PARQUET):
+    for file in _those_of_parquet(here):
         split = split_of(re.split(r"[^a-z]", file.name.lower())[0])
         if split:
             found[split].append(file)
         else:
             passed.add("Parquet file(s)", "their names begin with no split", file)
+    for split in found:
+        _require_one_name(split, found[split])
     for inner in here.folders:
-        split = split_of(inner.name)
-        files = _listed(inner, PassedOver()).files if split else []
-        found[split or ""] += [f for f in files if f.suffix.lower() in PARQUET]
-    return {s: _one_encoding(s, found[s], passed) for s in SPLITS if found[s]}
+        if split := split_of(inner.name):
+            found[split] += _parquet_in(inner)
+    return {s: _one_set(s, found[s], passed) for s in SPLITS if found[s]}
 
 
-def _one_encoding(split: str, files: list[Path], passed: PassedOver) -> list[Path]:
-    # One data set has one file for a split; other encodings of the same images stay out.
-    exact = [f for f in files if f.stem.lower() in SPLITS[split]]
-    rest = [f for f in files if f not in exact] if exact else []
-    passed.add("Parquet file(s)", f"beside {split} in one file", *rest)
-    return exact or files
+def _those_of_parquet(listing: _Listing) -> list[Path]:
+    return [f for f in listing.files if f.suffix.lower() in PARQUET]
+
+
+def _parquet_in(split: Path) -> list[Path]:
+    here = _listed(split, PassedOver())
+    files = _those_of_parquet(here)
+    for folder in here.folders if files else ():
+        if deeper := _those_of_parquet(_listed(folder, PassedOver())):
+            raise SourceError(
+                f"{split} holds Parquet files, and some in folders of its own, such as "
+                f"{deeper[0]}; move them up, or away"
+            )
+    return files
+
+
+SHARD = re.compile(
+    r"(?P<set>.*?)[-_.]?(?P<number>\d+)(-of-(?P<total>\d+)(?P<hash>-[0-9a-f]{16})?)?"
+)
+"""Such as train-00000-of-00002, with a hash behind it or without; or a number alone."""
+
+
+def _set_of(file: Path) -> str:
+    """The name that the shards of one set have in common."""
+    match = SHARD.fullmatch(file.stem.lower())
+    return match["set"] if match else file.stem.lower()
+
+
+def _require_one_name(split: str, files: list[Path]) -> None:
+    """Refuse several sets for a split by their names, of which none is the split's own."""
+    names = sorted({_set_of(file) for file in files})
+    if len(names) > 1 and not set(names) & set(SPLITS[split]):
+        raise SourceError(
+            f"{files[0].parent} holds {split} in several sets: {', '.join(names[:NAMED])}; give "
+            "one file, or leave one set there"
+        )
+
+
+def _one_set(split: str, files: list[Path], passed: PassedOver) -> list[Path]:
+    # One data set has one name for a split; other encodings of the same images stay out.
+    whole = [f for f in files if f.stem.lower() in SPLITS[split]]
+    chosen = whole or [f for f in files if _set_of(f) in SPLITS[split]] or files
+    rest = [f for f in files if f not in chosen]
+    passed.add("Parquet file(s)", f"beside {split} in one {'file' if whole else 'set'}", *rest)
+    return chosen
 
 
 def _require_all_shards(split: str, files: list[Path]) -> None:
     """Of shards called NAME-00000-of-00002 all must be there, and of one set alone."""
-    sets: dict[str, set[int]] = defaultdict(set)
+    sets: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in files:
-        if match := re.fullmatch(r".*?(\d+)-of-(\d+)", file.stem):
-            sets[match[2]].add(int(match[1]))
+        match = SHARD.fullmatch(file.stem.lower())
+        if match and match["total"] or file.stem.isdecimal():
+            assert match is not None
+            number = int(match["number"])
+            other = sets[match["total"] or ""].setdefault(number, file)
+            if other != file:
+                raise SourceError(
+                    f"{other.name} and {file.name} in {file.parent} are the same shard of {split} "
+                    "twice; remove one of them"
+                )
     if len(sets) > 1:
         raise SourceError(
             f"{files[0].parent} holds {split} in shards of {', '.join(sorted(sets))}: the same "
             "images twice; remove all shards but those of one set"
         )
     for total, there in sets.items():
-        missing = sorted(set(range(int(total))) - there)
+        # Of numbers alone the last is not known.
+        wanted = range(int(total)) if total else range(min(there), max(there))
+        missing = sorted({*wanted} - {*there})
         if missing:
+            told = f"{missing[0]:05d}-of-{total}" if total else f"{missing[0]:04d}"
             raise SourceError(
-                f"{files[0].parent} lacks shard {missing[0]:05d}-of-{total} of {split} "
-                f"({len(missing)} missing); fetch it"
+                f"{files[0].parent} lacks shard {told} of {split} ({len(missing)} missing); "
+                "fetch it"
             )

@@ -46,7 +46,7 @@ from mambaflow.search.budget import timed_steps, with_steps
 from mambaflow.search.conductor import STOP, Conductor, Told
 from mambaflow.search.config import SearchConfig
 from mambaflow.search.ledger import ReplacedError
-from mambaflow.training.preflight import open_run
+from mambaflow.training.preflight import open_run, require_same_run
 from mambaflow.training.process_group import ProcessGroup
 from mambaflow.training.run import Outcome, RunFailed, train
 from mambaflow.variables import state
@@ -173,9 +173,11 @@ class TrialActor(ray.tune.Trainable):
         folder = RunPaths.of(self._run).folder
         if folder.exists(RunPaths.CONFIG):
             before = from_json(folder.read(RunPaths.CONFIG))
-            # The data may have been moved since.
-            data, found = self._run.data, self._run.data_hash
-            run = replace(before, resume=True, data=data, data_hash=found)
+            require_same_run(self._run, before)
+            # The data may have been moved since, and so may the sweep: another one may be where it
+            # was.
+            moved = {n: getattr(self._run, n) for n in ("data", "data_hash", "storage", "run_name")}
+            run = replace(before, resume=True, **moved)
         else:
             run = self._timed()
         open_run(run)

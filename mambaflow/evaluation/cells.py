@@ -118,6 +118,21 @@ class EvaluateConfig:
             "checkpoint (none given) must name a run for the samplers; use --checkpoint RUN, or "
             "--samplers without a name for the classical fills alone",
         )
+        self._require_use_of_settings()
+
+    def _require_use_of_settings(self) -> None:
+        for name, usual, sampler in (("temperature", 0.5, "sde"), ("eta", 0.0, "ddim")):
+            value = getattr(self, name)
+            require(
+                value == usual or sampler in self.samplers,
+                f"{name} (={value:g}) is of {sampler}, which is none of samplers "
+                f"(={' '.join(self.samplers)}); add it, or leave --{name} out",
+            )
+        require(
+            self.grid == "uniform" or bool({*self.samplers} - {"mean"}),
+            f"grid (={self.grid!r}) is of times, which none of samplers "
+            f"(={' '.join(self.samplers)}) takes; add one, or leave --grid out",
+        )
 
 
 @dataclass(frozen=True, order=True)
@@ -195,9 +210,22 @@ def cells(config: EvaluateConfig, names: list[str], spec: ShardSpec) -> list[Cel
         ValueError: a resolution, a share or a number of pixels that these images do not have.
     """
     found = list(_fills(config, spec))
+    axes = not config.cross and (config.resolutions or config.known_shares or config.asked)
     for name, sampler in itertools.product(names, config.samplers):
+        _require_an_answer(sampler, "nfe", config.nfe)
+        if axes:
+            _require_an_answer(sampler, "at_nfe", (config.at_nfe,))
         found += _of_sampler(config, name, sampler, spec)
     return list(dict.fromkeys(found))
+
+
+def _require_an_answer(sampler: str, name: str, budgets: tuple[int, ...]) -> None:
+    least = SOLVERS[sampler].calls_per_step
+    require(
+        any(_calls(sampler, nfe) for nfe in budgets),
+        f"{name} (={' '.join(map(str, budgets))}) is too little for {sampler}, a step of which "
+        f"takes {least} calls; use {least} or more, or leave {sampler} out",
+    )
 
 
 def _fills(config: EvaluateConfig, spec: ShardSpec) -> Iterator[Cell]:

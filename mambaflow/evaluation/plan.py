@@ -19,6 +19,7 @@ from torch import Tensor
 
 import mambaflow
 from mambaflow.checks import require
+from mambaflow.config import ARCHITECTURES
 from mambaflow.data.batches import Layout
 from mambaflow.data.shard_reader import ShardSet, split_hash
 from mambaflow.evaluation.activity import activity, sextile_edges
@@ -130,12 +131,20 @@ def plan(config: EvaluateConfig) -> Plan:
     for name, info in infos.items():
         load_model(info.uri)  # its bytes are whole, and of this version: better now than in hours
         log.info("%s: %s, step %d", name, info.uri, info.step)
+        if name.lower() in {*ARCHITECTURES} - {info.config.arch}:
+            log.warning("%s is of architecture %s: exchanged?", name, info.config.arch)
     asked = cells(config, [*infos], split.spec)
     known = sorted({cell.known for cell in asked})
     taken = order(len(split))
     images = split.rows(taken[: config.limit], pixels=False, images=False).ids.tolist()
     truth = at(config.truth).uri if config.truth else ""
     if truth:
+        size = ShardSet(truth, config.split).spec.size
+        require(
+            size in {cell.resolution for cell in asked},
+            f"truth (={truth}) is of {size} x {size}, and no answer is: nothing would be scored "
+            f"against it; add --resolutions {size}, or leave --truth out",
+        )
         _check_truth(split, ShardSet(truth, config.split), taken[: config.limit])
     lpips = config.lpips
     if lpips not in ("none", "torchvision"):

@@ -1,6 +1,7 @@
 """Rows of an evaluation, and where they are kept.
 
     manifest.json                   what every row depends on besides its key; written once
+    manifest/0001.json              the same with what was added to it by name; the highest counts
     requests/HASH.json              what was asked for, one file for each set of flags
     truths/HASH.parquet             images whose answers are shown, and their known pixels
     rows/CELL/GROUP-HASH.parquet    rows of some images by one way of answering
@@ -13,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -22,9 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mambaflow.evaluation.cells import CELL_FIELDS, Cell, Key, Unit
+from mambaflow.run_paths import FIRST_OF, require_free
 from mambaflow.storage import Storage
 
-MANIFEST = "manifest.json"
+MANIFEST, ADDED = FIRST_OF["results of an evaluation"], "manifest/"
 THREADS = 8
 # Of one image, each a column. What an enlarged answer has is told in evaluation.super_resolution;
 # its psnr, ssim and lpips are against a real image of its size, where there is one.
@@ -85,18 +88,19 @@ class Results:
             ResultsError: rows there depend on something else; nothing was written.
         """
         ours = json.loads(json.dumps(fingerprint))  # as it will be read: lists, and text for keys
-        if self.storage.create(MANIFEST, _json(ours)):
-            return
-        theirs = self.manifest()
-        changed = list(_contradictions(theirs, ours))
-        if changed:
-            raise ResultsError(
-                f"out (={self.storage.uri}) holds results of something else "
-                f"({'; '.join(changed)}); use another --out"
-            )
-        merged = _merged(theirs, ours)
-        if merged != theirs:
-            self.storage.write(MANIFEST, _json(merged))
+        require_free(self.storage, MANIFEST, f"out (={self.storage.uri})", "use another --out")
+        claimed = self.storage.create(MANIFEST, _json(ours))
+        while not claimed:
+            number, theirs = self._newest(), self.manifest()
+            changed = list(_contradictions(theirs, ours))
+            if changed:
+                raise ResultsError(
+                    f"out (={self.storage.uri}) holds results of something else "
+                    f"({'; '.join(changed)}); use another --out"
+                )
+            merged = _merged(theirs, ours)
+            # Of several that add at once one writes the next; the others look at what it added.
+            claimed = merged == theirs or self.storage.create(_added(number + 1), _json(merged))
 
     def manifest(self) -> dict[str, Any]:
         """What `claim` has written.
@@ -104,9 +108,10 @@ class Results:
         Raises:
             ResultsError: there is nothing, or it cannot be read.
         """
-        where = f"{self.storage.uri}/{MANIFEST}"
+        key = _added(number) if (number := self._newest()) else MANIFEST
+        where = f"{self.storage.uri}/{key}"
         try:
-            found: dict[str, Any] = json.loads(self.storage.read(MANIFEST))
+            found: dict[str, Any] = json.loads(self.storage.read(key))
         except FileNotFoundError as error:
             raise ResultsError(
                 f"{where} is not there: no evaluation was started here; run jobs/evaluate.py "
@@ -115,6 +120,11 @@ class Results:
         except ValueError as error:
             raise ResultsError(f"{where} is damaged: {error}; use another --out") from error
         return found
+
+    def _newest(self) -> int:
+        """How often something was added to the manifest."""
+        found = (re.fullmatch(rf"{ADDED}(\d+)\.json", key) for key in self.storage.list(ADDED))
+        return max((int(match[1]) for match in found if match), default=0)
 
     def ask(self, request: Mapping[str, Any]) -> None:
         """Write down what is asked for, for who looks from elsewhere (see `requests`)."""
@@ -173,6 +183,10 @@ class Results:
                 "%s/%s is damaged: %s; its rows count as missing", self.storage.uri, key, error
             )
             return None
+
+
+def _added(number: int) -> str:
+    return f"{ADDED}{number:04d}.json"
 
 
 def _each_once(table: pa.Table) -> pa.Table:

@@ -23,8 +23,8 @@ class SearchConfig:
     """What may be chosen: size, optim, ablation; or FILE.py:FUNCTION, a function from a run to a
     space."""
     search: Literal["optuna", "random", "grid"] = "optuna"
-    """Who proposes: Optuna's TPE from what was found so far, chance, or every combination in
-    turn. Runs that a space lists are taken in their order."""
+    """Who proposes: Optuna's TPE from what was found so far, chance, or every combination once, in
+    an order drawn by --search-seed. Runs that a space lists are taken in their order."""
     num_samples: int = 16
     """Configurations to try."""
     seed_trials: int = 3

@@ -10,6 +10,7 @@ later one than its own has been replaced, and stops.
 
 import json
 import logging
+import re
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from mambaflow.checks import require
 from mambaflow.storage import Storage
 
 FOLDER = "ledger/"
+KEY = rf"{FOLDER}\d+\.jsonl"
 Event = dict[str, Any]
 """`event`, what happened; `time`, seconds since 1970; the rest hangs on what happened."""
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class Ledger:
             ReplacedError: another driver has done so at the same moment.
         """
         # Empty at first, so that of two drivers one creates it before either has written.
-        number = len(self._files()) + 1
+        number = max(map(_number, self._files()), default=0) + 1
         if not self.storage.create(_key(number), b""):
             raise ReplacedError(f"{self.storage.uri} is taken over by another driver; let it run")
         self._number, self._mine = number, []
@@ -77,7 +79,8 @@ class Ledger:
         return event
 
     def _files(self) -> list[str]:
-        return [key for key in self.storage.list(FOLDER) if key.endswith(".jsonl")]
+        # By their whole names: a copy that somebody made of one would count twice.
+        return [key for key in self.storage.list(FOLDER) if re.fullmatch(KEY, key)]
 
     def _read(self, key: str) -> list[Event]:
         found = []
@@ -92,6 +95,10 @@ class Ledger:
                 ) from error
             found.append(event)
         return found
+
+
+def _number(key: str) -> int:
+    return int(key.removeprefix(FOLDER).removesuffix(".jsonl"))
 
 
 def _key(number: int) -> str:

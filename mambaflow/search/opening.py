@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from mambaflow.checks import require
 from mambaflow.config import differences
+from mambaflow.run_paths import require_free
 from mambaflow.search.config import SweepConfig, from_json, to_json
 from mambaflow.search.sweep_paths import SweepPaths
 from mambaflow.training.preflight import require_same_data
@@ -25,6 +26,8 @@ def check_sweep(config: SweepConfig) -> None:
         f"min_workers (={run.scale.min_workers}) must be 0 in a sweep: trials of different sizes "
         "do not compare; leave it out",
     )
+    what = f"run_name (={run.run_name!r}) in {run.storage}"
+    require_free(paths.folder, SweepPaths.CONFIG, what, "use another --run-name")
     taken = paths.folder.exists(SweepPaths.CONFIG)
     require(
         run.resume or not taken,

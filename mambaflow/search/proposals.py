@@ -65,7 +65,9 @@ def _random(space: Product, board: Board, seed: int) -> Iterator[Values]:
 
 
 def _grid(space: Product, board: Board, seed: int) -> Iterator[Values]:
-    yield from space.all()
+    # Shuffled: the first of the grid's own order differ in its last field alone.
+    every = list(space.all())
+    yield from (every[i] for i in np.random.default_rng(seed).permutation(len(every)))
 
 
 def _optuna(space: Product, board: Board, seed: int) -> Iterator[Values]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mambaflow.config import RunConfig
+from mambaflow.run_paths import FIRST_OF
 from mambaflow.storage import Storage, at
 
 
@@ -24,7 +25,7 @@ class SweepPaths:
 
     folder: Storage
 
-    CONFIG: ClassVar[str] = "sweep.json"
+    CONFIG: ClassVar[str] = FIRST_OF["a sweep"]
     REQUESTS: ClassVar[str] = "requests/"
     TRIALS: ClassVar[str] = "trials"
     BEST: ClassVar[str] = "best.json"

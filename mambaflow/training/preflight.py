@@ -15,7 +15,7 @@ from mambaflow.data.shards import ShardError, ShardSpec
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import StageConfig
 from mambaflow.models.weights import read_best, saved_steps
-from mambaflow.run_paths import RunPaths
+from mambaflow.run_paths import FIRST_OF, RunPaths, require_free
 from mambaflow.storage import Storage, at
 
 # What may change when a run goes on: how long, how often it is looked at, not what it learns.
@@ -95,7 +95,7 @@ def check_launch(scale: ScaleConfig, launched: int) -> None:
 
 
 def check_flags(config: RunConfig) -> None:
-    """Refuse what can be refused before data are staged: names, and sizes of embedded data.
+    """Refuse what can be refused before data are staged, names apart: sizes of embedded data.
 
     Raises:
         ValueError: naming the flag, the rule and the cure.
@@ -104,11 +104,20 @@ def check_flags(config: RunConfig) -> None:
         config.resume or not config.take_over,
         "take_over (=True) takes a run that is there: use it with --resume, or leave it out",
     )
-    _check_name(config)
+    _require_no_trials(config)
     if config.data in EMBEDDED:
         # It is not staged yet, and its sizes are known: they are the defaults.
         planned = StageConfig(source=config.data)
         require_queries(Layout(planned.size, planned.known, planned.target), config.train)
+
+
+def _require_no_trials(config: RunConfig) -> None:
+    # A configuration of a trial brings it, and the sweep would take the run for one of its own.
+    sweep = at(config.storage).uri.rpartition("/")[0]
+    require(
+        sweep.endswith(":/") or not at(sweep or "/").exists(FIRST_OF["a sweep"]),
+        f"storage (={config.storage}) is where a sweep keeps its trials; give another --storage",
+    )
 
 
 def check_storage(config: RunConfig) -> None:
@@ -254,15 +263,22 @@ def check_opening(config: RunConfig) -> None:
     Raises:
         ValueError: as `open_run`.
     """
-    _check_name(config)
+    check_name(config)
     if config.resume:
         _require_not_longer(config, RunPaths.of(config).folder)
 
 
-def _check_name(config: RunConfig) -> None:
+def check_name(config: RunConfig) -> None:
+    """Refuse a name that is taken, or with resume one that is not, or that is of another run.
+
+    Raises:
+        ValueError: naming the rule and the cure.
+    """
     # Asked twice: before data are staged, so that a taken name leaves nothing behind, and again as
     # the run is opened, since another may have taken it meanwhile.
     run = RunPaths.of(config).folder
+    what = f"run_name (={config.run_name!r}) in {config.storage}"
+    require_free(run, RunPaths.CONFIG, what, "use another --run-name")
     taken = run.exists(RunPaths.CONFIG)
     require(config.resume or not taken, _taken(config, run))
     require(
@@ -271,7 +287,7 @@ def _check_name(config: RunConfig) -> None:
         "leave --resume out, or name a run that is there",
     )
     if config.resume:
-        _require_same_run(config, _config_of(run))
+        require_same_run(config, _config_of(run))
 
 
 def _taken(config: RunConfig, run: Storage) -> str:
@@ -292,7 +308,12 @@ def _config_of(run: Storage) -> RunConfig:
         ) from error
 
 
-def _require_same_run(config: RunConfig, before: RunConfig) -> None:
+def require_same_run(config: RunConfig, before: RunConfig) -> None:
+    """Refuse to go on with another model, other training or other data.
+
+    Raises:
+        ValueError: naming what is different.
+    """
     # All differences in one message, so that flags are mended at one go.
     changed = [*differences(before.model, config.model, "model.")]
     changed += [

@@ -107,7 +107,8 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     if info is None and not config.init_from and config.model.start == "process":
         # All of each image's queries: as many for each of them.
         asked = replace(config.train, min_queries=config.train.max_queries)
-        _fit_law(state, Batches(shards, layout, asked), group)
+        # Drawn from all: the rows of a block are often of a few classes.
+        _fit_law(state, Batches(shards, layout, asked, block=len(shards)), group)
     trainer = Trainer(config, group, state, layout, total_steps(config, len(shards)))
     try:
         return trainer.train(batches)

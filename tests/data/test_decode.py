@@ -107,15 +107,29 @@ def test_sixteen_bits_of_grey_and_of_colour_are_read_alike():
         assert np.array_equal(decode(depth_first), colour >> 8)
 
 
-def tiff(values, bits, photometric, packed=None):
-    """A grey TIFF by hand."""
-    height, width = values.shape
-    data = values.tobytes() if packed is None else packed
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
-            (273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, len(data))]  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
-    return head + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+def tiff(values, bits, photometric, packed=None, *, apart=False, without=(), **more):
+    """A TIFF by hand; `more` are tags such as t338."""
+    height, width, *channels = values.shape
+    count = channels[0] if channels else 1
+    planes = [values[..., c] for c in range(count)] if apart else [values]
+    strips = [p.tobytes() for p in planes] if packed is None else [packed]
+    places = [8 + sum(map(len, strips[:i])) for i in range(len(strips))]
+    tags = {256: (4, [width]), 257: (4, [height]), 258: (3, [bits] * count), 259: (3, [1]),
+            262: (3, [photometric]), 273: (4, places), 277: (3, [count]), 278: (4, [height]),
+            279: (4, [len(s) for s in strips]), 284: (3, [1 + apart])}  # fmt: skip
+    for name, value in more.items():
+        each = [value] * (count if name == "t339" else 1)
+        tags[int(name[1:])] = 3, value if isinstance(value, list) else each
+    kept = sorted((tag, *about) for tag, about in tags.items() if tag not in without)
+    start, entries, beyond = places[-1] + len(strips[-1]), b"", b""
+    for tag, kind, numbers in kept:
+        packed_numbers = struct.pack(f"<{len(numbers)}{' HI'[kind - 2]}", *numbers)
+        if len(packed_numbers) > 4:
+            place = start + 6 + 12 * len(kept) + len(beyond)
+            beyond, packed_numbers = beyond + packed_numbers, struct.pack("<I", place)
+        entries += struct.pack("<HHI", tag, kind, len(numbers)) + packed_numbers.ljust(4, b"\0")
+    head = struct.pack("<2sHI", b"II", 42, start) + b"".join(strips)
+    return head + struct.pack("<H", len(kept)) + entries + bytes(4) + beyond
 
 
 def test_a_tiff_whose_zero_is_white_is_turned_round_in_16_bits_as_in_8():
@@ -145,21 +159,96 @@ def test_floats_are_refused_since_nothing_says_what_is_white(scale):
     )
 
 
-def test_numbers_with_a_sign_are_refused_at_any_depth():
-    def stating(values, bits):  # SampleFormat is a tag of its own
-        data = bytearray(tiff(values, bits, 1))
-        place = data.index(
-            struct.pack("<HHI", 278, 3 + 1, 1)
-        )  # RowsPerStrip, which may be left out
-        data[place : place + 12] = struct.pack("<HHII", 339, 3, 1, 2)
-        return bytes(data)
+@pytest.mark.parametrize("values", [GREY.astype(np.int8), GREY.astype("<i2")], ids=["8", "16"])
+def test_numbers_with_a_sign_are_refused_at_any_depth(values):
+    data = tiff(values, 8 * values.itemsize, 1, t339=2)
+    assert "nothing says what is white" in refusal(data)
 
-    for values, bits in ((GREY.astype(np.int8), 8), (GREY.astype("<i2"), 16)):
-        assert "nothing says what is white" in refusal(stating(values, bits))
+
+DEEP = GREY.astype(np.uint16)
+IN_16 = {
+    "8 bits of grey": saved(DEEP), "12 bits of grey": saved(DEEP * 16),
+    "12 bits of a TIFF": saved(DEEP * 16, "TIFF"),
+    "12 bits in 32": saved(DEEP * np.int32(16), "TIFF"),
+    "10 bits of a JPEG 2000": saved(DEEP * 4, "JPEG2000"),
+    "8 bits of colour": png(deep(COLOUR.astype(np.uint16)), 16, 2),
+    "12 bits of grey and alpha":
+        png(deep(np.dstack([DEEP * 16, np.full_like(DEEP, 65535)])), 16, 4),
+    "8 bits of a TIFF's palette": tiff(GREY, 8, 3, t320=[*range(256)] * 3),
+    "12 bits of a TIFF's colours": tiff(COLOUR.astype("<u2") * 16, 16, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", IN_16)
+def test_fewer_bits_in_the_place_of_16_are_not_taken_for_the_dark(what):
+    assert "nearly black, as where 8 or 12 bits stand in the place of 16" in refusal(IN_16[what])
+
+
+def test_what_is_dark_in_8_bits_is_dark_in_16():
+    dark = GREY // 20
+    for spread in (257, 256):
+        got = decode(saved(dark.astype(np.uint16) * spread))
+        assert np.array_equal(got[..., 0], dark)
+    ink = np.dstack([np.zeros((16, 24, 3), np.uint16), DEEP * 257])  # black, more or less of it
+    assert decode(png(deep(ink), 16, 6))[..., 0].max() > 100
+
+
+def test_channels_of_a_tiff_may_be_apart_unless_pillow_mixes_them_up():
+    assert np.array_equal(decode(tiff(COLOUR, 8, 2, apart=True)), COLOUR)
+    assert np.array_equal(decode(tiff(COLOUR.astype("<u2") * 257, 16, 2)), COLOUR)
+    apart = tiff(COLOUR.astype("<u2") * 257, 16, 2, apart=True)
+    assert "16 bits with each channel by itself" in refusal(apart)
+
+
+def test_what_a_tiff_leaves_open_is_refused():
+    four = np.dstack([COLOUR, HALF])
+    assert np.array_equal(decode(tiff(four, 8, 2, t338=2)), ON_WHITE)
+    assert np.array_equal(decode(tiff(four, 8, 2, t338=0)), COLOUR)  # no alpha, whatever it is
+    assert "does not say what the fourth is" in refusal(tiff(four, 8, 2))
+    assert "whether 0 is black" in refusal(tiff(GREY, 8, 1, without=(262,)))
+    for values in (COLOUR / np.float32(255), GREY.astype(np.float16), GREY.astype(np.float64)):
+        data = tiff(values, 8 * values.itemsize, 2 if values.ndim == 3 else 1, t339=3)
+        assert "a TIFF" in refusal(data) and "of floats" in refusal(data)
+
+
+def test_a_palette_of_a_tiff_is_of_16_bits_and_a_picture_of_one_slice():
+    levels = [257 * level for level in range(256)] * 3
+    assert np.array_equal(decode(tiff(GREY, 8, 3, t320=levels)), THREE)
+    assert "holds 2 slices" in refusal(tiff(GREY, 8, 1, t32997=2))
+
+
+def jpeg2000(values, bits, signed=False):
+    """A JPEG 2000 that states other bits than Pillow would write."""
+    data = bytearray(saved(values, "JPEG2000"))
+    place = data.index(b"\xff\x51") + 40
+    count = 1 if values.ndim == 2 else 3
+    data[place : place + 3 * count : 3] = bytes([bits - 1 | 128 * signed] * count)
+    return bytes(data)
+
+
+def test_samples_of_a_jpeg_2000_that_pillow_reads_otherwise_are_refused():
+    assert np.array_equal(decode(jpeg2000(COLOUR, 8)), COLOUR)
+    assert "channels of [4] bits" in refusal(jpeg2000(GREY, 4))
+    for values in (GREY, COLOUR, DEEP * 257):
+        bits = 8 * values.itemsize
+        assert f"channels of {[-bits] * (3 if values.ndim == 3 else 1)} bits" in refusal(
+            jpeg2000(values, bits, signed=True)
+        )
+
+
+def test_fits_of_more_than_8_bits_is_refused():
+    def fits(values, bits):
+        lines = ("SIMPLE  =                    T", f"BITPIX  = {bits:20d}",
+                 "NAXIS   =                    2", f"NAXIS1  = {24:20d}", f"NAXIS2  = {16:20d}",
+                 "END")  # fmt: skip
+        return "".join(line.ljust(80) for line in lines).ljust(2880).encode() + values.tobytes()
+
+    assert np.array_equal(decode(fits(GREY[::-1], 8)), THREE)  # from the bottom up
+    assert "FITS of more than 8 bits" in refusal(fits(GREY.astype(">i2") * 100, 16))
 
 
 def test_what_is_no_picture_is_named_by_how_it_begins():
-    assert "0 bytes that begin with b''" in refusal(b"")
+    assert "holds no bytes: there is a name alone" in refusal(b"")
     assert "begin with b'<html>404'" in refusal(b"<html>404")
     assert "fetch it by git lfs pull" in refusal(b"version https://git-lfs.github.com/spec/v1\n")
 
@@ -184,9 +273,31 @@ def test_a_picture_is_turned_as_its_orientation_says(kind, orientation):
     assert np.abs(off).mean() < (8 if kind in ("JPEG", "MPO") else 1e-9)
 
 
-def test_an_orientation_in_xmp_alone_counts_too():
+XMP = [
+    '<a tiff:Orientation="6"/>', "<a tiff:Orientation='6'/>", '<a tiff:Orientation = " 6"/>',
+    "<tiff:Orientation>6</tiff:Orientation>", "<tiff:Orientation>\n 6\n</tiff:Orientation>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("xmp", XMP)
+def test_an_orientation_in_xmp_alone_counts_too(xmp):
+    stored, text = turned(COLOUR, 6), PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    raw = xmp.encode()
+    for data in (saved(stored, pnginfo=text), saved(stored, "TIFF", tiffinfo={700: raw}),
+                 saved(stored, "TIFF", tiffinfo={700: raw, ORIENTATION: 6}),
+                 saved(stored, "WEBP", lossless=True, xmp=raw)):  # fmt: skip
+        assert np.array_equal(decode(data), COLOUR)
+
+
+@pytest.mark.parametrize("name", ["exif", "APP1", "xmp"])
+def test_an_orientation_that_imagemagick_wrote_into_a_text_counts_too(name):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = XMP[1].encode() if name == "xmp" else b"Exif\0\0" + exif.tobytes()[-26:]
+    assert name == "xmp" or data[6:8] in (b"II", b"MM")
     text = PngImagePlugin.PngInfo()
-    text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><a tiff:Orientation="6"/></x:xmpmeta>')
+    text.add_text(f"Raw profile type {name}", f"\n{name}\n{len(data):8d}\n{data.hex()}\n", zip=True)
     assert np.array_equal(decode(saved(turned(COLOUR, 6), pnginfo=text)), COLOUR)
 
 
@@ -253,9 +364,9 @@ def test_a_transparent_colour_of_a_png_shows_white():
 
 
 def test_a_transparent_grey_of_16_bits_is_told_from_its_neighbour():
-    values = np.array([[1000, 1001]], np.uint16)
-    got = decode(png(deep(values), 16, 0, (b"tRNS", struct.pack(">H", 1000))))
-    assert got[0, :, 0].tolist() == [255, 1001 >> 8]
+    values = np.array([[10000, 10001]], np.uint16)
+    got = decode(png(deep(values), 16, 0, (b"tRNS", struct.pack(">H", 10000))))
+    assert got[0, :, 0].tolist() == [255, 10001 >> 8]
 
 
 def test_a_picture_transparent_everywhere_is_refused():
@@ -350,6 +461,53 @@ def test_another_profile_is_converted_to_srgb():
     assert shown[0, 0, 0] < 20 and abs(int(shown[0, 0, 1]) - 200) < 10  # red leaves sRGB
 
 
+def test_a_profile_that_is_there_in_part_alone_is_refused():
+    data = saved(COLOUR, "JPEG", icc_profile=ADOBE_RGB)
+    place = data.index(b"ICC_PROFILE\0") + 12
+    for one_of in (b"\1\2", b"\2\2"):
+        assert "in part alone" in refusal(data[:place] + one_of + data[place + 2 :])
+    broken = (b"iCCP", b"k\0\0" + b"no zlib")
+    assert "in part alone, or broken" in refusal(png([COLOUR[0].tobytes()], 8, 2, broken))
+
+
+def test_a_profile_counts_where_pillow_passes_it_over():
+    paletted = Image.fromarray(COLOUR).quantize(256)
+    want, of_palette = (decode(saved(i, icc_profile=ADOBE_RGB)) for i in (COLOUR, paletted))
+    gif, length = saved(paletted, "GIF"), len(ADOBE_RGB)
+    parts = [ADOBE_RGB[i : i + 255] for i in range(0, length, 255)]
+    blocks = b"".join(bytes([len(part)]) + part for part in parts)
+    behind = 13 + 3 * 256  # the palette
+    extension = b"!\xff\x0bICCRGBG1012" + blocks + b"\0"
+    assert np.array_equal(decode(gif[:behind] + extension + gif[behind:]), of_palette)
+
+    bmp = saved(COLOUR, "BMP")
+    pixels, head = bmp[54:], bytearray(bmp[14:54].ljust(124, b"\0"))
+    head[:4], head[56:60] = struct.pack("<I", 124), b"DEBM"
+    head[112:120] = struct.pack("<II", 124 + len(pixels), length)
+    start = struct.pack("<2sIHHI", b"BM", 138 + len(pixels) + length, 0, 0, 138)
+    assert np.array_equal(decode(start + head + pixels + ADOBE_RGB), want)
+
+    jp2 = saved(COLOUR, "JPEG2000")
+    head, box = jp2.index(b"jp2h") - 4, jp2.index(b"colr") - 4
+    size = int.from_bytes(jp2[box : box + 4], "big")
+    other = struct.pack(">I4s3B", 11 + length, b"colr", 2, 0, 0) + ADOBE_RGB
+    longer = int.from_bytes(jp2[head : head + 4], "big") - size + len(other)
+    whole = jp2[:head] + struct.pack(">I", longer) + jp2[head + 4 : box] + other + jp2[box + size :]
+    assert np.array_equal(decode(whole), want)
+
+
+def test_colours_by_number_are_srgbs_or_refused():
+    avif, jp2 = saved(COLOUR, "AVIF", quality=100), saved(COLOUR, "JPEG2000")
+    place = avif.index(b"colrnclx") + 8
+    for numbers, told in (((12, 13), "primaries 12"), ((9, 16), "curve 16")):
+        data = avif[:place] + struct.pack(">HH", *numbers) + avif[place + 4 :]
+        assert "not sRGB's: primaries" in refusal(data) and told in refusal(data)
+    assert np.abs(decode(avif).astype(int) - COLOUR).mean() < 4
+    place = jp2.index(b"colr") + 7
+    romm = jp2[:place] + struct.pack(">I", 21) + jp2[place + 4 :]
+    assert "not sRGB's: colour space 21" in refusal(romm)
+
+
 def test_a_profile_counts_for_palettes_and_under_transparency():
     vivid = np.full((4, 4, 3), (60, 200, 60), np.uint8)
     want = decode(saved(vivid, icc_profile=ADOBE_RGB))
@@ -432,7 +590,27 @@ def test_the_first_picture_of_an_mpo_is_the_photograph():
     assert np.abs(decode(data).astype(int) - COLOUR).mean() < 8
 
 
-@pytest.mark.parametrize("way", ["bmp", "tiff", "tiff lzw", "webp", "ppm", "tga", "jpeg2000"])
+def test_a_gif_that_its_frame_does_not_fill_is_refused():
+    data = bytearray(saved(FRAMES[0], "GIF"))
+    data[6:10] = struct.pack("<HH", 99, 99)  # of the whole
+    assert "a GIF that its frame does not fill" in refusal(bytes(data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF"])
+def test_zeros_in_the_place_of_an_end_are_no_end(kind):
+    """As where a download was to write the rest, and its file was made as long as that at once."""
+    small = b"Exif\0\0II*\0\x08" + bytes(9) + saved(COLOUR[:8, :8], "JPEG")  # which has an end
+    data = saved(COLOUR, kind, quality=90, **({"exif": small} if kind == "JPEG" else {}))
+    kept = data.rindex(b"\xff\xda") + 60 if kind == "JPEG" else int(0.6 * len(data))
+    assert "its end is missing" in refusal(data[:kept] + bytes(3 * len(data)))
+    if kind != "AVIF":
+        assert decode(data + bytes(5000)).shape == COLOUR.shape  # padded
+    if kind == "JPEG":
+        assert decode(data + b"\0\0\0\x18ftypmp42\xff\xda").shape == COLOUR.shape  # with a film
+
+
+@pytest.mark.parametrize("way", ["bmp", "tiff", "tiff lzw", "webp", "ppm", "tga", "jpeg2000", "sgi",
+                                 "pcx", "dds", "qoi"])  # fmt: skip
 def test_a_picture_that_is_cut_off_is_refused_in_every_format(way):
     data = saved(COLOUR, **WAYS[way])
     for share in (0.3, 0.6, 0.9):

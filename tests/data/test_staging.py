@@ -229,13 +229,14 @@ def test_a_finished_shard_that_is_damaged_is_made_again(source, tmp_path, damage
     assert contents(config.out) == before
 
 
-def test_a_shard_of_a_version_that_decoded_otherwise_is_made_again(source, tmp_path):
+@pytest.mark.parametrize("decoder", [None, 1])
+def test_a_shard_of_a_version_that_decoded_otherwise_is_made_again(source, tmp_path, decoder):
     config = config_of(source, tmp_path / "out")
     staged(config)
     file = tmp_path / f"out/train/staging/{shard_name(1)}.json"
     note = json.loads(file.read_text())
-    del note["contents"]
-    file.write_text(json.dumps(note))
+    del note["decoder"]
+    file.write_text(json.dumps(note | ({"decoder": decoder} if decoder else {})))
     assert staged(config)["reused"] == 7
     assert staged(config)["reused"] == 8
 
@@ -297,6 +298,13 @@ def test_a_manifest_without_a_claim_still_refuses_another_spec(source, tmp_path)
     with pytest.raises(ValueError, match="holds another staging of train .*mask_seed: 42 -> 1"):
         staged(replace(config, mask_seed=1))
     assert not at(config.out).exists(CLAIM)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"train": 1}'])
+def test_a_damaged_claim_is_refused_by_name(source, tmp_path, text):
+    (tmp_path / "claim.json").write_text(text)
+    with pytest.raises(ValueError, match="holds a claim.json that is damaged .*; give another"):
+        staged(config_of(source, tmp_path))
 
 
 def test_a_note_of_another_staging_is_refused(source, tmp_path):
@@ -669,6 +677,7 @@ BAD = [
     ("--source nowhere", r"source \(='nowhere'\) is none of: sample, cifar10"),
     ("--known-ratio 0", r"known_ratio \(=0.0\) must be in \(0, 1\); use 0.2"),
     ("--known-ratio nan", r"known_ratio \(=nan\) must be in \(0, 1\)"),
+    ("--target-ratio 0.0001", r"target_ratio \(=0.0001\) keeps no pixel of 32 x 32; use at least"),
     ("--target-ratio 1.5", r"target_ratio \(=1.5\) must be in \(0, 1\)"),
     ("--known-ratio 0.7 --target-ratio 0.4", r"known_ratio \+ target_ratio \(=1.1\) must be at"),
     ("--known-ratio 0.0001", r"known_ratio \(=0.0001\) keeps no pixel of 32 x 32; use at least"),

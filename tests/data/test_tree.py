@@ -67,6 +67,7 @@ JUNK = [
     "cat/._003.png", "._AppleDouble/cat/x.png", "__MACOSX/cat/._001.png", "cat/Thumbs.db",
     "desktop.ini", "cat/.DS_Store", "@eaDir/cat/1.jpg", "cat/@eaDir/SYNOPHOTO_THUMB.jpg",
     ".git/logo/a.png", "$RECYCLE.BIN/x/1.png", ".Trash-0/files/1.png", "lost+found/x/1.png",
+    "#recycle/1.png", "@Recycle/1.png", "~snapshot/cat/1.png", "Temporary Items/1.png",
 ]  # fmt: skip
 
 
@@ -85,7 +86,9 @@ def test_what_is_hidden_or_left_behind_changes_nothing_and_is_said(tmp_path, jun
 # Splits
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val", "Validation", "val2017"])
+@pytest.mark.parametrize(
+    "name", ["val", "valid", "validation", "Val", "Validation", "val2017", "dev"]
+)
 def test_a_validation_split_of_its_own_is_used_and_none_is_cut_from_training(tmp_path, name):
     source = open_source(str(tree(tmp_path, "train/cat/9*.png", "test/cat/4*.png",
                                   f"{name}/cat/3*.png")))  # fmt: skip
@@ -117,7 +120,9 @@ def test_splits_are_known_by_their_usual_names_in_any_case(tmp_path, splits):
 NEARLY = [
     ("trainA", "trainB", "testA", "testB"), ("train_set", "test_set"), ("seg_train", "seg_test"),
     ("trainA", "trainB"), ("train-images",), ("Train1", "Test1"), ("my train", "my val"),
-    ("train", "testA"), ("train", "test", "valid_set"),
+    ("train", "testA"), ("train", "test", "valid_set"), ("trainset", "testset"), ("trn", "tst"),
+    ("traindata", "testdata"), ("TrainingImages", "TestImages"), ("imagesTr", "imagesTs"),
+    ("train", "eval"), ("train", "test", "holdout"), ("train", "validate"), ("train", "X_test"),
 ]  # fmt: skip
 
 
@@ -129,7 +134,17 @@ def test_what_is_nearly_a_split_is_never_a_class(tmp_path, folders, inside):
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["test_tube", "bullet_train", "trainer", "valley", "contest"])
+@pytest.mark.parametrize(
+    "name", ["test_images", "testA", "Test1", "val_set", "my test", "imagesTs"]
+)
+def test_one_that_says_nothing_but_a_split_is_no_class_among_others(tmp_path, name):
+    tree(tmp_path, f"{name}/2*.png", "cat/2*.png", "dog/2*.png")
+    with pytest.raises(SourceError, match=f"{name}/ in .* may be splits or classes; call them"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["test_tube", "bullet_train", "trainer", "valley", "contest", "te",
+                                  "tepic", "dev_board", "target_practice"])  # fmt: skip
 def test_a_class_whose_name_has_a_splits_word_is_a_class(tmp_path, name):
     source = open_source(str(tree(tmp_path, f"{name}/2*.png", "cat/2*.png")))
     assert source.classes == sorted(["cat", name])
@@ -243,6 +258,57 @@ def test_folders_and_files_may_be_links_and_dangling_ones_are_refused(tmp_path):
         open_source(str(root))
 
 
+@pytest.mark.parametrize("where", ["", "train/"])
+@pytest.mark.parametrize(
+    "pair", ["images masks", "Images Labels", "img GT", "JPEGImages SegmentationClass"]
+)
+def test_masks_beside_pictures_are_no_class(tmp_path, where, pair):
+    of, masks = pair.split()
+    tree(tmp_path, f"{where}{of}/2*.png", f"{where}{masks}/2*.png")
+    with pytest.raises(SourceError, match=f"look like masks of pictures.* --source .*/{of}$"):
+        open_source(str(tmp_path))
+    for file in (tmp_path / where / masks).iterdir():
+        file.rename(file.with_suffix(".txt"))  # as boxes are kept
+    assert open_source(str(tmp_path)).count("train") == 2
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("train", "test")])
+def test_two_names_of_one_folder_are_refused(tmp_path, names):
+    one, other = names
+    tree(tmp_path, f"{one}/x/2*.png" if one == "train" else f"{one}/2*.png")
+    (tmp_path / other).symlink_to(tmp_path / one)
+    with pytest.raises(SourceError, match=f"{one} and .*/{other} are one folder; remove one"):
+        open_source(str(tmp_path))
+
+
+ODD_CLASSES = {
+    ("Cat/2*.png", "cat/2*.png"): "classes that differ in case or accents' code alone: Cat, cat",
+    tuple(f"{i}/1*.png" for i in range(11)):
+        "labels are places in the order of text: 2 is class 10",
+    ("1/1*.png", "10/1*.png", "2/1*.png"): "labels are places in the order of text: 0 is class 1",
+    ("train/cat/2*.png", "val/Cat/2*.png"):
+        "no label in validation, of classes that train lacks: Cat",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("places", ODD_CLASSES, ids="+".join)
+def test_classes_that_are_seldom_meant_are_said(tmp_path, places):
+    assert ODD_CLASSES[places] in told(tree(tmp_path, *places))
+
+
+def test_usual_classes_are_worth_no_word(tmp_path):
+    tree(tmp_path, *(f"{split}/{i}/1*.png" for split in ("train", "test") for i in range(10)))
+    assert len(open_source(str(tmp_path)).found().lines()) == 1
+
+
+def test_cifar10_beside_other_pictures_is_not_taken_for_all(tmp_path):
+    tree(
+        tmp_path, "cifar-10-batches-py/data_batch_1", "imagenette/train/a/2*.png", "MNIST/raw/x.gz"
+    )
+    with pytest.raises(SourceError, match="and pictures in imagenette/; give --source .*-py, or"):
+        open_source(str(tmp_path))
+
+
 def test_the_order_of_a_plain_tree_is_what_it_always_was(tmp_path):
     tree(tmp_path, "b/2*.png", "B/2*.png", "a-1/2*.bmp", "a/10.png", "a/9.jpg", "a/9.png")
     source = open_source(str(tmp_path))
@@ -309,6 +375,45 @@ def test_missing_and_doubled_shards_are_refused_by_name(tmp_path):
     shards(tmp_path, "train-00001-of-00003.parquet", "train-00000-of-00001.parquet")
     with pytest.raises(SourceError, match="in shards of 00001, 00003: the same images twice"):
         open_source(str(tmp_path))
+
+
+HASH = "a09b74b3ef9c3b56"
+ODD_SHARDS = {
+    (f"data/train-00000-of-00002-{HASH}.parquet",): "lacks shard 00001-of-00002 of train",
+    (f"train-00000-of-00001-{HASH}.parquet", f"train-00000-of-00001-{HASH[::-1]}.parquet"):
+        "are the same shard of train twice; remove one",
+    ("train/0000.parquet", "train/0002.parquet"): "lacks shard 0001 of train",
+    ("train/0000.parquet", "train/label=1/0.parquet"): "some in folders of its own, such as",
+    ("train_a.parquet", "train_b.parquet"): "holds train in several sets: train_a, train_b; give",
+    ("train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"):
+        "holds train in several sets: train_gen, train_sft",
+    ("train.parquet", "data/train-00000-of-00001.parquet"): "several sets of Parquet files",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("places", ODD_SHARDS, ids="+".join)
+def test_shards_that_are_no_whole_set_are_refused(tmp_path, places):
+    with pytest.raises(SourceError, match=ODD_SHARDS[places]):
+        open_source(str(shards(tmp_path, *places)))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (f"train-00000-of-00002-{HASH}.parquet", f"train-00001-of-00002-{HASH}.parquet"),
+        ("train_0.parquet", "train_1.parquet"),
+        ("train/part-00000-3f-c000.snappy.parquet", "train/part-00001-3f-c000.snappy.parquet"),
+        ("train/0000.parquet", "train/0001.parquet"),
+    ],
+)
+def test_shards_of_one_set_are_all_taken(tmp_path, places):
+    assert open_source(str(shards(tmp_path, *places))).count("train") == 4
+
+
+def test_shards_of_other_encodings_stay_out_as_files_do(tmp_path):
+    shards(tmp_path, "train-00000-of-00001.parquet", "train_jpeg-00000-of-00001.parquet")
+    assert open_source(str(tmp_path)).count("train") == 2
+    assert "passed over 1 Parquet file(s): beside train in one set" in told(tmp_path)
 
 
 def test_several_sets_of_parquet_are_refused_with_their_names(tmp_path):

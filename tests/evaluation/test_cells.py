@@ -94,6 +94,9 @@ BAD = {
     "nothing": ({"samplers": (), "fills": ()}, "leave nothing to do"),
     "unknown grid": ({"grid": "logit"}, "unknown grid 'logit'; valid: uniform, quadratic"),
     "no image": ({"limit": 0}, r"limit \(=0\) must be"),
+    "eta of nothing": ({"eta": 0.5}, r"eta \(=0.5\) is of ddim, which is none of samplers \(=heun"),
+    "temperature of nothing": ({"temperature": 0.1}, r"temperature \(=0.1\) is of sde, which is"),
+    "grid of nothing": ({"samplers": ("mean",), "grid": "quadratic"}, "is of times, which none of"),
     "two things": ({"status": True, "report_only": True}, "are two things to do; use one"),
 }
 
@@ -108,6 +111,8 @@ def test_what_flags_cannot_mean_is_refused_by_name(case):
 OF_DATA = {
     "smaller": ({"resolutions": (16,)}, r"resolutions \(=\[16\]\) must be at least 32"),
     "no pixel": ({"known_shares": (1e-5,)}, "keep no pixel of 32 x 32; use more"),
+    "no step": ({"nfe": (1,)}, r"nfe \(=1\) is too little for heun, a step of which takes 2 calls"),
+    "no step on an axis": ({"at_nfe": 1, "resolutions": (64,)}, r"at_nfe \(=1\) is too little for"),
     "more than there are": ({"asked": (821,)}, r"asked \(=\[821\]\) must be at most 820"),
 }
 

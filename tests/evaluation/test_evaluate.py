@@ -300,10 +300,19 @@ def _png(data: bytes):
     return Image.open(io.BytesIO(data))
 
 
+def test_a_checkpoint_under_the_name_of_another_architecture_is_said(data, run, tmp_path, caplog):
+    plan(config(data, run, tmp_path, checkpoint=(f"V1={run}", f"v2={run}")))
+    assert "V1 is of architecture v2: exchanged?" in caplog.text
+    assert "v2 is of architecture" not in caplog.text
+
+
 def test_a_truth_of_other_images_is_refused(large, run, tmp_path):
     half, whole = large
     with pytest.raises(ValueError, match="must be a whole multiple of data's size"):
         plan(config(half, run, tmp_path, truth=str(half)))
+    for odd in ((), (24,)):
+        with pytest.raises(ValueError, match="no answer is: nothing would .* --resolutions 12, or"):
+            plan(config(half, run, tmp_path, truth=str(whole), resolutions=odd))
     flipped = tmp_path / "flipped"
     images = small.images(flipped / "images")
     for path in images.rglob("*.png"):
@@ -312,7 +321,7 @@ def test_a_truth_of_other_images_is_refused(large, run, tmp_path):
     stage(StageConfig(source=str(images), out=str(flipped / "shards"), size=12, validation=8,
                       ray=False), source, stage_here(source))  # fmt: skip
     with pytest.raises(ValueError, match="does not hold the images of data"):
-        plan(config(half, run, tmp_path, truth=str(flipped / "shards")))
+        plan(config(half, run, tmp_path, truth=str(flipped / "shards"), resolutions=(12,)))
 
 
 def test_the_time_left_is_told_once_every_cell_was_timed():

@@ -110,6 +110,30 @@ def test_another_checkpoint_or_share_is_added_to_the_fingerprint(tmp_path):
         results.claim({**FINGERPRINT, "edges": {"51": [0.3]}})
 
 
+def test_what_two_evaluations_add_at_once_is_kept_of_both(tmp_path, monkeypatch):
+    mine, other = Results(at(tmp_path)), Results(at(tmp_path))
+    mine.claim(FINGERPRINT)
+    added = iter(({"weights": {"b": "22"}}, {"weights": {"c": "33"}}))
+
+    def late(name):
+        real = getattr(mine.storage, name)
+
+        def write(*arguments):
+            if (more := next(added, None)) and arguments[0] != MANIFEST or name == "write":
+                other.claim({**FINGERPRINT, **(more or {"weights": {"c": "33"}})})
+            return real(*arguments)
+
+        return write
+
+    for name in ("create", "write"):
+        monkeypatch.setattr(mine.storage, name, late(name))
+    mine.claim({**FINGERPRINT, "weights": {"d": "44"}})
+    found = mine.manifest()["weights"]
+    assert found.keys() >= {"a", "c", "d"}
+    with pytest.raises(ResultsError, match="weights.c: 33 -> 99"):
+        other.claim({**FINGERPRINT, "weights": {"c": "99"}})
+
+
 def test_a_key_names_the_mean_of_several_samples_by_a_number_below_zero():
     made = unit(4, samples=(0, 1, -2))
     assert made.keys == [Key(CELL, 4, 0), Key(CELL, 4, 1), Key(CELL, 4, -2)]

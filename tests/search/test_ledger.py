@@ -40,6 +40,19 @@ def test_a_second_driver_goes_on_in_a_file_of_its_own_and_the_first_stops(storag
     assert [event["event"] for event in Ledger(storage).events()] == ["one", "two"]
 
 
+def test_a_copy_of_a_file_counts_once_and_a_file_that_is_gone_ends_no_sweep(storage):
+    for what in ("one", "two"):
+        ledger = Ledger(storage)
+        ledger.open()
+        ledger.append(what)
+    for copy in (".ipynb_checkpoints/0001-checkpoint.jsonl", "0001 (copy).jsonl"):
+        storage.write(f"ledger/{copy}", storage.read("ledger/0001.jsonl"))
+    assert [event["event"] for event in Ledger(storage).events()] == ["one", "two"]
+    storage.delete("ledger/0001.jsonl")
+    Ledger(storage).open()
+    assert storage.exists("ledger/0003.jsonl")
+
+
 def test_of_two_drivers_at_once_one_opens(storage, monkeypatch):
     first, second = Ledger(storage), Ledger(storage)
     seen = second._files()

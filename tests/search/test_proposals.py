@@ -42,6 +42,14 @@ def test_a_small_space_is_tried_whole_each_configuration_once(search):
     assert len({identity(trial.values) for trial in trials}) == len(trials) == 6 == SMALL.size
 
 
+def test_some_of_a_grid_are_of_all_of_it_and_fewer_begin_more():
+    digits = {f"model.{name}": Choice([1, 2, 3]) for name in ("d_model", "num_layers", "d_state")}
+    some = walk(Product(digits), "grid", 9)
+    for name in digits:
+        assert len({trial.values[name] for trial in some}) == 3, f"of {name} not all values"
+    assert [t.values for t in walk(Product(digits), "grid", 4)] == [t.values for t in some[:4]]
+
+
 @pytest.mark.parametrize("search", ["optuna", "random"])
 def test_a_wide_space_gives_values_within_it_and_never_one_twice(search):
     trials = walk(WIDE, search, 20)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -404,6 +405,24 @@ def test_the_test_split_is_read_at_the_end_alone(data, tmp_path, monkeypatch):
     train_and_score(config, group)
     # Training data once more, for what a step costs.
     assert opened == [("train", 0), ("validation", 0), ("test", STEPS), ("train", STEPS)]
+
+
+def test_the_law_is_fitted_to_images_of_all_shards_also_where_few_may_be_open(
+    data, tmp_path, monkeypatch
+):
+    few, seen = partial(ShardSet, memory=1), []
+    monkeypatch.setattr(run_module, "ShardSet", few)
+
+    def residuals(model, batches):
+        seen.append(batches.order)
+        raise Killed
+
+    monkeypatch.setattr(run_module, "residuals", residuals)
+    with pytest.raises(Killed):
+        train_and_score(small.run_config(data, tmp_path, "x"), ProcessGroup(0, 1, CPU))
+    shards = few(str(data), "train")
+    assert shards.shuffle_block < len(shards) == seen[0].block
+    assert len({*(seen[0].stretch(0, 8) // shards.shuffle_block)}) > 1
 
 
 def test_workers_that_restored_different_steps_do_not_start(data, tmp_path):
