@@ -2,11 +2,13 @@
 
     python jobs/stage.py --source sample --out data/sample
     python jobs/stage.py --source train.parquet --out s3://bucket/cifar10
+    python jobs/stage.py --source s3://bucket/images/ --out data/images
 
-What was found is said before anything is written: images of each split, classes, and what was
-passed over, by kind and why. Of a source without a validation or test split these are cut out of
-training. One Ray task makes one shard. A staging that stopped goes on where it was: finished shards
-are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
+What was found is said before anything is written: images of each split, classes, what was passed
+over, by kind and why, and what will be fetched. A source in S3 is read where it lies; one that
+changes meanwhile is refused by name. Of a source without a validation or test split these are cut
+out of training. One Ray task makes one shard. A staging that stopped goes on where it was: finished
+shards are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
 """
 
 import logging

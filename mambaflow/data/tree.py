@@ -13,15 +13,15 @@ The rules, of which none looks at what is in a file:
   some. A file's split is the word that its name begins with, or its folder.
 """
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 from PIL import Image
+
+from mambaflow.data.remote import AnyPath, SourceError, fetched
 
 SPLITS = {
     "train": ("train", "training"),
@@ -41,10 +41,6 @@ NAMED = 12
 """Classes that are told by name."""
 
 
-class SourceError(ValueError):
-    """Images that cannot be had or used; the message says what to do instead."""
-
-
 @cache
 def picture_endings() -> frozenset[str]:
     """Of file names, in small letters."""
@@ -59,7 +55,7 @@ class PassedOver:
     # Paths as keys: a folder that is listed twice is counted once.
     kinds: dict[tuple[str, str], dict[str, None]] = field(default_factory=dict)
 
-    def add(self, kind: str, why: str, *paths: Path) -> None:
+    def add(self, kind: str, why: str, *paths: AnyPath) -> None:
         """Some more."""
         if paths:
             self.kinds.setdefault((kind, why), {}).update(dict.fromkeys(map(str, paths)))
@@ -80,6 +76,8 @@ class Found:
     """In each split that it has."""
     classes: tuple[str, ...] = ()
     passed: PassedOver = field(default_factory=PassedOver)
+    files: tuple[AnyPath, ...] = ()
+    """That it is read from."""
 
     def lines(self) -> list[str]:
         """For a person, before anything is done with it."""
@@ -91,20 +89,24 @@ class Found:
         of = f"{len(self.classes)} classes: {named}" if self.classes else "no classes by name"
         cut = [s for s in ("validation", "test") if not self.images.get(s)]
         after = f"; {' and '.join(cut)} will be cut out of train" if cut else ""
-        return [f"found {', '.join(held)}{after}; {of}", *self.passed.lines()]
+        lines = [f"found {', '.join(held)}{after}; {of}", *self.passed.lines()]
+        count, size = fetched(self.files)
+        # Once to know them by what they hold, and once for shards that are not made yet.
+        far = f"{count} file(s) of {size:,} bytes in all lie in S3, and are fetched twice at most"
+        return [*lines, far] if count else lines
 
 
 @dataclass
 class Tree:
     """The files of each split, in the order that gives images their ids."""
 
-    files: dict[str, list[Path]]
+    files: dict[str, list[AnyPath]]
     passed: PassedOver
-    split_folders: dict[str, Path] = field(default_factory=dict)
+    split_folders: dict[str, AnyPath] = field(default_factory=dict)
 
-    def class_of(self, split: str, file: Path) -> str | None:
+    def class_of(self, split: str, file: AnyPath) -> str | None:
         """The folder, directly in its split, that a picture is in; None: in none."""
-        inner = file.relative_to(self.split_folders[split]).parts
+        inner = file.parts[len(self.split_folders[split].parts) :]
         return inner[0] if len(inner) > 1 else None
 
 
@@ -125,15 +127,15 @@ def _nearly(name: str) -> str | None:
 
 @dataclass
 class _Listing:
-    folders: list[Path]
-    files: list[Path]
+    folders: list[AnyPath]
+    files: list[AnyPath]
 
     @property
-    def pictures(self) -> list[Path]:
+    def pictures(self) -> list[AnyPath]:
         return [f for f in self.files if f.suffix.lower() in picture_endings()]
 
     @property
-    def others(self) -> list[Path]:
+    def others(self) -> list[AnyPath]:
         return [f for f in self.files if f.suffix.lower() not in picture_endings()]
 
 
@@ -141,10 +143,10 @@ def _no_data(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
-def _listed(folder: Path, passed: PassedOver) -> _Listing:
+def _listed(folder: AnyPath, passed: PassedOver) -> _Listing:
     """What is in a folder, in the order of names: a file system lists in any."""
     folders, files = [], []
-    for path in sorted(folder / name for name in os.listdir(folder)):
+    for path in sorted(folder.iterdir()):
         if _no_data(path.name):
             passed.add("hidden or left behind", "a system or a program made it", path)
         elif path.is_dir():
@@ -154,13 +156,13 @@ def _listed(folder: Path, passed: PassedOver) -> _Listing:
     return _Listing(folders, files)
 
 
-def _pass_kinds(files: Iterable[Path], passed: PassedOver) -> None:
+def _pass_kinds(files: Iterable[AnyPath], passed: PassedOver) -> None:
     for file in files:
         kind = f"{file.suffix.lower()} file(s)" if file.suffix else "file(s) without an ending"
         passed.add(kind, "no pictures that can be read", file)
 
 
-def _require_there(files: Iterable[Path]) -> None:
+def _require_there(files: Iterable[AnyPath]) -> None:
     gone = [f for f in files if not f.exists()]
     if gone:
         raise SourceError(
@@ -168,9 +170,11 @@ def _require_there(files: Iterable[Path]) -> None:
         )
 
 
-def _deep(folder: Path, passed: PassedOver, above: frozenset[str] = frozenset()) -> list[Path]:
+def _deep(
+    folder: AnyPath, passed: PassedOver, above: frozenset[str] = frozenset()
+) -> list[AnyPath]:
     """The pictures anywhere in a folder; other files are passed over."""
-    real = os.path.realpath(folder)
+    real = str(folder.resolve())
     if real in above:  # a link to a folder that it is in
         return []
     listing = _listed(folder, passed)
@@ -182,7 +186,7 @@ def _deep(folder: Path, passed: PassedOver, above: frozenset[str] = frozenset())
 # Pictures
 
 
-def pictures(root: Path) -> Tree:
+def pictures(root: AnyPath) -> Tree:
     """The pictures of a folder by split and class.
 
     Raises:
@@ -203,9 +207,9 @@ def pictures(root: Path) -> Tree:
     return Tree(files, passed, splits)
 
 
-def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
+def _splits(root: AnyPath, folders: list[AnyPath]) -> dict[str, AnyPath]:
     """The folders that are splits, if any is; refused where that is not clear."""
-    exact: dict[str, list[Path]] = defaultdict(list)
+    exact: dict[str, list[AnyPath]] = defaultdict(list)
     for folder in folders:
         if split := split_of(folder.name):
             exact[split].append(folder)
@@ -223,7 +227,7 @@ def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
     return {split: exact[split][0] for split in SPLITS if split in exact}
 
 
-def _refuse_nearly(root: Path, exact: dict[str, list[Path]], others: list[Path]) -> None:
+def _refuse_nearly(root: AnyPath, exact: dict[str, list[AnyPath]], others: list[AnyPath]) -> None:
     near = {f: split for f in others if (split := _nearly(f.name))}
     # One folder such as test_tube among other classes is a class.
     if near and (exact or len({*near.values()}) > 1 or len(near) == len(others)):
@@ -234,12 +238,12 @@ def _refuse_nearly(root: Path, exact: dict[str, list[Path]], others: list[Path])
         )
 
 
-def _names(folders: Iterable[Path]) -> str:
+def _names(folders: Iterable[AnyPath]) -> str:
     names = [f"{f.name}/" for f in folders]
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
-def _of_split(split: Path, passed: PassedOver) -> list[Path]:
+def _of_split(split: AnyPath, passed: PassedOver) -> list[AnyPath]:
     here = _listed(split, passed)
     found = [picture for folder in here.folders for picture in _of_class(folder, passed)]
     _pass_kinds(here.others, passed)
@@ -250,7 +254,7 @@ def _of_split(split: Path, passed: PassedOver) -> list[Path]:
     return sorted(found)
 
 
-def _of_class(folder: Path, passed: PassedOver) -> list[Path]:
+def _of_class(folder: AnyPath, passed: PassedOver) -> list[AnyPath]:
     here = _listed(folder, passed)
     _pass_kinds(here.others, passed)
     taken, left = here.pictures, here.folders
@@ -273,7 +277,7 @@ def _of_class(folder: Path, passed: PassedOver) -> list[Path]:
 # Parquet
 
 
-def parquet(root: Path) -> Tree | None:
+def parquet(root: AnyPath) -> Tree | None:
     """The Parquet files of a folder by split; None where it has none.
 
     Raises:
@@ -298,13 +302,13 @@ def parquet(root: Path) -> Tree | None:
     return Tree(files, passed)
 
 
-def stray_parquet(root: Path) -> list[str]:
+def stray_parquet(root: AnyPath) -> list[str]:
     """Names of Parquet files directly in a folder, whatever their splits."""
     return [f.name for f in _listed(root, PassedOver()).files if f.suffix.lower() in PARQUET]
 
 
 def _pass_rest(
-    top: _Listing, taken: Path, files: dict[str, list[Path]], passed: PassedOver
+    top: _Listing, taken: AnyPath, files: dict[str, list[AnyPath]], passed: PassedOver
 ) -> None:
     parents = {f.parent for found in files.values() for f in found}
     for folder in (f for f in top.folders if f != taken and f not in parents):
@@ -313,7 +317,7 @@ def _pass_rest(
     _pass_kinds([f for f in top.others if f.suffix.lower() not in PARQUET], passed)
 
 
-def _parquet_splits(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
+def _parquet_splits(folder: AnyPath, passed: PassedOver) -> dict[str, list[AnyPath]]:
     """The files of each split: by their names, or in folders that are called so."""
     here, found = _listed(folder, passed), defaultdict(list)
     for file in (f for f in here.files if f.suffix.lower() in PARQUET):
@@ -329,7 +333,7 @@ def _parquet_splits(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
     return {s: _one_encoding(s, found[s], passed) for s in SPLITS if found[s]}
 
 
-def _one_encoding(split: str, files: list[Path], passed: PassedOver) -> list[Path]:
+def _one_encoding(split: str, files: list[AnyPath], passed: PassedOver) -> list[AnyPath]:
     # One data set has one file for a split; other encodings of the same images stay out.
     exact = [f for f in files if f.stem.lower() in SPLITS[split]]
     rest = [f for f in files if f not in exact] if exact else []
@@ -337,7 +341,7 @@ def _one_encoding(split: str, files: list[Path], passed: PassedOver) -> list[Pat
     return exact or files
 
 
-def _require_all_shards(split: str, files: list[Path]) -> None:
+def _require_all_shards(split: str, files: list[AnyPath]) -> None:
     """Of shards called NAME-00000-of-00002 all must be there, and of one set alone."""
     sets: dict[str, set[int]] = defaultdict(set)
     for file in files:
