@@ -141,7 +141,13 @@ class RemotePath:
 
     @property
     def listed(self) -> Object:
-        """The file as it was listed."""
+        """The file as it was listed.
+
+        Raises:
+            FileNotFoundError: it was not.
+        """
+        if not self.is_file():
+            raise FileNotFoundError(f"{self} is not there")
         return self.listing.files[self.inner]
 
     def read_part(self, first: int, count: int) -> bytes:

@@ -91,8 +91,10 @@ class Found:
         after = f"; {' and '.join(cut)} will be cut out of train" if cut else ""
         lines = [f"found {', '.join(held)}{after}; {of}", *self.passed.lines()]
         count, size = fetched(self.files)
-        # Once to know them by what they hold, and once for shards that are not made yet.
-        far = f"{count} file(s) of {size:,} bytes in all lie in S3, and are fetched twice at most"
+        far = (
+            f"{count} file(s) of {size:,} bytes in all lie in S3, and are fetched to be known by "
+            "what they hold, and once more for shards that are not made yet"
+        )
         return [*lines, far] if count else lines
 
 
@@ -146,7 +148,8 @@ def _no_data(name: str) -> bool:
 def _listed(folder: AnyPath, passed: PassedOver) -> _Listing:
     """What is in a folder, in the order of names: a file system lists in any."""
     folders, files = [], []
-    for path in sorted(folder.iterdir()):
+    inside: list[AnyPath] = sorted(folder.iterdir())
+    for path in inside:
         if _no_data(path.name):
             passed.add("hidden or left behind", "a system or a program made it", path)
         elif path.is_dir():

@@ -15,7 +15,7 @@ from mambaflow import storage as storage_module
 from mambaflow.data import staging
 from mambaflow.data.remote import remote
 from mambaflow.data.sources import SourceError, open_source
-from mambaflow.data.staging import in_process, make, opened, plan, stage
+from mambaflow.data.staging import in_process, make, opened, stage
 from mambaflow.storage import StorageError, at
 
 pytestmark = pytest.mark.s3
