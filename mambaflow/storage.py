@@ -158,8 +158,8 @@ def at(uri: str | Path) -> "Storage":
     # Of pyarrow's addresses, too: before it stand a key and its secret, which no message may hold.
     if "@" in rest.partition("/")[0]:
         raise ValueError(
-            "an S3 address must have no '@' before its first '/'; set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY in the environment"
+            "an S3 address must hold no credentials before an '@'; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, and use s3://bucket/prefix"
         )
     bucket, _, prefix = rest.partition("/")
     if not bucket:
@@ -181,9 +181,10 @@ def _require_plain(text: str) -> None:
     if re.match(r"\$\{?\w", text):
         raise ValueError(f"{text!r} begins with a variable that no shell has put in; put it in")
     # What a Path makes of s3://bucket; it would be a folder called s3: here.
-    if re.match(r"[A-Za-z][\w+.-]+:/(?!/)", text) or re.match(r"s3:(?!//)", text, re.IGNORECASE):
-        kind = "an S3" if text[:3].lower() == "s3:" else "such an"
-        raise ValueError(f"{text!r} is not {kind} address; use a path, or s3://bucket/prefix")
+    if re.match(r"s3:(?!//)", text, re.IGNORECASE):
+        raise ValueError(f"{text!r} is not an S3 address; use s3://bucket/prefix")
+    if re.match(r"[A-Za-z][\w+.-]+:/(?!/)", text):
+        raise ValueError(f"{text!r} is no address; use a path, or s3://bucket/prefix")
 
 
 def _is_hidden(key: str) -> bool:

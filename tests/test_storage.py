@@ -288,7 +288,7 @@ def test_an_address_with_a_query_is_refused():
 
 
 def test_a_key_and_its_secret_in_an_address_are_refused_and_never_told():
-    with pytest.raises(ValueError, match="must have no '@'.* set AWS_ACCESS_KEY_ID") as refused:
+    with pytest.raises(ValueError, match="no credentials before an '@'; set AWS_") as refused:
         at("s3://AKIA:verysecret@bucket/prefix")
     assert "verysecret" not in str(refused.value)
     assert at("s3://bucket/an@address").uri == "s3://bucket/an@address"
@@ -391,9 +391,9 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     [
         ("gs://bucket/x", "unknown scheme 'gs' in 'gs://bucket/x'; valid: a path, file://, s3://"),
         ("s3:///x", "'s3:///x' must name a bucket; use s3://bucket/prefix"),
-        *((odd, f"{odd!r} is not an S3 address; use a path, or s3://bucket/prefix")
+        *((odd, f"{odd!r} is not an S3 address; use s3://bucket/prefix")
           for odd in ("s3:/bucket/x", "S3:/bucket/x", "s3:bucket/x")),
-        ("gs:/bucket/x", "'gs:/bucket/x' is not such an address; use a path, or s3://bucket/prefix"),
+        ("gs:/bucket/x", "'gs:/bucket/x' is no address; use a path, or s3://bucket/prefix"),
         ("file://data/x", "'file://data/x' must be file:///path, with three slashes; or give the "
          "path"),
         ("s3://b/runs/../x", "'s3://b/runs/../x' must have no part '.' or '..', which S3 does not "
