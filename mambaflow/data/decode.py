@@ -8,6 +8,7 @@ The same content gives the same pixels, whatever it was saved as without loss. I
     16 bits, grey or colours      the high byte, which is what Pillow gives of colours; refused if
                                   that is below 16 everywhere: 8 or 12 bits in the place of 16
     12 bits (TIFF)                the highest 8
+    JPEG 2000                     of 8 bits or more; with fewer, or with a sign: refused
     integers of 32 bits (TIFF)    16 bits if the largest is in (255, 65535]; else refused, since
                                   nothing says what is white
     floats, numbers with a sign   refused for the same reason; FITS of more than 8 bits, too
@@ -62,7 +63,7 @@ NCLX_PRIMARIES, NCLX_CURVES = {1, 2}, {1, 2, 6, 13, 14, 15}
 COLOUR_SPACES = {12, 16, 17, 18}
 # Names of TIFF and EXIF tags.
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT, INTEROPERABILITY = 258, 262, 274, 339, 0xA005
-SAMPLES, PLANES, EXTRA = 277, 284, 338
+SAMPLES, PLANES, PALETTE, EXTRA, SLICES = 277, 284, 320, 338, 32997
 SIGNED, APART = 2, 2  # of SAMPLE_FORMAT, of PLANES
 IN_XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>)\s*([0-9])""")
 LEAST_WHITE = 16
@@ -92,11 +93,14 @@ def decode(data: bytes) -> Pixels:
         turn = TURNS.get(_orientation(image))
         image.load()  # raises where data are cut off
         _require_stated_inks(image)
-        _require_stated_layout(image)
+        if image.format == "TIFF":
+            _require_stated_layout(image)
+        if image.format == "JPEG2000":
+            _require_plain_samples(data)
         alpha = _alpha(image, data)
         channels = _channels(image)
         if alpha is None and _is_deep_colour(image, data):
-            _require_light(channels)
+            _require_light(int(np.asarray(channels).max()))
         pixels = np.asarray(_in_srgb(image, channels, data).convert("RGB"))
     laid = pixels if alpha is None else _on_white(pixels, alpha)
     return laid if turn is None else np.asarray(Image.fromarray(laid).transpose(turn))
@@ -208,8 +212,6 @@ def _require_stated_inks(image: Image.Image) -> None:
 
 def _require_stated_layout(image: Image.Image) -> None:
     """Refuse a TIFF that leaves open what its numbers are, or of which Pillow mixes them up."""
-    if image.format != "TIFF":
-        return
     bits, samples = _tag(image, BITS) or 1, _tag(image, SAMPLES) or 1
     require(
         _tag(image, PHOTOMETRIC) is not None,
@@ -225,6 +227,28 @@ def _require_stated_layout(image: Image.Image) -> None:
         f"a TIFF of {bits} bits with each channel by itself, which cannot be read; save it as PNG",
     )
 
+    slices, palette = _tag(image, SLICES) or 1, getattr(image, "tag_v2", {}).get(PALETTE)
+    require(slices == 1, f"holds {slices} slices, and nothing says which is meant; save one as PNG")
+    if image.mode == "P" and palette:
+        _require_light(max(palette) >> 8)
+
+
+def _samples(data: bytes) -> list[int]:
+    """Of a JPEG 2000: the bits of each channel, below 0 where they have a sign."""
+    place = data.find(b"\xff\x51") + 38
+    count = int.from_bytes(data[place : place + 2], "big")
+    stated = data[place + 2 : place + 2 + 3 * count : 3]
+    return [((s & 127) + 1) * (-1 if s & 128 else 1) for s in stated]
+
+
+def _require_plain_samples(data: bytes) -> None:
+    bits = _samples(data)
+    require(
+        min(bits, default=0) >= 8,
+        f"a JPEG 2000 of channels of {bits} bits, of which those below 0 have a sign; save it with "
+        "8 or more without",
+    )
+
 
 # Channels of 8 bits
 
@@ -233,15 +257,17 @@ def _is_deep_colour(image: Image.Image, data: bytes) -> bool:
     """Whether Pillow has left out the low bytes of 16 bits."""
     if image.mode.startswith("I"):
         return False
+    if image.format == "JPEG2000":
+        return max(_samples(data)) == 16
     return data[24] == 16 if image.format == "PNG" else _tag(image, BITS) == 16
 
 
-def _require_light(channels: Image.Image) -> None:
-    high = np.asarray(channels).max()
+def _require_light(high: int) -> None:
+    """Refuse 16 bits whose largest high byte this is."""
     require(
-        bool(high >= LEAST_WHITE),
-        f"16 bits of which none is above {(int(high) << 8) + 255}: nearly black, as where 8 or 12 "
-        "bits stand in the place of 16; scale them, or save it with 8 bits",
+        high >= LEAST_WHITE,
+        f"16 bits of which none is above {(high << 8) + 255}: nearly black, as where 8 or 12 bits "
+        "stand in the place of 16; scale them, or save it with 8 bits",
     )
 
 
@@ -280,7 +306,7 @@ def _deep_grey(image: Image.Image) -> Integer[np.ndarray, "h w"]:
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # which state that 65535 is white
         _require_16_bits(image, values)
     if _depth(image) == 16 and not _is_spread(values):
-        _require_light(Image.fromarray(_high_byte(values, 16)))
+        _require_light(int(values.max()) >> 8)
     # Pillow turns 8 bits round where TIFF says that 0 is white, and leaves 16 as they are.
     negative = image.format == "TIFF" and _tag(image, PHOTOMETRIC) == 0
     return 2 ** _depth(image) - 1 - values if negative else values

@@ -42,6 +42,7 @@ from mambaflow.data.tree import (
     Found,
     PassedOver,
     Tree,
+    nearly_split,
     parquet,
     pictures,
     stray_parquet,
@@ -55,6 +56,8 @@ EMBEDDED = ("sample", "cifar10")
 CIFAR10_FOLDER = "cifar-10-batches-py"
 # Threads that read the files of a folder; digits of a whole sha256; bytes that are read at a time.
 READERS, FULL, BLOCK = 8, 64, 8 * 2**20
+# Columns of tables that say of which split a row is; words of one that are looked at.
+SPLIT_COLUMNS, MANY = {"split", "subset", "partition", "usage", "set"}, 100
 # Begins a folder's fingerprint: earlier versions' was of the names and sizes of its files.
 OF_BYTES = "bytes_"
 log = logging.getLogger(__name__)
@@ -435,7 +438,14 @@ def _only_labels(group: RowGroup) -> np.ndarray:
 def _labels_of(table: pa.Table, group: RowGroup) -> np.ndarray:
     if not group.label:
         return np.full(group.rows, -1)
-    return pc.fill_null(table[group.label], -1).to_numpy().astype(np.int64)
+    try:
+        # Before nulls are filled: an unsigned column would not take the -1.
+        labels = table[group.label].cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise SourceError(
+            f"{group.file} has labels beyond 64 bits ({error}); leave them out by --labels ignore"
+        ) from error
+    return pc.fill_null(labels, -1).to_numpy()
 
 
 def _parquet(file: AnyPath) -> pq.ParquetFile:
@@ -457,10 +467,25 @@ def _groups(file: AnyPath, columns: Columns) -> list[RowGroup]:
     opened = _parquet(file)
     about = opened.metadata
     image, label = _columns_of(file, opened.schema_arrow, columns)
+    _refuse_rows_of_splits(file, opened)
     return [
         RowGroup(file, number, about.row_group(number).num_rows, image, label)
         for number in range(about.num_row_groups)
     ]
+
+
+def _refuse_rows_of_splits(file: AnyPath, opened: pq.ParquetFile) -> None:
+    """Refuse a table that says in a column of which split each row is."""
+    for kind in opened.schema_arrow:
+        # Text, or a dictionary of it.
+        if kind.name.lower() in SPLIT_COLUMNS and "string" in str(kind.type):
+            words = pc.unique(opened.read([kind.name])[kind.name].combine_chunks()).to_pylist()
+            named = {nearly_split(word or "") for word in words[:MANY]} - {""}
+            if len(named) > 1:
+                raise SourceError(
+                    f"{file} holds rows of several splits, by its column {kind.name} "
+                    f"({', '.join(map(str, words[:5]))}); write each split to a file of its own"
+                )
 
 
 def _columns_of(file: AnyPath, schema: pa.Schema, columns: Columns) -> tuple[str, str]:
@@ -471,6 +496,8 @@ def _columns_of(file: AnyPath, schema: pa.Schema, columns: Columns) -> tuple[str
     if len(there) > 1:
         raise SourceError(f"{file} has {kinds}: both img and image; choose by --image-column")
     image = there[0] if there else None
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise SourceError(f"{file} has {twice[0]} twice among its columns; rename one of them")
     label = (columns.label or "label") if columns.labelled else ""
     if image is None or (label and label not in schema.names):
         raise SourceError(
@@ -480,9 +507,10 @@ def _columns_of(file: AnyPath, schema: pa.Schema, columns: Columns) -> tuple[str
         )
     kind = schema.field(image).type
     encoded = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    encoded = encoded and str(kind.field("bytes").type).removeprefix("large_") == "binary"
     if not encoded or (label and not pa.types.is_integer(schema.field(label).type)):
         raise SourceError(
-            f"{file} has {kinds}; {image} must be struct<bytes, path>"
+            f"{file} has {kinds}; {image} must be struct<bytes, path> of encoded pictures"
             f"{' and ' * bool(label)}{label}{' an integer' * bool(label)}; choose by "
             "--image-column and --label-column, or leave labels out by --labels ignore"
         )

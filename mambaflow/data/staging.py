@@ -283,9 +283,19 @@ def stake_claim(out: str, parts: list[SplitPlan]) -> None:
     # staging too, and are refused where it is another.
     ours = {part.spec.split: part.claim for part in parts}
     if not at(out).create(CLAIM, _json(ours)):
+        for split, claim in _claimed(out, ours).items():
+            _refuse(out, split, claim, ours[split])
+
+
+def _claimed(out: str, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
+    try:
         theirs = json.loads(at(out).read(CLAIM))
-        for split in ours:
-            _refuse(out, split, theirs[split], ours[split])
+        return {split: dict(theirs[split]) for split in splits}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"out (={out}) holds a {CLAIM} that is damaged ({error!r}); give another --out, or "
+            "remove that folder"
+        ) from error
 
 
 def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -384,7 +394,7 @@ def _made(task: ShardTask) -> ShardResult | None:
         return None
     require(
         # By the note, since a claim may have been deleted and another made in its place.
-        note["claim"] == task.claim_hash,
+        note.get("claim") == task.claim_hash,
         f"out (={task.out}) holds a shard of another staging ({task.spec.split}/{name}); "
         "give another --out, or remove that folder",
     )

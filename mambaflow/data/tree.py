@@ -167,6 +167,11 @@ def split_of(name: str) -> str | None:
     return next((split for split, words in SPLITS.items() if word in words), None)
 
 
+def nearly_split(name: str) -> str:
+    """The split that a word is, or that is a part of it; "" for none."""
+    return split_of(name) or _nearly(name) or ""
+
+
 def _words(name: str) -> list[str]:
     """Those of a name such as trainA, seg_test or testset, in small letters."""
     words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]

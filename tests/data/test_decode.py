@@ -117,8 +117,9 @@ def tiff(values, bits, photometric, packed=None, *, apart=False, without=(), **m
     tags = {256: (4, [width]), 257: (4, [height]), 258: (3, [bits] * count), 259: (3, [1]),
             262: (3, [photometric]), 273: (4, places), 277: (3, [count]), 278: (4, [height]),
             279: (4, [len(s) for s in strips]), 284: (3, [1 + apart])}  # fmt: skip
-    tags |= {int(name[1:]): (3, [value] * (count if name == "t339" else 1))
-             for name, value in more.items()}  # fmt: skip
+    for name, value in more.items():
+        each = [value] * (count if name == "t339" else 1)
+        tags[int(name[1:])] = 3, value if isinstance(value, list) else each
     kept = sorted((tag, *about) for tag, about in tags.items() if tag not in without)
     start, entries, beyond = places[-1] + len(strips[-1]), b"", b""
     for tag, kind, numbers in kept:
@@ -173,6 +174,7 @@ IN_16 = {
     "8 bits of colour": png(deep(COLOUR.astype(np.uint16)), 16, 2),
     "12 bits of grey and alpha":
         png(deep(np.dstack([DEEP * 16, np.full_like(DEEP, 65535)])), 16, 4),
+    "8 bits of a TIFF's palette": tiff(GREY, 8, 3, t320=[*range(256)] * 3),
     "12 bits of a TIFF's colours": tiff(COLOUR.astype("<u2") * 16, 16, 2),
 }  # fmt: skip
 
@@ -207,6 +209,31 @@ def test_what_a_tiff_leaves_open_is_refused():
     for values in (COLOUR / np.float32(255), GREY.astype(np.float16), GREY.astype(np.float64)):
         data = tiff(values, 8 * values.itemsize, 2 if values.ndim == 3 else 1, t339=3)
         assert "a TIFF" in refusal(data) and "of floats" in refusal(data)
+
+
+def test_a_palette_of_a_tiff_is_of_16_bits_and_a_picture_of_one_slice():
+    levels = [257 * level for level in range(256)] * 3
+    assert np.array_equal(decode(tiff(GREY, 8, 3, t320=levels)), THREE)
+    assert "holds 2 slices" in refusal(tiff(GREY, 8, 1, t32997=2))
+
+
+def jpeg2000(values, bits, signed=False):
+    """A JPEG 2000 that states other bits than Pillow would write."""
+    data = bytearray(saved(values, "JPEG2000"))
+    place = data.index(b"\xff\x51") + 40
+    count = 1 if values.ndim == 2 else 3
+    data[place : place + 3 * count : 3] = bytes([bits - 1 | 128 * signed] * count)
+    return bytes(data)
+
+
+def test_samples_of_a_jpeg_2000_that_pillow_reads_otherwise_are_refused():
+    assert np.array_equal(decode(jpeg2000(COLOUR, 8)), COLOUR)
+    assert "channels of [4] bits" in refusal(jpeg2000(GREY, 4))
+    for values in (GREY, COLOUR, DEEP * 257):
+        bits = 8 * values.itemsize
+        assert f"channels of {[-bits] * (3 if values.ndim == 3 else 1)} bits" in refusal(
+            jpeg2000(values, bits, signed=True)
+        )
 
 
 def test_fits_of_more_than_8_bits_is_refused():

@@ -176,12 +176,56 @@ def test_what_would_leave_a_choice_of_columns_without_effect_is_refused(tmp_path
         ({"img": [b"x"]}, r"must have img \(or image\) and label"),
         ({"img": [b"x"], "label": [1]}, r"img must be struct<bytes, path>"),
         ({"img": [{"bytes": b"x"}], "label": ["cat"]}, r"label an integer"),
+        ({"img": [{"bytes": [1, 2]}], "label": [1]}, r"img must be struct<bytes, path> of encoded"),
+        ({"img": [{"bytes": "text"}], "label": [1]}, r"img must be struct<bytes, path> of encoded"),
     ],
 )
 def test_parquet_of_other_columns_is_refused_by_name(tmp_path, table, message):
     pq.write_table(pa.table(table), tmp_path / "odd.parquet")
     with pytest.raises(SourceError, match=f"odd.parquet has .*{message}"):
         open_source(str(tmp_path / "odd.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint64", "int8", "int16"])
+def test_labels_may_be_integers_of_any_kind(tmp_path, kind):
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(4)], range(4))
+    table = pq.read_table(file)
+    for labels in ([3, 0, 2, 1], [3, None, 2, 1]):
+        column = pa.array(labels, getattr(pa, kind)())
+        pq.write_table(table.set_column(1, "label", column), file)
+        want = [-1 if label is None else label for label in labels]
+        source = open_source(str(file))
+        assert [i.label for i in read(source, "train")] == want == source.labels("train").tolist()
+
+
+def test_labels_beyond_64_bits_are_refused_by_name(tmp_path):
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(2)], range(2))
+    column = pa.array([2**63, 1], pa.uint64())
+    pq.write_table(pq.read_table(file).set_column(1, "label", column), file)
+    with pytest.raises(SourceError, match="f.parquet has labels beyond 64 bits .*--labels ignore"):
+        open_source(str(file)).labels("train")
+
+
+@pytest.mark.parametrize("words", [("train", "test"), ("Training", "PublicTest", "PrivateTest")])
+@pytest.mark.parametrize("name", ["split", "Usage"])
+def test_a_table_of_several_splits_is_refused(tmp_path, name, words):
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(6)], range(6))
+    table, column = pq.read_table(file), [words[i % len(words)] for i in range(6)]
+    pq.write_table(table.append_column(name, pa.array(column).dictionary_encode()), file)
+    with pytest.raises(
+        SourceError, match=f"rows of several splits, by its column {name} .[Tt]rain"
+    ):
+        open_source(str(file))
+    pq.write_table(table.append_column(name, pa.array(["train"] * 6).dictionary_encode()), file)
+    assert open_source(str(file)).count("train") == 6
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(2)], range(2))
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("img", table["img"]), file)
+    with pytest.raises(SourceError, match="f.parquet has img twice among its columns"):
+        open_source(str(file))
 
 
 def test_parquet_that_is_cut_off_is_refused_by_name(tmp_path):

@@ -300,6 +300,13 @@ def test_a_manifest_without_a_claim_still_refuses_another_spec(source, tmp_path)
     assert not at(config.out).exists(CLAIM)
 
 
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"train": 1}'])
+def test_a_damaged_claim_is_refused_by_name(source, tmp_path, text):
+    (tmp_path / "claim.json").write_text(text)
+    with pytest.raises(ValueError, match="holds a claim.json that is damaged .*; give another"):
+        staged(config_of(source, tmp_path))
+
+
 def test_a_note_of_another_staging_is_refused(source, tmp_path):
     config = config_of(source, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
