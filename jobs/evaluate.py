@@ -37,7 +37,7 @@ from mambaflow.evaluation.evaluate import Progress, Run, evaluate, in_process, s
 from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
-from mambaflow.host import speak_plainly
+from mambaflow.host import leave, speak_plainly
 from mambaflow.signals import stopping
 from mambaflow.storage import at
 from mambaflow.variables import check_variables
@@ -198,4 +198,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

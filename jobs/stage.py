@@ -2,11 +2,14 @@
 
     python jobs/stage.py --source sample --out data/sample
     python jobs/stage.py --source train.parquet --out s3://bucket/cifar10
+    python jobs/stage.py --source s3://bucket/images/ --out data/images
 
-What was found is said before anything is written: images of each split, classes, and what was
-passed over, by kind and why. Of a source without a validation or test split these are cut out of
-training. One Ray task makes one shard. A staging that stopped goes on where it was: finished shards
-are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
+What was found is said before anything is written: images of each split, classes, what was passed
+over, by kind and why, and what will be fetched. A source in S3 is read where it lies; one that
+changes meanwhile is refused by name. Of a source without a validation or test split these are cut
+out of training. One Ray task makes one shard. A staging that stopped goes on where it was: finished
+shards are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed, the same
+command goes on.
 """
 
 import logging
@@ -26,7 +29,7 @@ from mambaflow.data.staging import (
     stage,
 )
 from mambaflow.distributed.environment import set_ray_environment
-from mambaflow.host import speak_plainly
+from mambaflow.host import leave, speak_plainly
 from mambaflow.variables import check_variables
 
 
@@ -62,9 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"error: {error}\nthe same command goes on", file=sys.stderr)
+        return 1
     print(f"staged {config.source} to {config.out}: {done}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

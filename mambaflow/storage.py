@@ -16,6 +16,8 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,13 +63,16 @@ LOCK_S, SETTLE_S, CLAIM_S = 10.0, 2.0, 60.0
 MISSING = {"404", "NoSuchKey", "NotFound"}
 # What a service says that does not know a header.
 UNKNOWN = {"NotImplemented", "501", "MethodNotAllowed"}
+# What it says of a part that would begin beyond a file's end.
+BEYOND = {"InvalidRange", "416"}
 # What a body raises that ends early or stands still.
 BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 CURES = {
     "NoSuchBucket": "create the bucket, or name another",
     "InvalidAccessKeyId": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "SignatureDoesNotMatch": "set the AWS_SECRET_ACCESS_KEY of this key id",
-    "AccessDenied": "ask for read and write access to this prefix",
+    "AccessDenied": "ask for access to this prefix: s3:ListBucket and s3:GetObject to read, "
+    "s3:PutObject to write",
     "403": "check the credentials, and ask for access to this prefix",
     **dict.fromkeys(
         ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"),
@@ -79,11 +84,27 @@ CURES = {
         "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required if the service is older than checksums",
     ),
     "ConditionalRequestConflict": "another process is writing it: try again",
+    "InvalidObjectState": "restore it from the archive that it was moved to",
 }
 
 
 class StorageError(OSError):
     """Storage that refuses or cannot be reached; the message names it, the cause and a cure."""
+
+
+class ChangedError(StorageError):
+    """A file that is another one than it was when it was listed, or gone."""
+
+
+@dataclass(frozen=True)
+class Object:
+    """A file as a service lists it."""
+
+    key: str
+    bytes: int
+    etag: str
+    """Another one where the bytes are others; "" where the service has none."""
+    modified: datetime
 
 
 class FullError(StorageError):
@@ -419,6 +440,11 @@ def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
+def _etag(answer: dict[str, Any]) -> str:
+    # Services do not agree on the quotes, nor do listings with answers.
+    return str(answer.get("ETag") or "").removeprefix("W/").strip('"')
+
+
 class S3Storage(Storage):
     """A prefix in an S3 bucket; uploads in parts carry checksums that the service verifies."""
 
@@ -455,16 +481,63 @@ class S3Storage(Storage):
         return S3Storage(self.bucket, self._key(name).strip("/"))
 
     def read(self, key: str) -> bytes:
+        return self._got(key)[0]
+
+    def _got(self, key: str, **more: str) -> tuple[bytes, str]:
+        """A file's bytes, and its ETag."""
         with self._named(key):
             for left in reversed(range(ATTEMPTS)):  # boto3 repeats a request, not a broken body
                 try:
                     # By the answer's arrival boto3's own attempts are over: the body is read by us.
-                    answer = _client().get_object(Bucket=self.bucket, Key=self._key(key))
-                    return answer["Body"].read()
+                    answer = _client().get_object(Bucket=self.bucket, Key=self._key(key), **more)
+                    return answer["Body"].read(), _etag(answer)
                 except BROKEN_OFF:
                     if not left:
                         raise
         raise AssertionError("unreachable")
+
+    def read_part(self, listed: Object, first: int, count: int) -> bytes:
+        """Some bytes of a file as it was listed, fewer where it ends before.
+
+        Raises:
+            ChangedError: it is another one now, or gone.
+        """
+        count = min(count, listed.bytes - first)
+        if count <= 0:
+            return b""
+        where = f"{self.uri}/{listed.key}"
+        # A whole file is asked for as such: then what checksum the service keeps of it is compared.
+        part = {} if count == listed.bytes else {"Range": f"bytes={first}-{first + count - 1}"}
+        try:
+            data, etag = self._got(listed.key, **part)
+        except FileNotFoundError as error:
+            raise ChangedError(f"{where} was listed, and is gone") from error
+        except StorageError as error:
+            cause = error.__cause__
+            if isinstance(cause, ClientError) and _code(cause) in BEYOND:
+                raise ChangedError(f"{where} is shorter than when it was listed") from error
+            raise
+        # By the answer itself: of two parts each is of the file that was listed, or is refused.
+        if len(data) != count or (listed.etag and etag != listed.etag):
+            raise ChangedError(f"{where} has changed since it was listed")
+        return data
+
+    def find(self, key: str) -> Object | None:
+        """A file as the service knows it now; None where there is none."""
+        try:
+            with self._named(key):
+                found = _client().head_object(Bucket=self.bucket, Key=self._key(key))
+        except FileNotFoundError:
+            return None
+        return Object(key, found["ContentLength"], _etag(found), found["LastModified"])
+
+    def objects(self, prefix: str = "") -> list[Object]:
+        """All that is listed below a prefix, marks of folders too, in no order."""
+        start = len(self._key(""))
+        return [
+            Object(o["Key"][start:], o["Size"], _etag(o), o["LastModified"])
+            for o in self._objects(prefix)
+        ]
 
     def write(self, key: str, data: bytes) -> None:
         self._put(key, io.BytesIO(data))

@@ -65,7 +65,8 @@ class StageConfig:
 
     source: str = "sample"
     """sample, cifar10, a .parquet file, a folder with train*.parquet, val*.parquet and
-    test*.parquet, or a folder of images by class, in train/, val/ and test/ or without them."""
+    test*.parquet, or a folder of images by class, in train/, val/ and test/ or without them; files
+    and folders may be s3://bucket/key and s3://bucket/prefix/, which are read where they lie."""
     out: str = "data/sample"
     """Where to: a folder or s3://bucket/prefix."""
     size: int = 32

@@ -15,16 +15,16 @@ The rules, of which none looks at what is in a file:
   must be of one set, and there.
 """
 
-import os
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 from PIL import Image
+
+from mambaflow.data.remote import AnyPath, SourceError, fetched
 
 SPLITS = {
     "train": ("train", "training"),
@@ -66,10 +66,6 @@ NAMED = 12
 """Classes that are told by name."""
 
 
-class SourceError(ValueError):
-    """Images that cannot be had or used; the message says what to do instead."""
-
-
 @cache
 def picture_endings() -> frozenset[str]:
     """Of file names, in small letters."""
@@ -84,7 +80,7 @@ class PassedOver:
     # Paths as keys: a folder that is listed twice is counted once.
     kinds: dict[tuple[str, str], dict[str, None]] = field(default_factory=dict)
 
-    def add(self, kind: str, why: str, *paths: Path) -> None:
+    def add(self, kind: str, why: str, *paths: AnyPath) -> None:
         """Some more."""
         if paths:
             self.kinds.setdefault((kind, why), {}).update(dict.fromkeys(map(str, paths)))
@@ -105,6 +101,8 @@ class Found:
     """In each split that it has."""
     classes: tuple[str, ...] = ()
     passed: PassedOver = field(default_factory=PassedOver)
+    files: tuple[AnyPath, ...] = ()
+    """That it is read from."""
     lost: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """In each split, classes that training has not."""
 
@@ -118,7 +116,17 @@ class Found:
         of = f"{len(self.classes)} classes: {named}" if self.classes else "no classes by name"
         cut = [s for s in ("validation", "test") if not self.images.get(s)]
         after = f"; {' and '.join(cut)} will be cut out of train" if cut else ""
-        return [f"found {', '.join(held)}{after}; {of}", *self._odd_classes(), *self.passed.lines()]
+        lines = [
+            f"found {', '.join(held)}{after}; {of}",
+            *self._odd_classes(),
+            *self.passed.lines(),
+        ]
+        count, size = fetched(self.files)
+        far = (
+            f"{count} file(s) of {size:,} bytes in all lie in S3, and are fetched to be known by "
+            "what they hold, and once more for shards that are not made yet"
+        )
+        return [*lines, far] if count else lines
 
     def _odd_classes(self) -> list[str]:
         """What of the classes is seldom meant."""
@@ -143,13 +151,13 @@ class Found:
 class Tree:
     """The files of each split, in the order that gives images their ids."""
 
-    files: dict[str, list[Path]]
+    files: dict[str, list[AnyPath]]
     passed: PassedOver
-    split_folders: dict[str, Path] = field(default_factory=dict)
+    split_folders: dict[str, AnyPath] = field(default_factory=dict)
 
-    def class_of(self, split: str, file: Path) -> str | None:
+    def class_of(self, split: str, file: AnyPath) -> str | None:
         """The folder, directly in its split, that a picture is in; None: in none."""
-        inner = file.relative_to(self.split_folders[split]).parts
+        inner = file.parts[len(self.split_folders[split].parts) :]
         return inner[0] if len(inner) > 1 else None
 
 
@@ -194,15 +202,15 @@ def _is_of_anything(name: str) -> bool:
 
 @dataclass
 class _Listing:
-    folders: list[Path]
-    files: list[Path]
+    folders: list[AnyPath]
+    files: list[AnyPath]
 
     @property
-    def pictures(self) -> list[Path]:
+    def pictures(self) -> list[AnyPath]:
         return [f for f in self.files if f.suffix.lower() in picture_endings()]
 
     @property
-    def others(self) -> list[Path]:
+    def others(self) -> list[AnyPath]:
         return [f for f in self.files if f.suffix.lower() not in picture_endings()]
 
 
@@ -210,10 +218,11 @@ def _no_data(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
-def _listed(folder: Path, passed: PassedOver) -> _Listing:
+def _listed(folder: AnyPath, passed: PassedOver) -> _Listing:
     """What is in a folder, in the order of names: a file system lists in any."""
     folders, files = [], []
-    for path in sorted(folder / name for name in os.listdir(folder)):
+    inside: list[AnyPath] = sorted(folder.iterdir())
+    for path in inside:
         if _no_data(path.name):
             passed.add("hidden or left behind", "a system or a program made it", path)
         elif path.is_dir():
@@ -223,7 +232,7 @@ def _listed(folder: Path, passed: PassedOver) -> _Listing:
     return _Listing(folders, files)
 
 
-def _pass_kinds(files: Iterable[Path], passed: PassedOver) -> None:
+def _pass_kinds(files: Iterable[AnyPath], passed: PassedOver) -> None:
     for file in files:
         ending = file.suffix.lower()
         why = "no pictures that can be read" if ending else "a picture's name ends in .png or such"
@@ -231,7 +240,7 @@ def _pass_kinds(files: Iterable[Path], passed: PassedOver) -> None:
         passed.add(f"{ending} file(s)" if ending else "file(s) without an ending", why, file)
 
 
-def _require_there(files: Iterable[Path]) -> None:
+def _require_there(files: Iterable[AnyPath]) -> None:
     gone = [f for f in files if not f.exists()]
     if gone:
         raise SourceError(
@@ -239,9 +248,11 @@ def _require_there(files: Iterable[Path]) -> None:
         )
 
 
-def _deep(folder: Path, passed: PassedOver, above: frozenset[str] = frozenset()) -> list[Path]:
+def _deep(
+    folder: AnyPath, passed: PassedOver, above: frozenset[str] = frozenset()
+) -> list[AnyPath]:
     """The pictures anywhere in a folder; other files are passed over."""
-    real = os.path.realpath(folder)
+    real = str(folder.resolve())
     if real in above:  # a link to a folder that it is in
         return []
     listing = _listed(folder, passed)
@@ -253,7 +264,7 @@ def _deep(folder: Path, passed: PassedOver, above: frozenset[str] = frozenset())
 # Pictures
 
 
-def pictures(root: Path) -> Tree:
+def pictures(root: AnyPath) -> Tree:
     """The pictures of a folder by split and class.
 
     Raises:
@@ -275,9 +286,9 @@ def pictures(root: Path) -> Tree:
     return Tree(files, passed, splits)
 
 
-def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
+def _splits(root: AnyPath, folders: list[AnyPath]) -> dict[str, AnyPath]:
     """The folders that are splits, if any is; refused where that is not clear."""
-    exact: dict[str, list[Path]] = defaultdict(list)
+    exact: dict[str, list[AnyPath]] = defaultdict(list)
     for folder in folders:
         if split := split_of(folder.name):
             exact[split].append(folder)
@@ -295,7 +306,7 @@ def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
     return {split: exact[split][0] for split in SPLITS if split in exact}
 
 
-def _refuse_nearly(root: Path, exact: dict[str, list[Path]], others: list[Path]) -> None:
+def _refuse_nearly(root: AnyPath, exact: dict[str, list[AnyPath]], others: list[AnyPath]) -> None:
     near = {f: split for f in others if (split := _nearly(f.name))}
     sure = any(_is_of_anything(f.name) for f in near)
     # One folder such as test_tube among other classes is a class.
@@ -307,21 +318,21 @@ def _refuse_nearly(root: Path, exact: dict[str, list[Path]], others: list[Path])
         )
 
 
-def _names(folders: Iterable[Path]) -> str:
+def _names(folders: Iterable[AnyPath]) -> str:
     names = [f"{f.name}/" for f in folders]
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
-def _require_distinct(folders: Iterable[Path]) -> None:
+def _require_distinct(folders: Iterable[AnyPath]) -> None:
     """Refuse two names of one folder, whose pictures would count twice."""
-    real: dict[str, Path] = {}
+    real: dict[str, AnyPath] = {}
     for folder in folders:
-        first = real.setdefault(os.path.realpath(folder), folder)
+        first = real.setdefault(str(folder.resolve()), folder)
         if first != folder:
             raise SourceError(f"{first} and {folder} are one folder; remove one of the links")
 
 
-def _refuse_masks(split: Path, classes: Iterable[Path]) -> None:
+def _refuse_masks(split: AnyPath, classes: Iterable[AnyPath]) -> None:
     plain = {re.sub(r"[^a-z]", "", f.name.lower()): f for f in classes}
     masks, pictures = (next((plain[n] for n in plain if n in names), None)
                        for names in (MASKS, MASKED))  # fmt: skip
@@ -332,7 +343,7 @@ def _refuse_masks(split: Path, classes: Iterable[Path]) -> None:
         )
 
 
-def _of_split(split: Path, passed: PassedOver) -> list[Path]:
+def _of_split(split: AnyPath, passed: PassedOver) -> list[AnyPath]:
     here = _listed(split, passed)
     classes = {folder: _of_class(folder, passed) for folder in here.folders}
     _require_distinct(folder for folder, taken in classes.items() if taken)
@@ -346,7 +357,7 @@ def _of_split(split: Path, passed: PassedOver) -> list[Path]:
     return sorted(found)
 
 
-def _of_class(folder: Path, passed: PassedOver) -> list[Path]:
+def _of_class(folder: AnyPath, passed: PassedOver) -> list[AnyPath]:
     here = _listed(folder, passed)
     _pass_kinds(here.others, passed)
     taken, left = here.pictures, here.folders
@@ -369,7 +380,7 @@ def _of_class(folder: Path, passed: PassedOver) -> list[Path]:
 # Parquet
 
 
-def parquet(root: Path) -> Tree | None:
+def parquet(root: AnyPath) -> Tree | None:
     """The Parquet files of a folder by split; None where it has none.
 
     Raises:
@@ -394,19 +405,19 @@ def parquet(root: Path) -> Tree | None:
     return Tree(files, passed)
 
 
-def stray_parquet(root: Path) -> list[str]:
+def stray_parquet(root: AnyPath) -> list[str]:
     """Names of Parquet files directly in a folder, whatever their splits."""
     return [f.name for f in _listed(root, PassedOver()).files if f.suffix.lower() in PARQUET]
 
 
-def with_pictures(root: Path, but: str) -> list[Path]:
+def with_pictures(root: AnyPath, but: str) -> list[AnyPath]:
     """The folders in a folder, but for one of a name, that have pictures anywhere."""
     folders = _listed(root, PassedOver()).folders
     return [f for f in folders if f.name != but and _deep(f, PassedOver())]
 
 
 def _pass_rest(
-    top: _Listing, taken: Path, files: dict[str, list[Path]], passed: PassedOver
+    top: _Listing, taken: AnyPath, files: dict[str, list[AnyPath]], passed: PassedOver
 ) -> None:
     parents = {f.parent for found in files.values() for f in found}
     for folder in (f for f in top.folders if f != taken and f not in parents):
@@ -415,7 +426,7 @@ def _pass_rest(
     _pass_kinds([f for f in top.others if f.suffix.lower() not in PARQUET], passed)
 
 
-def _parquet_splits(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
+def _parquet_splits(folder: AnyPath, passed: PassedOver) -> dict[str, list[AnyPath]]:
     """The files of each split: by their names, or in folders that are called so."""
     here, found = _listed(folder, passed), defaultdict(list)
     for file in _those_of_parquet(here):
@@ -432,11 +443,11 @@ def _parquet_splits(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
     return {s: _one_set(s, found[s], passed) for s in SPLITS if found[s]}
 
 
-def _those_of_parquet(listing: _Listing) -> list[Path]:
+def _those_of_parquet(listing: _Listing) -> list[AnyPath]:
     return [f for f in listing.files if f.suffix.lower() in PARQUET]
 
 
-def _parquet_in(split: Path) -> list[Path]:
+def _parquet_in(split: AnyPath) -> list[AnyPath]:
     here = _listed(split, PassedOver())
     files = _those_of_parquet(here)
     for folder in here.folders if files else ():
@@ -454,13 +465,13 @@ SHARD = re.compile(
 """Such as train-00000-of-00002, with a hash behind it or without; or a number alone."""
 
 
-def _set_of(file: Path) -> str:
+def _set_of(file: AnyPath) -> str:
     """The name that the shards of one set have in common."""
     match = SHARD.fullmatch(file.stem.lower())
     return match["set"] if match else file.stem.lower()
 
 
-def _require_one_name(split: str, files: list[Path]) -> None:
+def _require_one_name(split: str, files: list[AnyPath]) -> None:
     """Refuse several sets for a split by their names, of which none is the split's own."""
     names = sorted({_set_of(file) for file in files})
     if len(names) > 1 and not set(names) & set(SPLITS[split]):
@@ -470,7 +481,7 @@ def _require_one_name(split: str, files: list[Path]) -> None:
         )
 
 
-def _one_set(split: str, files: list[Path], passed: PassedOver) -> list[Path]:
+def _one_set(split: str, files: list[AnyPath], passed: PassedOver) -> list[AnyPath]:
     # One data set has one name for a split; other encodings of the same images stay out.
     whole = [f for f in files if f.stem.lower() in SPLITS[split]]
     chosen = whole or [f for f in files if _set_of(f) in SPLITS[split]] or files
@@ -479,9 +490,9 @@ def _one_set(split: str, files: list[Path], passed: PassedOver) -> list[Path]:
     return chosen
 
 
-def _require_all_shards(split: str, files: list[Path]) -> None:
+def _require_all_shards(split: str, files: list[AnyPath]) -> None:
     """Of shards called NAME-00000-of-00002 all must be there, and of one set alone."""
-    sets: dict[str, dict[int, Path]] = defaultdict(dict)
+    sets: dict[str, dict[int, AnyPath]] = defaultdict(dict)
     for file in files:
         match = SHARD.fullmatch(file.stem.lower())
         if match and match["total"] or file.stem.isdecimal():

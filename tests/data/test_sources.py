@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import tarfile
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from mambaflow.data.sources import (
     open_source,
     photograph,
 )
+from mambaflow.storage import at
 
 
 def pictures(count, size=8, seed=0):
@@ -333,7 +335,7 @@ def test_a_folder_without_images_is_refused_with_a_cure(tmp_path):
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("address", ["cifar100", "nowhere/at/all", "s3://bucket/images", ""])
+@pytest.mark.parametrize("address", ["cifar100", "nowhere/at/all", "gs://bucket/images", ""])
 def test_what_is_no_source_is_refused_with_the_valid_ones(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "")
     message = r"is none of: sample, cifar10|no images in class folders"
@@ -540,6 +542,45 @@ def test_the_folder_itself_and_an_archive_of_it_are_cifar_too(small_cifar, tmp_p
         assert np.array_equal(read(open_source(source.address), "test", [3])[0].pixels, images[23])
     renamed = (folder / CIFAR10_FOLDER).rename(tmp_path / "batches")
     assert open_source(str(renamed)).count("train") == 20
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("what", ["the folder", "its folder", "an archive"])
+def test_cifar_in_s3_is_that_on_a_disk_and_no_file_in_between(
+    small_cifar, tmp_path, bucket, monkeypatch, what
+):
+    folder, images = small_cifar
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as opened:
+        opened.add(folder / CIFAR10_FOLDER, CIFAR10_FOLDER)
+    for file in (folder / CIFAR10_FOLDER).iterdir():
+        at(bucket).upload(file, f"kept/{CIFAR10_FOLDER}/{file.name}")
+    at(bucket).upload(archive, archive.name)
+    there = {
+        "the folder": f"{bucket}/kept/{CIFAR10_FOLDER}", "its folder": f"{bucket}/kept/",
+        "an archive": f"{bucket}/{archive.name}",
+    }[what]  # fmt: skip
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    source = open_source(there)
+    assert (source.count("train"), source.count("test")) == (20, 4)
+    assert (source.name, source.fingerprint) == ("cifar10", "cifar-10-python")
+    for item, image in zip(read(source, "train"), images[:20], strict=True):
+        assert np.array_equal(item.pixels, image) and item.label == item.id % 4
+    again = open_source(source.address, **dict(source.options))
+    assert np.array_equal(read(again, "test", [3])[0].pixels, images[23])
+
+
+@pytest.mark.s3
+def test_cifar_in_s3_that_is_damaged_is_refused_by_name(small_cifar, bucket):
+    folder, _ = small_cifar
+    for file in (folder / CIFAR10_FOLDER).iterdir():
+        at(bucket).upload(file, f"{CIFAR10_FOLDER}/{file.name}")
+    at(bucket).write(f"{CIFAR10_FOLDER}/data_batch_2", b"half")
+    with pytest.raises(SourceError, match=r"in s3://.* \(data_batch_2 is not the published file"):
+        open_source(bucket)
+    at(bucket).delete(f"{CIFAR10_FOLDER}/data_batch_2")
+    with pytest.raises(SourceError, match="data_batch_2 is not there"):
+        open_source(bucket)
 
 
 def test_an_archive_of_something_else_and_half_an_archive_are_refused(small_cifar, tmp_path):

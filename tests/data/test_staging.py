@@ -636,6 +636,13 @@ def test_ray_makes_the_same_bytes_from_relative_paths_to_s3_and_names_corrupt_im
         bad = [flag.replace("images", "bad") for flag in flags]
         assert job.main([*bad, "--out", f"{bucket}/bad"]) == 2
         assert "corrupt image bad, train row 9: " in capsys.readouterr().err
+        # A source that lies in S3, and that each worker opens there.
+        for name in ("train", "test"):
+            at(bucket).upload(source / f"{name}.parquet", f"images/{name}.parquet")
+        far = [flag.replace("images", f"{bucket}/images") for flag in flags]
+        assert job.main([*far, "--out", "far"]) == 0
+        assert "'shards': 8, 'reused': 0" in capsys.readouterr().out
+    assert contents(tmp_path / "far") == contents(tmp_path / "local")
     staged(config_of(source, tmp_path / "one"))
     assert contents(f"{bucket}/ray") == contents(tmp_path / "one") == contents(tmp_path / "local")
 

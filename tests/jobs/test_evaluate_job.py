@@ -150,6 +150,22 @@ def test_a_source_is_staged_beside_the_results(run, tmp_path, capsys):
     assert main(flags(images, run, out)) == 0, "staged once, found again"
 
 
+@pytest.mark.s3
+def test_a_source_in_s3_gives_the_rows_of_the_same_files_on_a_disk(run, tmp_path, bucket, capsys):
+    images = small.images(tmp_path / "images")
+    for file in images.rglob("*.png"):
+        at(bucket).upload(file, f"some/images/{file.relative_to(images)}")
+    assert main(flags(images, run, tmp_path / "here")) == 0
+    assert main(flags(f"{bucket}/some/images/", run, tmp_path / "there")) == 0
+    tables = [
+        Results(at(tmp_path / out)).read().drop_columns("seconds") for out in ("here", "there")
+    ]
+    assert tables[0].num_rows == 12 and tables[0].equals(tables[1])
+    assert main(flags(f"{bucket}/nothing", run, tmp_path / "none")) == BAD_INPUT
+    assert "is not there: there is no object" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_source_of_more_classes_than_shards_have_labels_is_evaluated(tmp_path):
     images = small.images(tmp_path / "images") / "train"
     for number, file in enumerate(sorted(images.glob("any/*.png"))):
