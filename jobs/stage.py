@@ -8,7 +8,8 @@ What was found is said before anything is written: images of each split, classes
 over, by kind and why, and what will be fetched. A source in S3 is read where it lies; one that
 changes meanwhile is refused by name. Of a source without a validation or test split these are cut
 out of training. One Ray task makes one shard. A staging that stopped goes on where it was: finished
-shards are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed.
+shards are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed, the same
+command goes on.
 """
 
 import logging
@@ -28,8 +29,10 @@ from mambaflow.data.staging import (
     stage,
 )
 from mambaflow.distributed.environment import set_ray_environment
-from mambaflow.host import speak_plainly
+from mambaflow.host import FAILED, leave, speak_plainly
 from mambaflow.variables import check_variables
+
+GOES_ON = "the same command goes on"
 
 
 def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
@@ -37,7 +40,13 @@ def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
     set_ray_environment()  # before Ray is imported, which this import does
     from mambaflow.distributed.staging import on_ray
 
-    return on_ray(tasks)
+    return on_ray(tasks, lost)
+
+
+def lost(why: str) -> None:
+    """The cluster is: end at once."""
+    print(f"\nerror: {why}\n{GOES_ON}", file=sys.stderr)
+    leave(FAILED)
 
 
 def shown(tasks: list[ShardTask], config: StageConfig, source: Source) -> Iterator[ShardResult]:
@@ -64,9 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"error: {error}\n{GOES_ON}", file=sys.stderr)
+        return FAILED
     print(f"staged {config.source} to {config.out}: {done}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -31,7 +31,7 @@ from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
-from mambaflow.host import speak_plainly
+from mambaflow.host import leave, speak_plainly
 from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.lease import owning
 from mambaflow.models.weights import CheckpointError
@@ -321,4 +321,4 @@ def carry_out(config: RunConfig, owner: int, group: ProcessGroup | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,7 +19,7 @@ def start_node(*flags: str, **environment: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=120, env=env)
 
 
-def start_head(mark: str, *flags: str) -> dict[str, int]:
+def start_head(mark: str, *flags: str, **environment: str) -> dict[str, int]:
     """The first node of a cluster; its ports by their names."""
     ports = {}
     for name in PORTS:
@@ -27,5 +27,5 @@ def start_head(mark: str, *flags: str) -> dict[str, int]:
             probe.bind(("127.0.0.1", 0))
             ports[name] = probe.getsockname()[1]
     chosen = [f"--{name}={port}" for name, port in ports.items()]
-    start_node("--head", *chosen, f"--temp-dir=/tmp/mf-{mark[:8]}", *flags)
+    start_node("--head", *chosen, f"--temp-dir=/tmp/mf-{mark[:8]}", *flags, **environment)
     return ports

@@ -42,7 +42,7 @@ from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
-from mambaflow.host import speak_plainly
+from mambaflow.host import leave, speak_plainly
 from mambaflow.lease import owning
 from mambaflow.search.board import Board
 from mambaflow.search.conductor import Conductor
@@ -340,4 +340,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,8 +9,10 @@ import logging
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -30,13 +32,19 @@ GROWTH_S = 60.0  # Ray's own default
 # Between two looks for the head; without an answer for so long it is lost. After 60 s Ray ends the
 # driver itself, without a word that a user could go on by.
 HEAD_LOOK_S, HEAD_LOST_S = 5.0, 30.0
+WATCH_S = 0.5  # between two looks for the end of a call
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def connect() -> Iterator[None]:
+def connect(lost: Callable[[str], None] | None = None) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or else a private one on this machine that ends with us, however
     we end, as large as the machine.
+
+    Args:
+        lost: called from another thread with the cause if the head is lost, to say it and to end
+            the process: calls of Ray wait for it, and after a minute Ray ends us without a word.
 
     Raises:
         RuntimeError: `set_ray_environment` was not called before Ray was imported.
@@ -65,8 +73,40 @@ def connect() -> Iterator[None]:
             naming = named(temp)
         with naming:
             _join(settings, {"env_vars": worker_environment(address)})
-        stack.callback(ray.shutdown)  # undone in reverse: Ray ends before its folder is removed
+        if lost is not None:
+            stack.enter_context(_watching(lost))  # also while we part from it
+        stack.callback(_part)  # undone in reverse: Ray ends before its folder is removed
         yield
+
+
+@contextlib.contextmanager
+def _watching(lost: Callable[[str], None]) -> Iterator[None]:
+    head, over = head_watch(), Event()
+
+    def watch() -> None:
+        try:
+            while not over.wait(WATCH_S):
+                head.look()
+        except ConnectionError as error:
+            lost(_lost(str(error)))
+
+    # A daemon: it must not hold up a process whose main thread ends without leaving.
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _part() -> None:
+    """Leave the cluster; one that is lost as it is: Ray would part from it for long, and crash
+    where calls still wait for it (see `host.leave`)."""
+    try:
+        head_watch().require()
+    except ConnectionError as error:
+        log.debug("left without a word: %s", error)
+        return
+    ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -79,10 +119,17 @@ def loss_named() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, ConnectionError) as error:
-        raise RunFailed(
-            f"the Ray cluster at RAY_ADDRESS (={cluster_address()}) is lost: {last_line(error)}; "
-            "see that its head runs, or start one with `ray start --head`"
-        ) from error
+        raise RunFailed(_lost(last_line(error))) from error
+
+
+def _lost(why: str) -> str:
+    address = cluster_address()
+    if address == LOCAL:
+        return f"this machine's private Ray is lost: {why}"
+    return (
+        f"the Ray cluster at RAY_ADDRESS (={address}) is lost: {why}; see that its head runs, or "
+        "start one with `ray start --head`"
+    )
 
 
 class HeadWatch:
@@ -105,21 +152,58 @@ class HeadWatch:
         if time.monotonic() - self.looked < HEAD_LOOK_S:
             return
         self.looked = time.monotonic()
+        try:
+            self.require()
+        except ConnectionError:
+            if time.monotonic() - self.answered > HEAD_LOST_S:
+                raise
+
+    def require(self) -> None:
+        """Look now.
+
+        Raises:
+            ConnectionError: there is no answer.
+        """
         host, _, port = self.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), HEAD_LOOK_S).close()
         except OSError as error:
-            if time.monotonic() - self.answered > HEAD_LOST_S:
-                raise ConnectionError(
-                    f"its head ({self.address}) does not answer: {error}"
-                ) from error
-            return
+            raise ConnectionError(f"its head ({self.address}) does not answer: {error}") from error
         self.answered = time.monotonic()
 
 
 def head_watch() -> HeadWatch:
     """Of the connected cluster."""
     return HeadWatch(ray.get_runtime_context().gcs_address)
+
+
+def answered(call: Callable[[], T], meanwhile: Callable[[], None] = lambda: None) -> T:
+    """What a call of the connected cluster returns or raises. It is made in a thread, while this
+    one, which is where signals arrive, looks for the head: of one that is lost Ray's calls wait
+    without end.
+
+    Args:
+        meanwhile: called about twice a second, and once more at the end.
+
+    Raises:
+        ConnectionError: the head is lost.
+    """
+    ending: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            ending.set_result(call())
+        except BaseException as error:
+            ending.set_exception(error)
+
+    head = head_watch()
+    # A daemon: as the process ends nobody waits for what may never return.
+    Thread(target=run, daemon=True).start()
+    while not wait([ending], timeout=WATCH_S).done:
+        head.look()
+        meanwhile()
+    meanwhile()
+    return ending.result()
 
 
 def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import torch
 from ray.data.exceptions import ExecutionTimeoutError
 
 from mambaflow.checks import require
+from mambaflow.distributed.cluster import head_watch, loss_named
 from mambaflow.distributed.progress import last_line
 from mambaflow.evaluation.answers import Answerer, Job
 from mambaflow.evaluation.cells import EvaluateConfig, Unit
@@ -68,38 +69,46 @@ def workers_of(config: EvaluateConfig) -> int:
 
 
 def on_ray(config: EvaluateConfig, workers: int) -> Run:
-    """Units through a pool of `workers` actors on the connected cluster."""
+    """Units through a pool of `workers` actors on the connected cluster; it raises RunFailed where
+    that is lost."""
+
+    def run(job: Job, out: str, units: list[Unit]) -> Iterator[Done]:
+        if units:
+            with loss_named():
+                yield from _made(config, workers, job, out, units)
+
+    return run
+
+
+def _made(
+    config: EvaluateConfig, workers: int, job: Job, out: str, units: list[Unit]
+) -> Iterator[Done]:
     # The actors' cores are all that the job takes: what reads the input and joins the output runs
     # in the driver. A step that asked for a core of its own would wait for the actors without end.
     wants = {"num_gpus": config.gpus_per_worker} if config.use_gpu else {"num_cpus": 1}
-
-    def run(job: Job, out: str, units: list[Unit]) -> Iterator[Done]:
-        if not units:
-            return
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # the job has a bar of its own, in rows
-        context.execution_no_progress_timeout_s = NO_PROGRESS_S
-        # It tells of each start, and that bars are off.
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"unit": pickle.dumps(unit)} for unit in units]
-        # A block for each unit: an actor is given one when it is free.
-        blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
-        with warnings.catch_warnings():
-            # The two bounds have no other way in yet.
-            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-            done = blocks.map_batches(
-                Worker,
-                fn_constructor_args=(pickle.dumps(job), out),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
-                max_restarts=RESTARTS,
-                max_task_retries=RETRIES,
-                **wants,
-            )
-        try:
-            for row in done.iter_rows():
-                yield pickle.loads(row["done"])
-        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
-            raise RuntimeError(f"an actor failed: {last_line(error)}") from error
-
-    return run
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the job has a bar of its own, in rows
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    # It tells of each start, and that bars are off.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"unit": pickle.dumps(unit)} for unit in units]
+    # A block for each unit: an actor is given one when it is free.
+    blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with warnings.catch_warnings():
+        # The two bounds have no other way in yet.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        done = blocks.map_batches(
+            Worker,
+            fn_constructor_args=(pickle.dumps(job), out),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
+            max_restarts=RESTARTS,
+            max_task_retries=RETRIES,
+            **wants,
+        )
+    try:
+        for row in done.iter_rows():
+            yield pickle.loads(row["done"])
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
+        head_watch().require()  # actors that are lost with their head are another failure
+        raise RuntimeError(f"an actor failed: {last_line(error)}") from error

@@ -21,7 +21,6 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -34,7 +33,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mambaflow.config import RunConfig, ScaleConfig, from_dict, from_json, to_dict
 from mambaflow.data.shard_reader import ShardSet
-from mambaflow.distributed.cluster import head_watch, loss_named, worker_resources
+from mambaflow.distributed.cluster import answered, loss_named, worker_resources
 from mambaflow.distributed.progress import Report, last_line
 from mambaflow.distributed.train import Listen, train_on_ray
 from mambaflow.host import share_threads
@@ -53,7 +52,6 @@ from mambaflow.variables import state
 
 # Seconds that a trial has to save and to let its workers go; then its actor is killed.
 STOPPING_S = 300
-WATCH_S = 0.5
 # Times that a trial whose actor was lost is begun anew, from its newest checkpoint.
 RESTARTS = 3
 # On every cluster, and once: a share of it places the actors on the head, and takes no core.
@@ -417,17 +415,9 @@ def _name(trial: Any) -> str:
 
 
 def _watched(tuner: Any, watch: Callable[[], None]) -> None:
-    # In the main thread Tune would take the signals for itself.
-    # Not in a `with`, which would wait for `fit`: where the head is lost, it does not return.
-    pool, head = ThreadPoolExecutor(1), head_watch()
-    ending = pool.submit(tuner.fit)
-    pool.shutdown(wait=False)
-    while not wait([ending], timeout=WATCH_S).done:
-        head.look()
-        watch()
-    watch()
     try:
-        ending.result()
+        # In the main thread Tune would take the signals for itself.
+        answered(tuner.fit, watch)
     except ray.tune.TuneError as error:
         raise _replaced(error) or RunFailed(f"Ray Tune failed: {last_line(error)}") from error
 

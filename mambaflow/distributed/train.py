@@ -11,7 +11,6 @@ limit while it has fewer than min_workers.
 import logging
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Any
 
@@ -24,9 +23,9 @@ from mambaflow.config import RunConfig, ScaleConfig, from_dict, to_dict
 from mambaflow.data.shards import ShardError
 from mambaflow.distributed.cluster import (
     SOON_S,
+    answered,
     await_room,
     growth_s,
-    head_watch,
     loss_named,
     missing,
     worker_resources,
@@ -47,7 +46,6 @@ from mambaflow.training.run import Outcome, RunFailed, train, train_and_score
 
 # Times that workers may fail to start; Ray's own default is without limit.
 CONTROLLER_FAILURES = 5
-WATCH_S = 0.5
 log = logging.getLogger(__name__)
 Watch = Callable[[Progress], None]
 Listen = Callable[[Report], None]
@@ -130,7 +128,9 @@ def _trained(
     with tempfile.TemporaryDirectory(prefix="mambaflow-") as scratch:
         trainer = _trainer(config, settings, scratch)
         try:
-            result = _watched(trainer.fit, actor, watch, listen)
+            # In the main thread `fit` would take Ctrl-C for itself, and abort the run without a
+            # checkpoint.
+            result = answered(trainer.fit, lambda: _show(actor, watch, listen))
         except ray.train.TrainingFailedError as error:
             raise _found_damage(error) or RunFailed(_account(error, config.scale)) from error
     return Outcome(**result.return_value)
@@ -187,20 +187,6 @@ def _account(error: ray.train.TrainingFailedError, scale: ScaleConfig) -> str:
         )
     # No worker failed: most likely there are too few nodes left to start them on.
     return missing(scale) or last_line(error)
-
-
-def _watched(fit: Callable[[], Any], actor: Any, watch: Watch, listen: Listen) -> Any:
-    """Run `fit` in a thread, while this one, which is where signals arrive, shows the news."""
-    # In the main thread `fit` would take Ctrl-C for itself, and abort the run without a checkpoint.
-    # Not in a `with`, which would wait for `fit`: where the head is lost, it does not return.
-    pool, head = ThreadPoolExecutor(1), head_watch()
-    ending = pool.submit(fit)
-    pool.shutdown(wait=False)
-    while not wait([ending], timeout=WATCH_S).done:
-        head.look()
-        _show(actor, watch, listen)
-    _show(actor, watch, listen)  # what came after the last look
-    return ending.result()  # or raises what `fit` raised
 
 
 def _show(actor: Any, watch: Watch, listen: Listen) -> None:

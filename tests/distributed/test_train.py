@@ -307,6 +307,7 @@ def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
 
 
 def test_a_head_that_does_not_answer_is_lost_after_a_while_and_a_run_says_so(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setattr(cluster, "HEAD_LOOK_S", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         head = cluster.HeadWatch(f"127.0.0.1:{server.getsockname()[1]}")
@@ -317,6 +318,11 @@ def test_a_head_that_does_not_answer_is_lost_after_a_while_and_a_run_says_so(mon
     with lost as said, cluster.loss_named():
         head.look()
     assert "see that its head runs" in str(said.value)
+    monkeypatch.delenv("RAY_ADDRESS")
+    private = pytest.raises(run.RunFailed, match="this machine's private Ray is lost: its head")
+    with private as said, cluster.loss_named():
+        head.look()
+    assert "ray start" not in str(said.value), "a new start of the job brings its own"
 
 
 def test_what_ray_raises_of_a_lost_cluster_is_a_run_that_failed():
