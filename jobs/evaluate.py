@@ -37,12 +37,13 @@ from mambaflow.evaluation.evaluate import Progress, Run, evaluate, in_process, s
 from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
-from mambaflow.host import leave, speak_plainly
+from mambaflow.host import FAILED, leave, speak_plainly
 from mambaflow.signals import stopping
 from mambaflow.storage import at
 from mambaflow.variables import check_variables
 
-FAILED, BAD_INPUT, ROWS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
+BAD_INPUT, ROWS_FAILED, STOPPED = 2, 4, 128 + signal.SIGTERM
+GOES_ON = "the same command goes on"
 LINE_S = 60.0  # between lines of progress where there is no terminal
 log = logging.getLogger(__name__)
 
@@ -81,9 +82,15 @@ def runner(config: EvaluateConfig) -> Iterator[tuple[Run, int]]:
     from mambaflow.distributed.cluster import connect
     from mambaflow.distributed.evaluate import on_ray, workers_of
 
-    with connect():
+    with connect(lost):
         workers = workers_of(config)
         yield on_ray(config, workers), workers
+
+
+def lost(why: str) -> None:
+    """The cluster is: end at once."""
+    print(f"\nerror: {why}\n{GOES_ON}", file=sys.stderr)
+    leave(FAILED)
 
 
 @contextlib.contextmanager
@@ -193,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         with stopping(_stop):
             return run(config, f"python jobs/evaluate.py {shlex.join(given)}")
     except (RuntimeError, OSError) as error:
-        print(f"error: {error}\nthe same command goes on", file=sys.stderr)
+        print(f"error: {error}\n{GOES_ON}", file=sys.stderr)
         return FAILED
 
 

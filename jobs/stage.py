@@ -29,8 +29,10 @@ from mambaflow.data.staging import (
     stage,
 )
 from mambaflow.distributed.environment import set_ray_environment
-from mambaflow.host import leave, speak_plainly
+from mambaflow.host import FAILED, leave, speak_plainly
 from mambaflow.variables import check_variables
+
+GOES_ON = "the same command goes on"
 
 
 def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
@@ -38,7 +40,13 @@ def on_ray(tasks: list[ShardTask]) -> Iterable[ShardResult]:
     set_ray_environment()  # before Ray is imported, which this import does
     from mambaflow.distributed.staging import on_ray
 
-    return on_ray(tasks)
+    return on_ray(tasks, lost)
+
+
+def lost(why: str) -> None:
+    """The cluster is: end at once."""
+    print(f"\nerror: {why}\n{GOES_ON}", file=sys.stderr)
+    leave(FAILED)
 
 
 def shown(tasks: list[ShardTask], config: StageConfig, source: Source) -> Iterator[ShardResult]:
@@ -66,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"error: {error}\nthe same command goes on", file=sys.stderr)
-        return 1
+        print(f"error: {error}\n{GOES_ON}", file=sys.stderr)
+        return FAILED
     print(f"staged {config.source} to {config.out}: {done}")
     return 0
 

@@ -9,9 +9,9 @@ import logging
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import ray
@@ -38,9 +38,13 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def connect() -> Iterator[None]:
+def connect(lost: Callable[[str], None] | None = None) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or else a private one on this machine that ends with us, however
     we end, as large as the machine.
+
+    Args:
+        lost: called from another thread with the cause if the head is lost, to say it and to end
+            the process: calls of Ray wait for it, and after a minute Ray ends us without a word.
 
     Raises:
         RuntimeError: `set_ray_environment` was not called before Ray was imported.
@@ -69,13 +73,34 @@ def connect() -> Iterator[None]:
             naming = named(temp)
         with naming:
             _join(settings, {"env_vars": worker_environment(address)})
+        if lost is not None:
+            stack.enter_context(_watching(lost))  # also while we part from it
         stack.callback(_part)  # undone in reverse: Ray ends before its folder is removed
         yield
 
 
+@contextlib.contextmanager
+def _watching(lost: Callable[[str], None]) -> Iterator[None]:
+    head, over = head_watch(), Event()
+
+    def watch() -> None:
+        try:
+            while not over.wait(WATCH_S):
+                head.look()
+        except ConnectionError as error:
+            lost(_lost(str(error)))
+
+    # A daemon: it must not hold up a process whose main thread ends without leaving.
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def _part() -> None:
-    """Leave the cluster; one that is lost as it is, of which Ray would take its leave for long, and
-    not safely: calls that still wait for it would crash (see `host.leave`)."""
+    """Leave the cluster; one that is lost as it is: Ray would part from it for long, and crash
+    where calls still wait for it (see `host.leave`)."""
     try:
         head_watch().require()
     except ConnectionError as error:
@@ -179,13 +204,6 @@ def answered(call: Callable[[], T], meanwhile: Callable[[], None] = lambda: None
         meanwhile()
     meanwhile()
     return ending.result()
-
-
-def each_answered(items: Iterable[T]) -> Iterator[T]:
-    """What the connected cluster makes, one after the other; raises as `answered`."""
-    made, end = iter(items), object()
-    while (item := answered(lambda: next(made, end))) is not end:
-        yield item  # type: ignore[misc]
 
 
 def _join(settings: dict[str, Any], runtime_env: dict[str, Any]) -> None:

@@ -65,6 +65,9 @@ def set_ray_environment() -> None:
         ValueError: RAY_ADDRESS, or what states the authentication, breaks its rule.
     """
     forget(TORCHRUN)
+    # Read as Ray is imported. A thread whose call outlives its cluster (see `cluster.answered`)
+    # would otherwise start a Ray of its own, unasked, as the process ends.
+    state("RAY_ENABLE_AUTO_CONNECT", "0")
     drop_empty(AUTH)  # Ray reads an empty mode as one
     mode = stated("RAY_AUTH_MODE").lower()
     if cluster_address() != LOCAL or stated("RAY_AUTH_TOKEN"):

@@ -21,7 +21,7 @@ import torch
 from ray.data.exceptions import ExecutionTimeoutError
 
 from mambaflow.checks import require
-from mambaflow.distributed.cluster import answered, each_answered, head_watch, loss_named
+from mambaflow.distributed.cluster import head_watch, loss_named
 from mambaflow.distributed.progress import last_line
 from mambaflow.evaluation.answers import Answerer, Job
 from mambaflow.evaluation.cells import EvaluateConfig, Unit
@@ -57,11 +57,9 @@ def workers_of(config: EvaluateConfig) -> int:
 
     Raises:
         ValueError: more than it has.
-        RunFailed: the cluster is lost.
     """
     kind, share = ("GPU", config.gpus_per_worker) if config.use_gpu else ("CPU", 1.0)
-    with loss_named():
-        have = int(answered(ray.cluster_resources).get(kind, 0) / share)
+    have = int(ray.cluster_resources().get(kind, 0) / share)
     require(
         1 <= (config.num_workers or have) <= have,
         f"num_workers (={config.num_workers}) must be in [1, {have}], what the cluster's {kind}s "
@@ -77,7 +75,7 @@ def on_ray(config: EvaluateConfig, workers: int) -> Run:
     def run(job: Job, out: str, units: list[Unit]) -> Iterator[Done]:
         if units:
             with loss_named():
-                yield from each_answered(_made(config, workers, job, out, units))
+                yield from _made(config, workers, job, out, units)
 
     return run
 

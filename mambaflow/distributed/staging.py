@@ -1,12 +1,12 @@
 """Staging over Ray: one task makes one shard, a bounded number at a time."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 
 from mambaflow.data.staging import ShardResult, ShardTask, make
-from mambaflow.distributed.cluster import connect, each_answered, head_watch, loss_named
+from mambaflow.distributed.cluster import connect, head_watch, loss_named
 from mambaflow.distributed.progress import last_line
 from mambaflow.storage import FullError
 
@@ -14,16 +14,19 @@ IN_FLIGHT = 64
 RETRIES = 3  # Ray's own default
 
 
-def on_ray(tasks: list[ShardTask]) -> Iterator[ShardResult]:
+def on_ray(tasks: list[ShardTask], lost: Callable[[str], None]) -> Iterator[ShardResult]:
     """Make shards on the cluster at RAY_ADDRESS or on a private one, as they are finished.
+
+    Args:
+        lost: see `connect`.
 
     Raises:
         What `data.staging.make` raises; storage that fails is tried again a few times.
         RunFailed: the cluster is lost.
         RuntimeError: a worker died as often as it was started.
     """
-    with connect(), loss_named():
-        yield from each_answered(_made(tasks))
+    with connect(lost), loss_named():
+        yield from _made(tasks)
 
 
 def _made(tasks: list[ShardTask]) -> Iterator[ShardResult]:

@@ -159,27 +159,37 @@ def gone(monkeypatch) -> None:
 
 
 def test_a_call_that_never_returns_is_given_up_with_its_head(gone):
-    for call in (
-        lambda: cluster.answered(Event().wait),
-        lambda: next(cluster.each_answered(Event().wait() for _ in range(3))),
-    ):
-        with pytest.raises(ConnectionError, match="its head .* does not answer"):
-            call()
+    with pytest.raises(ConnectionError, match="its head .* does not answer"):
+        cluster.answered(Event().wait)
+
+
+def test_who_connects_is_told_of_a_lost_head_until_it_leaves(gone, monkeypatch):
+    told, heard = [], Event()
+
+    def lost(why: str) -> None:
+        told.append(why)
+        heard.set()
+
+    with cluster._watching(lost):
+        assert heard.wait(60)
+    (why,) = told
+    assert "is lost: its head (127.0.0.1:" in why
+    over: list[str] = []
+    monkeypatch.setattr(cluster, "HEAD_LOST_S", 60.0)
+    with cluster._watching(over.append):
+        pass
+    assert not over
 
 
 def test_a_call_that_ends_gives_what_it_returns_or_raises_whatever_the_head_does(gone):
     looks: list[int] = []
     assert cluster.answered(lambda: 7, lambda: looks.append(1)) == 7 and looks
-    assert list(cluster.each_answered(iter("abc"))) == ["a", "b", "c"]
 
-    def two():
-        yield 1
+    def fail() -> None:
         raise KeyError("third")
 
-    made = cluster.each_answered(two())
-    assert next(made) == 1
     with pytest.raises(KeyError, match="third"):
-        next(made)
+        cluster.answered(fail)
 
 
 LEAVING = """
