@@ -12,7 +12,7 @@ RUN ?= first-$(ARCH)-$(shell date +%Y%m%d-%H%M%S)
 FLAGS ?=
 PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest
-SPREAD := --numprocesses $(PROCESSES) --dist loadfile
+SPREAD := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses $(PROCESSES) --dist loadfile
 
 .PHONY: train test test-slow test-slurm fuzz lint env
 
@@ -28,14 +28,15 @@ train: env
 	$(BIN)/python jobs/train.py --arch $(ARCH) --recipe first-run --data data/$(DATA) --run-name $(RUN) $(FLAGS)
 
 # What starts a Ray comes by itself: its workers give way to whatever else runs, and on two cores
-# another half of the tests would leave them nothing. All else runs in PROCESSES processes; the
-# tests of a file in one of them, since they share what the file makes for them.
+# another half of the tests would leave them nothing. All else runs in PROCESSES processes of one
+# thread, which would else wait for each other's; the tests of a file in one of them, since they
+# share what the file makes for them.
 test: env
-	$(PYTEST) -m "not slow and not slurm and not ray" $(SPREAD)
+	$(SPREAD) -m "not slow and not slurm and not ray"
 	$(PYTEST) -m "not slow and not slurm and ray"
 
 test-slow: env
-	$(PYTEST) -m "slow and not slurm and not ray" $(SPREAD)
+	$(SPREAD) -m "slow and not slurm and not ray"
 	$(PYTEST) -m "slow and not slurm and ray"
 
 # On a real Slurm of three nodes that the tests start (tests/slurm/lab.py): root on Debian, after

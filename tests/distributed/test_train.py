@@ -147,6 +147,7 @@ def test_two_elastic_runs_each_on_its_own_ray_stop_at_ctrl_c_with_a_checkpoint(
         assert f"stopped after step {step}; go on with --resume --run-name {name}" in said
 
 
+@pytest.mark.slow
 def test_damage_found_by_a_worker_ends_the_run_by_name_and_code(shards, tmp_path, marked):
     last = sorted((shards / "train").glob("*.parquet"))[-1]
     last.write_bytes(last.read_bytes()[:-9])
@@ -155,6 +156,7 @@ def test_damage_found_by_a_worker_ends_the_run_by_name_and_code(shards, tmp_path
     assert f"shard {last} is damaged" in said and "go on with --resume" in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_by_name_and_is_not_tried_again(shards, small_disk, marked):
     # Room for the log, and for no checkpoint.
     room = os.statvfs(small_disk)

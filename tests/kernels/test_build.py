@@ -150,6 +150,7 @@ def test_a_damaged_library_is_built_again(machine, damage):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_build_killed_midway_is_done_by_the_next(machine):
     # Half a library, then a long wait: what is killed has begun to write.
     machine.compiler('while [ "$1" != -o ]; do shift; done; echo half > "$2"; sleep 60')
@@ -178,6 +179,7 @@ def test_native_0_does_without_and_says_nothing(machine):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_gives_way_to_a_private_one(machine):
     (machine.folder / "file").write_text("not a folder")
     temporary = machine.folder / "tmp"
@@ -203,6 +205,7 @@ def test_a_temporary_folder_open_to_others_is_not_trusted(machine):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_another_source_is_another_library(machine):
     machine.run()
     machine.compiler(f'exec {REAL} "$@" -O0 -g')  # its version line differs
@@ -269,6 +272,7 @@ def test_narrower_processors_get_the_same_numbers(machine, flags):
     assert machine.builds == 1 and "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_brings_the_source_and_builds_from_it(machine):
     pip = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet",
            "--wheel-dir", str(machine.folder)]  # fmt: skip

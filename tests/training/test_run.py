@@ -738,6 +738,7 @@ def test_a_run_that_another_process_takes_over_ends_and_touches_nothing(data, tm
 TWICE = [sys.executable, "jobs/train.py", *FLAGS, "--epochs=4000", "--run-name=one"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_alive_is_not_resumed_but_taken_over_by_force(data, tmp_path):
     """The command line, in processes of their own."""
     flags = [*TWICE, f"--data={data}", f"--storage={tmp_path}"]

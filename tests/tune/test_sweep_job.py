@@ -137,6 +137,7 @@ def test_a_sweep_that_there_is_not_is_named(job, tmp_path, args, capsys):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_sweep_is_killed_goes_on_and_accounts_for_every_trial(sweep, marked):
     driver = sweep.start()
     wait_for(lambda: len(at(sweep.folder).list("ledger/")) and len(sweep.reports()) >= 2, 300)
