@@ -57,7 +57,7 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize(("ours", "theirs"), itertools.permutations(JOBS, 2))
+@pytest.mark.parametrize(("ours", "theirs"), list(itertools.permutations(JOBS, 2)))
 def test_a_folder_of_another_kind_is_refused_and_left_alone(data, tmp_path, capsys, ours, theirs):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / theirs).write_text("{}")
