@@ -149,6 +149,7 @@ def test_a_family_is_a_process_and_all_below_it():
             ray_cost.os.kill(pid, ray_cost.signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_one_job_trains_at_a_time_and_its_rate_is_of_its_own_turn(tmp_path, monkeypatch):
     data = str(staged(tmp_path))
     ours = ("--epochs", "--log-every", "--eval-every", "--batch-size", "--no-ray")

@@ -92,6 +92,7 @@ def test_rows_that_do_not_fit_in_memory_at_once_stay_in_their_shards(tmp_path, m
 
 
 @pytest.mark.parametrize("masks", ["strict", "fresh"])
+@pytest.mark.slow
 def test_a_run_on_resident_rows_learns_the_same_weights(tmp_path, masks, monkeypatch):
     data, found = small.staged(tmp_path), []
 

@@ -557,6 +557,7 @@ with launched_group(False) as launched:
 """
 
 
+@pytest.mark.slow
 def test_two_workers_of_torchrun_train_as_one_and_resume_bitwise(straight, data, tmp_path):
     """One and two workers sum the same gradients in another order, and float32 addition is not
     associative: they agree to rounding, which in 20 steps of Adam grows to 1e-5 in most weights
