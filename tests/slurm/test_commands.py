@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from lab import run
 from processes import wait_for
-from submitted import COUNTING, ROOT, STAND_IN, Job
+from submitted import ROOT, STAND_IN, Job
 
 from mambaflow.launch import submission
 
@@ -33,10 +33,7 @@ def slurm(cluster, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture
 def counting(cluster) -> list[str]:
-    """A command that counts to a number and ends with a code."""
-    script = cluster.folder / "counting.py"
-    script.write_text(COUNTING)
-    return [str(script), str(cluster.counter)]
+    return cluster.counting()
 
 
 def test_a_job_is_submitted_followed_and_awaited_by_commands_alone(slurm, counting, cluster):
@@ -135,18 +132,19 @@ def test_tensorboard_prints_the_tunnel_to_a_runs_curves(slurm, cluster):
 
 
 def test_a_job_that_the_scheduler_starts_twice_runs_once(slurm, counting, cluster):
-    first = cluster.count(60, code=5, nodes=1)
-    first.running()
-    submitit = first.plan.folder.path / "submitit"
-    (batch,) = submitit.glob("*_submission.sh")
-    # The same batch file once more while the first runs, under the number that it gets.
-    second = run("sbatch", "--parsable", "--hold", str(batch)).strip()
-    pickled = (submitit / f"{first.number}_submitted.pkl").read_bytes()
-    (submitit / f"{second}_submitted.pkl").write_bytes(pickled)
-    run("scontrol", "release", second)
-    copy = Job(second, first.plan)
-    attempts = copy.await_(lambda: len(first.attempts()) == 2 and first.attempts())
-    assert first.task.exit_code() is None, "both are there at once"
+    with cluster.held():
+        first = cluster.count(60, code=5, nodes=1)
+        first.running()
+        submitit = first.plan.folder.path / "submitit"
+        (batch,) = submitit.glob("*_submission.sh")
+        # The same batch file once more while the first runs, under the number that it gets.
+        second = run("sbatch", "--parsable", "--hold", str(batch)).strip()
+        pickled = (submitit / f"{first.number}_submitted.pkl").read_bytes()
+        (submitit / f"{second}_submitted.pkl").write_bytes(pickled)
+        run("scontrol", "release", second)
+        copy = Job(second, first.plan)
+        attempts = copy.await_(lambda: len(first.attempts()) == 2 and first.attempts())
+        assert first.task.exit_code() is None, "both are there at once"
     assert first.finish() == 5 and copy.finish() == 5
     assert "ExitCode=5:0" in run("scontrol", "show", "job", second)
     assert first.said().count("begins") == 1 and first.said().count("ends after 60") == 1

@@ -57,11 +57,12 @@ def test_a_finished_job_that_is_requeued_returns_at_once(cluster):
 
 
 def test_a_requeued_job_goes_on_where_it_was(cluster):
-    job = cluster.count(80)
-    first = job.running()
-    wait_for(lambda: cluster.counter.exists())
-    run("scontrol", "requeue", job.number)
-    second = job.running(attempts=2)
+    with cluster.held():
+        job = cluster.count(80)
+        first = job.running()
+        wait_for(lambda: cluster.counter.exists())
+        run("scontrol", "requeue", job.number)
+        second = job.running(attempts=2)
     assert job.finish() == 0 and job.restarts == 1
     assert first.name != second.name and second.name.startswith(f"{job.number}.1-")
     stopped = int(job.said().split("ends after ")[1].split()[0])
@@ -70,11 +71,13 @@ def test_a_requeued_job_goes_on_where_it_was(cluster):
 
 
 def test_a_preempted_job_goes_on_when_the_urgent_one_is_over(cluster):
-    job = cluster.count(80)
-    job.running()
-    wait_for(lambda: cluster.counter.exists())
-    urgent = run("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "--output=/dev/null",
-                 "--wrap=sleep 2").strip()  # fmt: skip
+    with cluster.held():
+        job = cluster.count(80)
+        job.running()
+        wait_for(lambda: cluster.counter.exists())
+        urgent = run("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive",
+                     "--output=/dev/null", "--wrap=sleep 2").strip()  # fmt: skip
+        job.running(attempts=2)
     assert job.finish() == 0 and job.restarts == 1
     assert "JobState=COMPLETED" in run("scontrol", "show", "job", urgent), "it did preempt"
     stopped = int(job.said().split("ends after ")[1].split()[0])
@@ -82,25 +85,28 @@ def test_a_preempted_job_goes_on_when_the_urgent_one_is_over(cluster):
 
 
 def test_a_job_that_is_preempted_without_notice_repeats_what_it_had_not_saved(cluster):
-    job = cluster.count(80, partition="abrupt")
-    job.running()
-    wait_for(lambda: cluster.counter.exists())
-    run("sbatch", "-p", "urgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    with cluster.held():
+        job = cluster.count(80, partition="abrupt")
+        job.running()
+        wait_for(lambda: cluster.counter.exists())
+        run("sbatch", "-p", "urgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        job.running(attempts=2)
     assert job.finish() == 0 and job.restarts == 1 and cluster.counter.read_text() == "80"
     assert len(job.attempts()) == 2
 
 
 def test_at_its_time_limit_a_job_saves_is_requeued_and_goes_on(cluster):
-    job = cluster.count(450, grace_s=40)
-    job.running()
-    wait_for(lambda: cluster.counter.exists())
-    # The least that Slurm knows: the notice comes 40 s before, or up to a minute earlier.
-    run("scontrol", "update", f"jobid={job.number}", "timelimit=1")
-    job.running(attempts=2)
+    with cluster.held():
+        job = cluster.count(80, grace_s=40)
+        job.running()
+        wait_for(lambda: cluster.counter.exists())
+        # The least that Slurm knows: the notice comes 40 s before, or up to a minute earlier.
+        run("scontrol", "update", f"jobid={job.number}", "timelimit=1")
+        job.running(attempts=2)
     run("scontrol", "update", f"jobid={job.number}", "timelimit=30")
     assert job.finish() == 0 and job.restarts == 1
     assert "SIGUSR2: the command is asked to stop" in job.told()
-    assert cluster.counter.read_text() == "450"
+    assert cluster.counter.read_text() == "80"
 
 
 def test_a_cancelled_job_is_not_started_again(cluster):
@@ -113,15 +119,16 @@ def test_a_cancelled_job_is_not_started_again(cluster):
 
 @pytest.mark.parametrize("victim", ["the command", "the first node's task", "another node's task"])
 def test_a_kill_of_any_process_is_made_good(cluster, victim):
-    job = cluster.count(80)
-    job.running()
-    wait_for(lambda: cluster.counter.exists())
-    tasks = cluster.tasks()
-    assert len(tasks) == 2
-    (command,) = cluster.processes("python", "counting.py")
-    pid = {"the command": command, "the first node's task": tasks[0]}.get(victim, tasks[1])
-    os.kill(pid, signal.SIGKILL)
-    job.running(attempts=2)
+    with cluster.held():
+        job = cluster.count(80)
+        job.running()
+        wait_for(lambda: cluster.counter.exists())
+        tasks = cluster.tasks()
+        assert len(tasks) == 2
+        (command,) = cluster.processes("python", "counting.py")
+        pid = {"the command": command, "the first node's task": tasks[0]}.get(victim, tasks[1])
+        os.kill(pid, signal.SIGKILL)
+        job.running(attempts=2)
     assert job.finish() == 0 and job.restarts == 1 and cluster.counter.read_text() == "80"
 
 
@@ -134,14 +141,15 @@ def test_a_command_that_is_killed_again_and_again_is_given_up(cluster):
 
 
 def test_the_loss_of_a_node_is_made_good_by_others(cluster):
-    job = cluster.count(150)
-    job.running()
-    wait_for(lambda: cluster.counter.exists())
-    nodes = run("squeue", "-h", "-j", job.number, "-o", "%N").strip()
-    assert nodes == "node[1-2]"
-    cluster.lab.kill_node("node2")
-    job.running(attempts=2)
-    assert job.finish() == 0 and cluster.counter.read_text() == "150"
+    with cluster.held():
+        job = cluster.count(80)
+        job.running()
+        wait_for(lambda: cluster.counter.exists())
+        nodes = run("squeue", "-h", "-j", job.number, "-o", "%N").strip()
+        assert nodes == "node[1-2]"
+        cluster.lab.kill_node("node2")
+        job.running(attempts=2)
+    assert job.finish() == 0 and cluster.counter.read_text() == "80"
     assert "node2 has been silent for 8 s" in "".join(
         p.read_text() for p in (job.task.path / "faults").iterdir()
     )
@@ -167,12 +175,13 @@ def test_a_job_outlives_the_scheduler(cluster, late):
     job = cluster.count(60, sbatch=["hold"])
     wait_for(lambda: saved.exists() and saved.stat().st_mtime_ns != before)
     run("scontrol", "release", job.number)
-    if late:
-        job.running()
-    else:
-        job.await_(lambda: job.state == "RUNNING")
-    cluster.lab.kill_controller()
-    cluster.lab.start_controller()
+    with cluster.held():
+        if late:
+            job.running()
+        else:
+            job.await_(lambda: job.state == "RUNNING")
+        cluster.lab.kill_controller()
+        cluster.lab.start_controller()
 
     def done() -> bool:
         # What an administrator does: nodes may be drained for a job that they have twice. And what
@@ -189,12 +198,13 @@ def test_a_job_outlives_the_scheduler(cluster, late):
 
 
 def test_two_jobs_on_one_node_do_not_meet(cluster):
-    jobs = [cluster.count(60, nodes=1), cluster.count(60, nodes=1)]
-    attempts = [job.running() for job in jobs]
-    where = {run("squeue", "-h", "-j", job.number, "-o", "%N").strip() for job in jobs}
-    assert len(where) == 1, "Slurm fills a node before it takes the next"
-    tokens = {(attempt / "token").read_text() for attempt in attempts}
-    addresses = {(attempt / "address").read_text() for attempt in attempts}
+    with cluster.held():
+        jobs = [cluster.count(60, nodes=1), cluster.count(60, nodes=1)]
+        attempts = [job.running() for job in jobs]
+        where = {run("squeue", "-h", "-j", job.number, "-o", "%N").strip() for job in jobs}
+        assert len(where) == 1, "Slurm fills a node before it takes the next"
+        tokens = {(attempt / "token").read_text() for attempt in attempts}
+        addresses = {(attempt / "address").read_text() for attempt in attempts}
     assert len(tokens) == len(addresses) == 2
     assert [job.finish() for job in jobs] == [0, 0]
 

@@ -5,19 +5,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
 import pytest
 import torch
 from lab import NET, run
-from processes import wait_for
+from moto.server import DomainDispatcherApplication, create_backend_app
 from safetensors.torch import load
 from small import FLAGS, staged
 from submitted import Job
+from werkzeug.serving import make_server
 
 from mambaflow.launch import scheduler
 from mambaflow.models import weights
@@ -35,6 +38,27 @@ LONG = [f for f in SHORT if not f.startswith(("--epochs", "--eval-every"))]
 LONG += ["--epochs=80", "--eval-every=20", "--threads=1"]
 LONG_S = 600  # all that Ray starts, on a machine that is busy with other things
 S3_PORT = 36899
+HELD_S = 40  # less than the 60 s after which boto takes a request for lost
+
+
+@dataclass
+class SlowS3:
+    """moto's S3, that can be slow to take what a run saves.
+
+    So that a run is on its way when a fault reaches it, however fast the machine and however slow
+    the scheduler.
+    """
+
+    app: DomainDispatcherApplication = field(
+        default_factory=lambda: DomainDispatcherApplication(create_backend_app)
+    )
+    free: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, environ, start_response):
+        saved = ("/step_", "/rows/", "/ledger/")
+        if environ["REQUEST_METHOD"] == "PUT" and any(s in environ["PATH_INFO"] for s in saved):
+            self.free.wait(HELD_S)
+        return self.app(environ, start_response)
 
 
 @dataclass
@@ -42,6 +66,15 @@ class Bucket:
     """Shards and runs in S3."""
 
     uri: str
+    s3: SlowS3
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        self.s3.free.clear()
+        try:
+            yield
+        finally:
+            self.s3.free.set()
 
     def train(self, cluster, name: str, *flags: str, **config: object) -> Job:
         where = [f"--data={self.uri}/shards", f"--storage={self.uri}/runs", f"--run-name={name}"]
@@ -62,8 +95,11 @@ class Bucket:
 @pytest.fixture(scope="module")
 def bucket(lab, tmp_path_factory) -> Iterator[Bucket]:
     """moto's S3 at the address at which nodes reach this machine, with a data set."""
-    command = [sys.executable, "-m", "moto.server", f"-H{NET}.1", f"-p{S3_PORT}"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    s3 = SlowS3()
+    s3.free.set()
+    server = make_server(f"{NET}.1", S3_PORT, s3, threaded=True)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
     given = pytest.MonkeyPatch()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://{NET}.1:{S3_PORT}", "AWS_DEFAULT_REGION": "us-east-1",
@@ -72,24 +108,17 @@ def bucket(lab, tmp_path_factory) -> Iterator[Bucket]:
     }.items():  # fmt: skip
         given.setenv(name, value)
     try:
-        wait_for(lambda: _answers(server))
+        boto3.client("s3").create_bucket(Bucket="lab")
         shards = at(str(staged(tmp_path_factory.mktemp("data"))))
         for key in shards.list():
             at("s3://lab/shards").write(key, shards.read(key))
-        yield Bucket("s3://lab")
+        yield Bucket("s3://lab", s3)
     finally:
         given.undo()
-        server.terminate()
-        server.wait(30)
-
-
-def _answers(server: subprocess.Popen) -> bool:
-    assert server.poll() is None, f"{server.args} ended"
-    try:
-        boto3.client("s3").create_bucket(Bucket="lab")
-        return True
-    except Exception:
-        return False
+        s3.free.set()
+        server.shutdown()
+        server.server_close()
+        serving.join()
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +145,11 @@ def test_a_run_on_two_nodes_has_its_result_and_checkpoint_in_s3(cluster, bucket,
     assert f"--num-workers={job.plan.config.nodes}" in str(job.plan.commands[0])
     assert "workers: 2" in job.said() and "posterior mean" in job.said()
     assert "TESTSECRET" not in job.account()
+
+
+def asked_to_stop(job: Job) -> int:
+    """How often the job's task has passed a request to stop on to the command."""
+    return job.told().count("the command is asked to stop")
 
 
 def requeue(cluster, job: Job) -> None:
@@ -172,7 +206,11 @@ def test_a_run_that_is_disturbed_ends_with_the_bits_of_one_that_is_not(
     job = bucket.train(cluster, name)
     for fault in FAULTS[faults]:
         job.await_(lambda saved=saved: bucket.last(name) > saved)
-        fault(cluster, job)
+        asked = asked_to_stop(job)
+        with bucket.slow():
+            fault(cluster, job)
+            if faults == "told to stop":
+                job.await_(lambda asked=asked: asked_to_stop(job) > asked)
         starts += fault is not kill_the_scheduler
         job.await_(lambda starts=starts: len(job.attempts()) == starts)
         saved = bucket.last(name)
@@ -208,7 +246,9 @@ def test_a_sweep_that_is_preempted_goes_on_with_the_trials_that_it_has(cluster, 
     job = cluster.submit(["tune/sweep.py", *SHORT, *search, *where], ray=(), nodes=1)
     ledger = Ledger(at(f"{bucket.uri}/sweeps/sweep"))
     before = job.await_(lambda: Board.of(ledger.events()).with_status("finished"), LONG_S)
-    preempt(cluster, job)
+    with bucket.slow():
+        preempt(cluster, job)
+        job.await_(lambda: asked_to_stop(job))
     job.await_(lambda: len(job.attempts()) == 2)
     assert job.finish(LONG_S) == 0, job.account()
     board = Board.of(ledger.events())
@@ -230,7 +270,9 @@ def test_an_evaluation_that_is_preempted_makes_the_rows_that_are_missing(
          "--fills", "linear", "--known-shares", "0.1", "0.3"], ray=(),
     )  # fmt: skip
     made = job.await_(lambda: at(out).list("rows/"), LONG_S)
-    preempt(cluster, job)
+    with bucket.slow():
+        preempt(cluster, job)
+        job.await_(lambda: asked_to_stop(job))
     job.await_(lambda: len(job.attempts()) == 2)
     assert job.finish(LONG_S) == 0 and job.restarts == 1, job.account()
     assert {*made} < {*at(out).list("rows/")}, "it was on its way"
