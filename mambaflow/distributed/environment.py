@@ -33,6 +33,9 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next one
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints each line twice otherwise
 }
+# And on a Ray of our own: nobody drains its one node, and the actor that would watch for it takes
+# of the cores that train.
+PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def cluster_address() -> str:
@@ -108,5 +111,6 @@ def worker_environment(address: str) -> dict[str, str]:
     # Neither names a cluster that another node would find.
     if address in (LOCAL, "auto"):
         given.pop("RAY_ADDRESS", None)
-    # What a user states wins over SETTINGS.
-    return {k: v for k, v in (SETTINGS | given).items() if k not in known}
+    ours = SETTINGS | (PRIVATE if address == LOCAL else {})
+    # What a user states wins over ours.
+    return {k: v for k, v in (ours | given).items() if k not in known}

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from mambaflow.kernels.compiler import constant
 from mambaflow.variables import stated
 
 CSRC = Path(__file__).parent / "csrc"
@@ -59,7 +60,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into a cached function
+@constant  # torch.compile cannot look into a cached function
 def is_built() -> bool:
     """Whether there are compiled kernels, which torch.compile may take for settled."""
     return library() is not None

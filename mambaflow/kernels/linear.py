@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambaflow.kernels.compiler import constant
 from mambaflow.kernels.transforms import is_transformed
 from mambaflow.variables import stated
 
@@ -38,7 +39,7 @@ def _onednn_is_faster_here() -> bool:
     return wanted and onednn_is_faster(info.read_text() if info.exists() else "")
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into a cached function
+@constant  # torch.compile cannot look into a cached function
 def _onednn() -> bool:
     return _onednn_is_faster_here() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mambaflow.kernels.compiler import constant
+
 _functorch = torch._C._functorch
 _level = _functorch.maybe_current_level  # looked up once: this is asked at every call of a kernel
 
@@ -24,7 +26,7 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _in_torch_func()
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards the stack of transforms by itself
+@constant  # torch.compile guards the stack of transforms by itself
 def _in_torch_func() -> bool:
     return _level() is not None
 

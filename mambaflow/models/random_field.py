@@ -18,6 +18,12 @@ TORUS = 2.0
 PIXEL = 1 / 32  # lengths are told in pixels of a CIFAR-10 image, and computed in images
 
 
+def distances(xy: Float[Tensor, "b n 2"], other: Float[Tensor, "b m 2"]) -> Float[Tensor, "b n m"]:
+    """Between two sets of places, in images."""
+    # Not by |x|^2 + |y|^2 - 2 x.y, which leaves 1e-4 of a distance that is 0.
+    return torch.cdist(xy, other, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 @dataclass(frozen=True)
 class Correlation:
     """exp(-(d / length)^exponent) of places d apart, the powered exponential.
@@ -38,8 +44,7 @@ class Correlation:
         self, xy: Float[Tensor, "b n 2"], other: Float[Tensor, "b m 2"]
     ) -> Float[Tensor, "b n m"]:
         """Between two sets of places."""
-        # Not by |x|^2 + |y|^2 - 2 x.y, which leaves 1e-4 of a distance that is 0.
-        return self.of(torch.cdist(xy, other, compute_mode="donot_use_mm_for_euclid_dist"))
+        return self.of(distances(xy, other))
 
 
 @dataclass(frozen=True)

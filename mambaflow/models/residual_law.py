@@ -127,11 +127,16 @@ def kriging(
     """
     # Half precision would make the matrix of neighbours indefinite.
     with torch.autocast(known_xy.device.type, enabled=False):
-        among = correlation(known_xy, known_xy)
-        among.diagonal(dim1=-2, dim2=-1).add_(NUGGET)
-        across = correlation(known_xy, query_xy)  # (b, k, n)
-        weights = torch.cholesky_solve(across, torch.linalg.cholesky(among))
-        left = 1 - (weights * across).sum(1)
+        return kriging_of(correlation(known_xy, known_xy), correlation(known_xy, query_xy))
+
+
+def kriging_of(
+    among: Float[Tensor, "b k k"], across: Float[Tensor, "b k n"]
+) -> tuple[Float[Tensor, "b n k"], Float[Tensor, "b n 1"]]:
+    """`kriging`, of the correlations among the known pixels and across to the queries."""
+    noisy = among + NUGGET * torch.eye(among.shape[-1], dtype=among.dtype, device=among.device)
+    weights = torch.cholesky_solve(across, torch.linalg.cholesky(noisy))
+    left = 1 - (weights * across).sum(1)
     # At a known pixel the difference of two ones: rounding may take it below zero.
     return weights.mT, left.clamp(min=NUGGET)[..., None]
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mambaflow.kernels import scan_cpu
 from mambaflow.kernels.checks import KINDS, refuse_kinds, refuse_scan_shapes
+from mambaflow.kernels.compiler import constant, opaque
 from mambaflow.kernels.transforms import is_transformed
 
 CHUNK = 64  # tokens: what is computed again at once, (b, 64, d, s), against what is saved
@@ -111,7 +112,6 @@ def scan_chunked(
     return _finish(torch.cat(outputs, 1), u, D, None if z is None else z.to(wide)).to(kind)
 
 
-@torch.compiler.disable  # what mamba-ssm compiled is nothing that torch.compile can look into
 def scan_cuda(
     u: Float[Tensor, "b n d"],
     dt: Float[Tensor, "b n d"],
@@ -166,7 +166,8 @@ BACKENDS: dict[str, Scan] = {
     "reference": scan_reference,
     "chunked": scan_chunked,
     "native": scan_cpu.scan,
-    "cuda": scan_cuda,
+    # What mamba-ssm compiled is nothing that torch.compile can look into.
+    "cuda": opaque(scan_cuda, used=importlib.util.find_spec("mamba_ssm") is not None),
     "triton": scan_triton,
 }
 
@@ -250,12 +251,12 @@ def fastest_backend(u: Tensor, states: int, *others: Tensor | None) -> str:
     return _own_on_gpu() if backend == "cuda" and states > CUDA_STATES else backend
 
 
-@torch.compiler.assume_constant_result  # which torch.compile reads of a plain function alone
+@constant  # which torch.compile reads of a plain function alone
 def _on_gpu() -> str:
     return "cuda" if _has_mamba_ssm() else _without_mamba_ssm()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _own_on_gpu() -> str:
     return "triton" if _has_triton() else "chunked"
 

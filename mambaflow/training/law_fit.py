@@ -8,6 +8,7 @@ each place by itself.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from mambaflow.data.batches import Batches, PixelBatch
-from mambaflow.models.random_field import PIXEL, Correlation
+from mambaflow.models.random_field import PIXEL, Correlation, distances
 from mambaflow.models.residual_law import (
     EXPONENT,
     LENGTH,
     NUGGET,
     ProcessStart,
     ResidualLaw,
-    kriging,
+    kriging_of,
     local_variances,
 )
 from mambaflow.models.velocity_field import VelocityField
@@ -56,14 +57,26 @@ class Residuals:
     local_variances: Float[Tensor, "b n a"]
     """At the queries: what the amplitude is read from."""
 
+    @cached_property
+    def apart(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances among the known pixels, from these to the queries, and among the queries."""
+        known, query = self.known_xy, self.query_xy
+        return distances(known, known), distances(known, query), distances(query, query)
+
+    @cached_property
+    def lag(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " lags"]]:
+        """Which of LAGS a pair of queries is apart, and how many are so; those beyond the last
+        count as one more."""
+        lag = torch.bucketize(self.apart[2] / PIXEL, torch.tensor(LAGS)).flatten()
+        return lag, torch.bincount(lag, minlength=len(LAGS) + 1)
+
     def under(
         self, correlation: Correlation
     ) -> tuple[Float[Tensor, "b n 3"], Float[Tensor, "b n n"]]:
         """What kriging still leaves at the queries, and the correlation foretold of it."""
-        weights, _ = kriging(correlation, self.known_xy, self.query_xy)
-        across = correlation(self.known_xy, self.query_xy)
-        left = correlation(self.query_xy, self.query_xy) - weights @ across
-        return self.query - weights @ self.known, left
+        among, across, queries = map(correlation.of, self.apart)
+        weights, _ = kriging_of(among, across)
+        return self.query - weights @ self.known, queries - weights @ across
 
 
 def residuals(model: VelocityField, batches: Batches, images: int = IMAGES) -> Residuals:
@@ -103,12 +116,10 @@ def fit_law(given: Residuals) -> ResidualLaw:
 
 
 def _fit_correlation(given: Residuals) -> Correlation:
-    lag = _lags(given.query_xy)
-
     start = np.array([math.log(LENGTH), EXPONENT])
 
     def misfit(numbers: np.ndarray) -> float:
-        found, foretold = _profiles(given, _correlation(numbers), lag)
+        found, foretold = _profiles(given, _correlation(numbers))
         variance = (found @ foretold) / (foretold @ foretold)
         error = (found - variance * foretold).square().sum() / found.square().sum()
         return float(error) + PULL * (numbers[0] - start[0]) ** 2
@@ -131,21 +142,15 @@ def _correlation(numbers: np.ndarray) -> Correlation:
     return Correlation(torch.tensor(length), torch.tensor(exponent))
 
 
-def _lags(xy: Float[Tensor, "b n 2"]) -> Int[Tensor, "b n n"]:
-    """Which of LAGS a pair of queries is apart; those beyond the last count as one more."""
-    distance = torch.cdist(xy, xy, compute_mode="donot_use_mm_for_euclid_dist") / PIXEL
-    return torch.bucketize(distance, torch.tensor(LAGS))
-
-
 def _profiles(
-    given: Residuals, correlation: Correlation, lag: Int[Tensor, "b n n"]
+    given: Residuals, correlation: Correlation
 ) -> tuple[Float[Tensor, " lags"], Float[Tensor, " lags"]]:
     """Products of residuals and their correlation as foretold, averaged over pairs of each lag."""
     residual, left = given.under(correlation)
     products = residual @ residual.mT / 3  # the mean over colours
-    pairs = torch.bincount(lag.flatten(), minlength=len(LAGS) + 1)
+    lag, pairs = given.lag
     sums = [
-        torch.bincount(lag.flatten(), weights=values.flatten().double(), minlength=len(LAGS) + 1)
+        torch.bincount(lag, weights=values.flatten().double(), minlength=len(LAGS) + 1)
         for values in (products, left)
     ]
     some = (pairs > 0) & (torch.arange(len(pairs)) < len(LAGS))
