@@ -344,7 +344,7 @@ def first_run(arch: str) -> RunConfig:
     train = replace(
         run.train, epochs=2, batch_size=16, lr=2e-3, warmup_steps=30, ema_decay=0.995,
         share_at_zero=0.25, masks="fresh", min_queries=100, max_queries=300, eval_every=320,
-        eval_images=128, test_images=256, sample_steps=5,
+        eval_images=64, test_images=256, sample_steps=5,
     )  # fmt: skip
     return replace(run, recipe="first-run", model=model, train=train)
 
