@@ -42,7 +42,8 @@ ONLY = {
     "submitit": {"launch"},
     "optuna": {"search"},
 }
-TORCH_ALONE = ["flow/path", "flow/samplers", "evaluation/metrics"]
+METRICS = ["calibration", "cost", "metrics", "quality", "scored_images", "speckle", "sums"]
+TORCH_ALONE = ["flow/path", "flow/samplers", *(f"evaluation/{room}" for room in METRICS)]
 
 
 def name(path: Path) -> str:

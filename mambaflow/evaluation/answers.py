@@ -25,10 +25,12 @@ from mambaflow.evaluation.cells import Key, Unit, group_size, order
 from mambaflow.evaluation.complete import EvalSet, Images, complete, fill
 from mambaflow.evaluation.enlarge import paint
 from mambaflow.evaluation.fine_spread import FineSpread
-from mambaflow.evaluation.metrics import Completion, Scores, psnr
+from mambaflow.evaluation.metrics import Scores
 from mambaflow.evaluation.perceptual import Perceptual
+from mambaflow.evaluation.quality import psnr
 from mambaflow.evaluation.reliability import Reliability
 from mambaflow.evaluation.rows import Row, row
+from mambaflow.evaluation.scored_images import Completion
 from mambaflow.evaluation.super_resolution import enlarged_scores
 from mambaflow.flow.samplers import SOLVERS
 from mambaflow.models.velocity_field import VelocityField

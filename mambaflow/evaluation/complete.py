@@ -24,7 +24,8 @@ from mambaflow.data.random_bits import drawn, normal, uniform
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
 from mambaflow.evaluation.baselines import fill_images
-from mambaflow.evaluation.metrics import Completion, Scores
+from mambaflow.evaluation.metrics import Scores
+from mambaflow.evaluation.scored_images import Completion
 from mambaflow.flow.samplers import CountedVelocity, Solver, times_for
 from mambaflow.models.velocity_field import VelocityField
 

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mambaflow.evaluation.metrics import AXIS_SPREADS, COLUMNS, SEXTILE_SPREADS, Column
+from mambaflow.evaluation.calibration import AXIS_SPREADS, SEXTILE_SPREADS
+from mambaflow.evaluation.metrics import COLUMNS, Column
 from mambaflow.evaluation.summary import Entry, Summary, Way
 from mambaflow.evaluation.ways import Ways
 from mambaflow.report.figures import Bar, Bins, Difference, Point, bars, calibration, curves

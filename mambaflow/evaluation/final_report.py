@@ -22,7 +22,8 @@ from mambaflow.evaluation.complete import (
     fill,
     score,
 )
-from mambaflow.evaluation.metrics import COLUMNS, SAMPLED, VALIDATED, Completion
+from mambaflow.evaluation.metrics import COLUMNS, SAMPLED, VALIDATED
+from mambaflow.evaluation.scored_images import Completion
 from mambaflow.flow.samplers import SOLVERS
 from mambaflow.models.velocity_field import VelocityField
 from mambaflow.report.pictures import only_known, picture

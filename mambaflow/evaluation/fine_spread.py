@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from mambaflow.evaluation.metrics import Sums
+from mambaflow.evaluation.sums import Sums
 
 # How far the unknown pixels of an image are from the nearest known one: with a fifth known, 99 % of
 # them at one of these, in pixels.

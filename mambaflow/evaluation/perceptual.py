@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambaflow.checks import require
-from mambaflow.evaluation.metrics import require_in_range, require_same_shape
+from mambaflow.evaluation.scored_images import require_in_range, require_same_shape
 
 # Below it nothing is left of an image after AlexNet's second pooling.
 SMALLEST = 31  # pixels on a side

@@ -47,8 +47,9 @@ EDGE_IMAGES = 1024
 # keeps and shows them may change.
 WINGS = ("kernels", "data", "models", "flow")
 ROOMS = (
-    "activity", "answers", "baselines", "cells", "complete", "enlarge", "fine_spread", "metrics",
-    "perceptual", "reliability", "super_resolution",
+    "activity", "answers", "baselines", "calibration", "cells", "complete", "cost", "enlarge",
+    "fine_spread", "metrics", "perceptual", "quality", "reliability", "scored_images", "speckle",
+    "sums", "super_resolution",
 )  # fmt: skip
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mambaflow.checks import require
-from mambaflow.evaluation.metrics import Sums
+from mambaflow.evaluation.sums import Sums
 
 # Between the bins of predicted deviation, for a range of 1: narrow where most pixels are.
 EDGES = (0.01, 0.02, 0.04, 0.06, 0.08, 0.11, 0.14, 0.18, 0.24)

@@ -37,7 +37,7 @@ ENLARGED = (
     "rival_psnr_bicubic", "rival_psnr", "rival_ssim", "rival_lpips",
 )  # fmt: skip
 NUMBERS = (*COMPLETED, *ENLARGED)
-# Of several images by adding them up, number by number: see evaluation.metrics.
+# Of several images by adding them up, number by number: see evaluation.sums.
 SUMS = ("scores", "fine", "reliability")
 KEY = (*CELL_FIELDS, "image", "sample")
 _TEXT = ("checkpoint", "sampler", "settings", "error")

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambaflow.checks import require
-from mambaflow.evaluation.metrics import Images, psnr, require_in_range, require_same_shape, ssim
 from mambaflow.evaluation.perceptual import Perceptual
+from mambaflow.evaluation.quality import psnr, ssim
+from mambaflow.evaluation.scored_images import Images, require_in_range, require_same_shape
 
 Large = Float[Tensor, "b height width 3"]
 PerImage = Float[Tensor, " b"]

@@ -25,7 +25,8 @@ from mambaflow.evaluation.baselines import FILLS
 from mambaflow.evaluation.cells import order
 from mambaflow.evaluation.complete import EvalSet, complete, fill, score
 from mambaflow.evaluation.final_report import MEAN, QUICK_FILLS, SAMPLE, final_report, validate
-from mambaflow.evaluation.metrics import PERFECT_DB, VALIDATED, Scores
+from mambaflow.evaluation.metrics import VALIDATED, Scores
+from mambaflow.evaluation.quality import PERFECT_DB
 from mambaflow.flow.samplers import SOLVERS, Solver, mean
 from mambaflow.models.velocity_field import ConditionedField, VelocityField
 

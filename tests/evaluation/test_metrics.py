@@ -12,22 +12,12 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from mambaflow.evaluation.activity import activity, sextile_edges, sextiles
-from mambaflow.evaluation.metrics import (
-    COLUMNS,
-    SAMPLED,
-    VALIDATED,
-    AxisSpread,
-    Calibration,
-    Completion,
-    FairSpeckle,
-    Moments,
-    Quality,
-    Scores,
-    SextileSpread,
-    Speckle,
-    psnr,
-    ssim,
-)
+from mambaflow.evaluation.calibration import AxisSpread, Calibration, SextileSpread
+from mambaflow.evaluation.metrics import COLUMNS, SAMPLED, VALIDATED, Scores
+from mambaflow.evaluation.quality import Quality, psnr, ssim
+from mambaflow.evaluation.scored_images import Completion
+from mambaflow.evaluation.speckle import FairSpeckle, Speckle
+from mambaflow.evaluation.sums import Moments
 
 
 def images(count=6, size=12, seed=0, noise=0.1):
@@ -455,7 +445,7 @@ def test_images_of_other_shapes_are_never_broadcast(scorer, shape):
 
 def test_a_user_without_shape_checks_is_told_which_shapes_differ():
     code = (
-        "import torch; from mambaflow.evaluation.metrics import psnr\n"
+        "import torch; from mambaflow.evaluation.quality import psnr\n"
         "x, y = torch.rand(1, 8, 8, 3), torch.rand(4, 8, 8, 3)\n"
         "try: print(psnr(x, y))\n"
         "except ValueError as error: print(error)"

@@ -15,8 +15,8 @@ from mambaflow.data.pixels import grid
 from mambaflow.data.sources import open_source
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.enlarge import enlarge
-from mambaflow.evaluation.metrics import PERFECT_DB, psnr, ssim
 from mambaflow.evaluation.perceptual import Perceptual
+from mambaflow.evaluation.quality import PERFECT_DB, psnr, ssim
 from mambaflow.evaluation.super_resolution import area_reduce, bicubic, enlarged_scores
 from mambaflow.flow.samplers import SOLVERS
 from mambaflow.models.velocity_field import ConditionedField, VelocityField

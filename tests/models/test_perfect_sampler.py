@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambaflow.config import ARCHITECTURES
 from mambaflow.data.pixels import grid
-from mambaflow.evaluation.metrics import Calibration
+from mambaflow.evaluation.calibration import Calibration
 from mambaflow.flow.samplers import (
     SOLVERS,
     ddim,
