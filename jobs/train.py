@@ -29,6 +29,7 @@ from mambaflow.config import RECIPES, RunConfig
 from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
+from mambaflow.disk import FullError
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
 from mambaflow.host import leave, speak_plainly
@@ -37,7 +38,7 @@ from mambaflow.lease import owning
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
 from mambaflow.signals import stopping
-from mambaflow.storage import FullError, at
+from mambaflow.storage import at
 from mambaflow.training.preflight import (
     check_data,
     check_flags,

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mambaflow.checks import require
-from mambaflow.storage import Storage, StorageError
+from mambaflow.storage_base import Storage, StorageError
 
 FOLDER = "owner/"
 # Seconds between renewals, and without one after which an owner is taken to be gone.

@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from mambaflow.checks import require
 from mambaflow.config import RunConfig
-from mambaflow.storage import Storage, at
+from mambaflow.storage import at
+from mambaflow.storage_base import Storage
 
 # What a folder may be, and the file that makes it so: the first that is written there.
 FIRST_OF = {

@@ -11,7 +11,10 @@ LIBRARY = ROOT / "mambaflow"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 # Who may import whom. The ground is what lies beside the wings in mambaflow/.
-GROUND = {"config", "checks", "storage", "host", "lease", "run_paths", "signals", "variables"}
+GROUND = {
+    "config", "checks", "disk", "host", "lease", "local_storage", "run_paths", "s3_storage",
+    "signals", "storage", "storage_base", "variables",
+}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "data": {"kernels"},
@@ -30,15 +33,18 @@ ARROWS: dict[str, set[str]] = {
 ON_GROUND = dict.fromkeys(ARROWS, GROUND) | {"kernels": {"variables"}, "flow": {"checks"}}
 # Inside the ground.
 BELOW = {
-    "checks": set(), "variables": {"checks"}, "host": {"variables"}, "storage": {"variables"},
-    "lease": {"checks", "storage"},
+    "checks": set(), "variables": {"checks"}, "host": {"variables"},
+    "storage_base": set(), "disk": {"storage_base"},
+    "local_storage": {"disk", "storage_base"}, "s3_storage": {"disk", "storage_base", "variables"},
+    "storage": {"local_storage", "s3_storage", "storage_base"},
+    "lease": {"checks", "storage_base"},
     "config": {"checks"}, "signals": set(),
-    "run_paths": {"checks", "config", "storage"},
+    "run_paths": {"checks", "config", "storage", "storage_base"},
 }  # fmt: skip
 ONLY = {
     "ray": {"distributed"},
-    "boto3": {"storage"},
-    "botocore": {"storage"},
+    "boto3": {"s3_storage"},
+    "botocore": {"s3_storage"},
     "submitit": {"launch"},
     "optuna": {"search"},
 }

@@ -15,8 +15,12 @@ import boto3
 import pytest
 from s3_places import s3_environment
 
-from mambaflow import storage as storage_module
-from mambaflow.storage import MULTIPART_BYTES, FullError, LocalStorage, StorageError, at
+from mambaflow import local_storage, s3_storage
+from mambaflow.disk import FullError
+from mambaflow.local_storage import LocalStorage
+from mambaflow.s3_storage import MULTIPART_BYTES
+from mambaflow.storage import at
+from mambaflow.storage_base import StorageError
 
 CASES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
 
@@ -109,7 +113,7 @@ def test_a_file_system_without_hard_links_lets_one_create(tmp_path, monkeypatch,
 
 def test_a_process_that_was_killed_while_it_created_holds_nobody_up(tmp_path, monkeypatch):
     without_links(monkeypatch)
-    monkeypatch.setattr(storage_module, "LOCK_S", 0.2)
+    monkeypatch.setattr(local_storage, "LOCK_S", 0.2)
     (tmp_path / ".one.lock").mkdir()
     assert at(tmp_path).create("one", b"mine")
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
@@ -152,7 +156,7 @@ def test_a_gateway_that_does_not_know_conditions_lets_one_create(bucket, monkeyp
             return _Answer(501), {"Error": error, "ResponseMetadata": {"HTTPStatusCode": 501}}
         return None
 
-    client = storage_module._client()
+    client = s3_storage._client()
     client.meta.events.register("before-call.s3.PutObject", gateway)
     try:
         storage = at(bucket)
@@ -173,7 +177,7 @@ def test_who_died_with_a_claim_holds_nobody_up(strict_bucket, monkeypatch):
     storage.write(".one.claim-0000", b"")
     time.sleep(1.1)
     assert not storage.create("one", b"too soon")  # it may be alive
-    monkeypatch.setattr(storage_module, "CLAIM_S", 0.5)
+    monkeypatch.setattr(s3_storage, "CLAIM_S", 0.5)
     assert storage.create("one", b"mine")
 
 
@@ -181,7 +185,7 @@ def test_who_died_with_a_claim_holds_nobody_up(strict_bucket, monkeypatch):
 def test_who_created_and_did_not_hear_so_has_created(bucket, monkeypatch):
     storage = at(bucket)
     assert storage.create("before", b"")  # what the service can do is known from here on
-    real, calls = storage_module._client().put_object, []
+    real, calls = s3_storage._client().put_object, []
 
     def twice(**what):
         """The request is done, its answer is lost, and boto3 repeats it."""
@@ -190,7 +194,7 @@ def test_who_created_and_did_not_hear_so_has_created(bucket, monkeypatch):
         return real(**what)
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage_module._client(), "put_object", twice)
+        patched.setattr(s3_storage._client(), "put_object", twice)
         assert storage.create("one", b"mine")
     assert len(calls) == 1 and not storage.create("one", b"yours")
 
@@ -227,7 +231,7 @@ def test_no_message_holds_a_secret_and_common_faults_have_a_cure(bucket, code, m
         error = {"Code": code, "Message": f"you sent {' and '.join(secrets)}"}
         return _Answer(400), {"Error": error, "ResponseMetadata": {"HTTPStatusCode": 400}}
 
-    client = storage_module._client()
+    client = s3_storage._client()
     client.meta.events.register("before-call.s3", service)
     storage = at(bucket)
     acts = [lambda: storage.read("a"), lambda: storage.write("a", b""), lambda: storage.list(),
@@ -270,7 +274,7 @@ def test_requests_are_repeated_as_boto3s_own_file_and_variables_say(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    retries = storage_module._client().meta.config.retries
+    retries = s3_storage._client().meta.config.retries
     assert (retries["mode"], retries["total_max_attempts"]) == asked
 
 

@@ -21,7 +21,8 @@ from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import THREADS, Fetcher, ShardSet
 from mambaflow.models.weights import CheckpointInfo
 from mambaflow.report.tables import Table
-from mambaflow.storage import Storage, at
+from mambaflow.storage import at
+from mambaflow.storage_base import Storage
 from mambaflow.training import checkpoint
 from mambaflow.training.loop import TrainState, fit
 

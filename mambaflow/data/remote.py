@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mambaflow.storage import ChangedError, Object, S3Storage, StorageError, at
+from mambaflow.s3_storage import ChangedError, Object, S3Storage
+from mambaflow.storage import at
+from mambaflow.storage_base import StorageError
 
 # What is fetched at least where a part is asked for: Parquet and archives ask for many small ones.
 AHEAD = 2**20

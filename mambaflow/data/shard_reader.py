@@ -24,7 +24,8 @@ from mambaflow.data.shards import (
     from_bytes,
     read_manifest,
 )
-from mambaflow.storage import Storage, at
+from mambaflow.storage import at
+from mambaflow.storage_base import Storage
 
 # Of open shards. Those that are fetched ahead take as much again: a split takes about 2 GiB at
 # most.

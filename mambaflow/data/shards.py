@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int, UInt8, UInt16
 
 from mambaflow.data.pixels import choose
-from mambaflow.storage import Storage
+from mambaflow.storage_base import Storage
 
 # Raised when a shard's bytes come to mean something else; another format is refused with "stage
 # again".

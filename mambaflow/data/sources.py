@@ -48,7 +48,7 @@ from mambaflow.data.tree import (
     stray_parquet,
     with_pictures,
 )
-from mambaflow.storage import StorageError
+from mambaflow.storage_base import StorageError
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks
 # Names that jobs take for data which they stage themselves.

@@ -50,7 +50,8 @@ from mambaflow.data.sources import (
     open_source,
 )
 from mambaflow.run_paths import FIRST_OF, require_free
-from mambaflow.storage import Storage, StorageError, at
+from mambaflow.storage import at
+from mambaflow.storage_base import Storage, StorageError
 
 # Beside the shards' own names: a listing of "shard-" sees neither.
 CLAIM, NOTES = FIRST_OF["staged data"], "staging"

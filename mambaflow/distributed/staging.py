@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 import ray
 
 from mambaflow.data.staging import ShardResult, ShardTask, make
+from mambaflow.disk import FullError
 from mambaflow.distributed.cluster import connect, head_watch, loss_named
 from mambaflow.distributed.progress import last_line
-from mambaflow.storage import FullError
 
 IN_FLIGHT = 64
 RETRIES = 3  # Ray's own default

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from mambaflow.evaluation.cells import CELL_FIELDS, Cell, Key, Unit
 from mambaflow.run_paths import FIRST_OF, require_free
-from mambaflow.storage import Storage
+from mambaflow.storage_base import Storage
 
 MANIFEST, ADDED = FIRST_OF["results of an evaluation"], "manifest/"
 THREADS = 8

@@ -25,8 +25,8 @@ from mambaflow.launch.ray_node import NodeFailed, RayNode, room
 from mambaflow.launch.scheduler import usable_nodes
 from mambaflow.launch.task_folder import TaskFolder
 from mambaflow.launch.turn import Turn, take
+from mambaflow.local_storage import LocalStorage
 from mambaflow.signals import stopping
-from mambaflow.storage import LocalStorage
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 REQUEUE = STOPPED  # above 128: what a killed task has too, and the batch script looks for

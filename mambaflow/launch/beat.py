@@ -8,7 +8,7 @@ import secrets
 import time
 from pathlib import Path
 
-from mambaflow.storage import LocalStorage
+from mambaflow.local_storage import LocalStorage
 from mambaflow.variables import seconds
 
 BEAT_S = 2.0

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mambaflow.storage import LocalStorage
+from mambaflow.local_storage import LocalStorage
 
 
 @dataclass(frozen=True)

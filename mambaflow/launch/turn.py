@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mambaflow.launch.beat import Beat, Watch, age_s, longest_silence_s
 from mambaflow.launch.task_folder import TaskFolder
-from mambaflow.storage import LocalStorage
+from mambaflow.local_storage import LocalStorage
 
 LOOK_S = 0.5
 

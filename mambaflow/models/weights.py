@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from mambaflow.config import RunConfig, from_dict
 from mambaflow.models.velocity_field import VelocityField
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import Storage, at
+from mambaflow.storage import at
+from mambaflow.storage_base import Storage
 
 # Raised where names of files or tensors change; below stands what the format before called them.
 FORMAT = 2

@@ -16,8 +16,9 @@ from jaxtyping import UInt8
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from mambaflow.disk import room_for
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import Storage, room_for
+from mambaflow.storage_base import Storage
 
 Number = int | float
 # Where TensorBoard shows a number that is not shown under its own name; "" is nowhere. It sorts its

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from mambaflow.checks import require
-from mambaflow.storage import Storage
+from mambaflow.storage_base import Storage
 
 FOLDER = "ledger/"
 KEY = rf"{FOLDER}\d+\.jsonl"

@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from mambaflow.config import RunConfig
 from mambaflow.run_paths import FIRST_OF
-from mambaflow.storage import Storage, at
+from mambaflow.storage import at
+from mambaflow.storage_base import Storage
 
 
 @dataclass(frozen=True)

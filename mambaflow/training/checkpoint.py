@@ -13,6 +13,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from mambaflow.config import differences, to_dict
+from mambaflow.disk import FullError
 from mambaflow.models.weights import (
     FORMAT,
     INDEX,
@@ -27,7 +28,7 @@ from mambaflow.models.weights import (
     where,
 )
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import FullError, Storage
+from mambaflow.storage_base import Storage
 from mambaflow.training.loop import TrainState
 
 PARTS = ("model", "ema", "optimizer")

@@ -16,7 +16,8 @@ from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import StageConfig
 from mambaflow.models.weights import read_best, saved_steps
 from mambaflow.run_paths import FIRST_OF, RunPaths, require_free
-from mambaflow.storage import Storage, at
+from mambaflow.storage import at
+from mambaflow.storage_base import Storage
 
 # What may change when a run goes on: how long, how often it is looked at, not what it learns.
 # With other epochs the learning rate goes on along the other cosine from the step it is at: a

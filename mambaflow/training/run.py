@@ -19,6 +19,7 @@ from mambaflow.config import RECIPES, RunConfig, differences
 from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet, other_splits
+from mambaflow.disk import FullError
 from mambaflow.evaluation.complete import EvalSet
 from mambaflow.evaluation.final_report import FinalReport, final_report, validate
 from mambaflow.models import weights
@@ -27,7 +28,7 @@ from mambaflow.models.weights import CheckpointInfo
 from mambaflow.report.pictures import to_png
 from mambaflow.report.run_log import StoredRunLog
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import FullError, Storage
+from mambaflow.storage_base import Storage
 from mambaflow.training import checkpoint
 from mambaflow.training.flops import step_flops
 from mambaflow.training.law_fit import fit_law, residuals

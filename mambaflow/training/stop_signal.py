@@ -17,7 +17,7 @@ from torch import Tensor
 from mambaflow.lease import taken_by
 from mambaflow.run_paths import RunPaths
 from mambaflow.signals import stopping
-from mambaflow.storage import Storage
+from mambaflow.storage_base import Storage
 from mambaflow.training.process_group import ProcessGroup
 
 STOP_POLL_S = 1.0  # between two looks for the file

@@ -11,12 +11,13 @@ from test_sources import encoded, pictures, write_folder, write_parquet
 from test_staging import SIZE, config_of, contents
 
 from jobs import stage as job
-from mambaflow import storage as storage_module
+from mambaflow import s3_storage
 from mambaflow.data import staging
 from mambaflow.data.remote import remote
 from mambaflow.data.sources import SourceError, open_source
 from mambaflow.data.staging import in_process, make, opened, stage
-from mambaflow.storage import StorageError, at
+from mambaflow.storage import at
+from mambaflow.storage_base import StorageError
 
 pytestmark = pytest.mark.s3
 
@@ -276,7 +277,7 @@ class Answer:
 @pytest.fixture
 def refusing(bucket):
     """A function after which the service refuses some operations by a code."""
-    client, done = storage_module._client(), []
+    client, done = s3_storage._client(), []
 
     def refuse(code, *operations):
         def service(model, params, request_signer, **rest):

@@ -29,7 +29,8 @@ from mambaflow.data.staging import (
     stage_once,
 )
 from mambaflow.distributed.environment import set_ray_environment
-from mambaflow.storage import StorageError, at
+from mambaflow.storage import at
+from mambaflow.storage_base import StorageError
 
 SIZE, TRAIN, TEST = 8, 60, 10
 SPLITS = ("train", "validation", "test")

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mambaflow.disk import FullError
 from mambaflow.evaluation.metrics import COLUMNS, SAMPLED, VALIDATED
 from mambaflow.report.pictures import GAP, only_known, picture, to_png
 from mambaflow.report.run_log import RunLog, StoredRunLog
 from mambaflow.report.tables import Table, provenance, results_table
-from mambaflow.storage import FullError, at
+from mambaflow.storage import at
 
 
 def lines(folder):

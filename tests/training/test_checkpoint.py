@@ -19,6 +19,7 @@ from small import CPU, FIT, MODEL, run_config
 from test_loop import Stream
 
 from mambaflow.config import RunConfig, to_dict, to_json
+from mambaflow.local_storage import LocalStorage
 from mambaflow.models import weights
 from mambaflow.models.weights import (
     INDEX,
@@ -27,7 +28,7 @@ from mambaflow.models.weights import (
     DamagedCheckpointError,
 )
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import LocalStorage, at
+from mambaflow.storage import at
 from mambaflow.training import checkpoint
 from mambaflow.training.checkpoint import PARTS
 from mambaflow.training.loop import TrainState, fit
@@ -148,7 +149,8 @@ import os, signal, sys
 from mambaflow.config import from_json
 from mambaflow.models import weights
 from mambaflow.run_paths import RunPaths
-from mambaflow.storage import LocalStorage, at
+from mambaflow.local_storage import LocalStorage
+from mambaflow.storage import at
 from mambaflow.training import checkpoint
 from mambaflow.training.loop import TrainState
 import torch
