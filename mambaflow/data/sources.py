@@ -27,6 +27,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from mambaflow.data.decode import Pixels, decode
+from mambaflow.data.found import Found, PassedOver
 from mambaflow.data.random_bits import bits, uniform
 from mambaflow.data.remote import (
     STAGE_AGAIN,
@@ -36,18 +37,8 @@ from mambaflow.data.remote import (
     is_remote,
     remote,
 )
-from mambaflow.data.tree import (
-    PARQUET,
-    SPLITS,
-    Found,
-    PassedOver,
-    Tree,
-    nearly_split,
-    parquet,
-    pictures,
-    stray_parquet,
-    with_pictures,
-)
+from mambaflow.data.split_names import SPLITS, nearly_split
+from mambaflow.data.tree import PARQUET, Tree, parquet, pictures, stray_parquet, with_pictures
 from mambaflow.storage_base import StorageError
 
 SPLIT_SEED = 20  # of the validation split, the same whatever the masks

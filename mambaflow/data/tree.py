@@ -16,7 +16,6 @@ The rules, of which none looks at what is in a file:
 """
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,31 +23,15 @@ from functools import cache
 
 from PIL import Image
 
-from mambaflow.data.remote import AnyPath, SourceError, fetched
+from mambaflow.data.found import NAMED, PassedOver
+from mambaflow.data.remote import AnyPath, SourceError
+from mambaflow.data.split_names import SPLITS, is_of_anything, split_in, split_of
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
 LEFT_BEHIND = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "lost+found", "@eadir",
     "system volume information", "__pycache__", "icon\r", "#recycle", "@recycle", "recycler",
     "#snapshot", "~snapshot", "@recently-snapshot", "found.000", "temporary items",
     "network trash folder", "picasa.ini", "ehthumbs_vista.db",
-}  # fmt: skip
-# What else a split is called, never a split's whole name for certain; the short ones only beside
-# another word, as in imagesTr: alone they are languages, too.
-NEARLY = {
-    "train": ("trn", "tr"),
-    "validation": ("vld", "validate", "development"),
-    "test": ("tst", "ts", "te", "eval", "evaluation", "holdout"),
-}
-# Words that tell nothing of what is on pictures: test_images is no class, and test_tube is one.
-OF_ANYTHING = {
-    "set", "sets", "data", "dataset", "image", "images", "img", "imgs", "pic", "pics", "picture",
-    "pictures", "photo", "photos", "sample", "samples", "split", "part", "dir", "folder", "the",
-    "my", "full", "small", "new", "old", "raw",
 }  # fmt: skip
 # What a folder is called that has for each picture of another one what is where.
 MASKS = {
@@ -62,8 +45,6 @@ NO_PIXELS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 PARQUET = {".parquet", ".pq"}
 DEEPER = "images"
 """Where some releases keep a class's pictures: CLASS/images/NAME."""
-NAMED = 12
-"""Classes that are told by name."""
 
 
 @cache
@@ -71,80 +52,6 @@ def picture_endings() -> frozenset[str]:
     """Of file names, in small letters."""
     known = Image.registered_extensions()  # loads every format; before that OPEN lacks most
     return frozenset(e for e, kind in known.items() if kind in Image.OPEN and kind not in NO_PIXELS)
-
-
-@dataclass
-class PassedOver:
-    """What is no data, by kind and reason."""
-
-    # Paths as keys: a folder that is listed twice is counted once.
-    kinds: dict[tuple[str, str], dict[str, None]] = field(default_factory=dict)
-
-    def add(self, kind: str, why: str, *paths: AnyPath) -> None:
-        """Some more."""
-        if paths:
-            self.kinds.setdefault((kind, why), {}).update(dict.fromkeys(map(str, paths)))
-
-    def lines(self) -> list[str]:
-        """A line for each kind: how many, why, and one of them."""
-        return [
-            f"passed over {len(paths)} {kind}: {why}, such as {next(iter(paths))}"
-            for (kind, why), paths in sorted(self.kinds.items())
-        ]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a source was found to hold."""
-
-    images: dict[str, int]
-    """In each split that it has."""
-    classes: tuple[str, ...] = ()
-    passed: PassedOver = field(default_factory=PassedOver)
-    files: tuple[AnyPath, ...] = ()
-    """That it is read from."""
-    lost: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """In each split, classes that training has not."""
-
-    def lines(self) -> list[str]:
-        """For a person, before anything is done with it."""
-        held = [
-            f"{split} {self.images[split]} images" if self.images.get(split) else f"no {split}"
-            for split in SPLITS
-        ]
-        named = ", ".join(self.classes[:NAMED]) + ", …" * (len(self.classes) > NAMED)
-        of = f"{len(self.classes)} classes: {named}" if self.classes else "no classes by name"
-        cut = [s for s in ("validation", "test") if not self.images.get(s)]
-        after = f"; {' and '.join(cut)} will be cut out of train" if cut else ""
-        lines = [
-            f"found {', '.join(held)}{after}; {of}",
-            *self._odd_classes(),
-            *self.passed.lines(),
-        ]
-        count, size = fetched(self.files)
-        far = (
-            f"{count} file(s) of {size:,} bytes in all lie in S3, and are fetched to be known by "
-            "what they hold, and once more for shards that are not made yet"
-        )
-        return [*lines, far] if count else lines
-
-    def _odd_classes(self) -> list[str]:
-        """What of the classes is seldom meant."""
-        alike: dict[str, list[str]] = defaultdict(list)
-        for name in self.classes:
-            alike[unicodedata.normalize("NFC", name).casefold()].append(name)
-        twice = [f"{', '.join(names)}" for names in alike.values() if len(names) > 1]
-        lines = [f"classes that differ in case or accents' code alone: {twice[0]}"] if twice else []
-        numbers = [int(name) for name in self.classes if name.isdecimal()]
-        if len(numbers) == len(self.classes) and numbers != sorted(numbers):
-            place = next(i for i, n in enumerate(numbers) if n != i)
-            lines.append(
-                f"labels are places in the order of text: {place} is class {numbers[place]}"
-            )
-        for split, names in self.lost.items():
-            told = ", ".join(names[:NAMED]) + ", …" * (len(names) > NAMED)
-            lines.append(f"no label in {split}, of classes that train lacks: {told}")
-        return lines
 
 
 @dataclass
@@ -159,42 +66,6 @@ class Tree:
         """The folder, directly in its split, that a picture is in; None: in none."""
         inner = file.parts[len(self.split_folders[split].parts) :]
         return inner[0] if len(inner) > 1 else None
-
-
-def split_of(name: str) -> str | None:
-    """The split that a folder of exactly this name is."""
-    word = re.sub(r"\d{4}$", "", name.lower())  # as in train2017
-    return next((split for split, words in SPLITS.items() if word in words), None)
-
-
-def nearly_split(name: str) -> str:
-    """The split that a word is, or that is a part of it; "" for none."""
-    return split_of(name) or _nearly(name) or ""
-
-
-def _words(name: str) -> list[str]:
-    """Those of a name such as trainA, seg_test or testset, in small letters."""
-    words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
-    ends = "|".join(OF_ANYTHING)
-    kinds = [word for words in (*SPLITS.values(), *NEARLY.values()) for word in words]
-    known = "|".join(word for word in kinds if len(word) > 2)
-    cut = [re.fullmatch(rf"({known})({ends})", w) for w in words]
-    return [
-        part for w, two in zip(words, cut, strict=True) for part in (two.groups() if two else [w])
-    ]
-
-
-def _nearly(name: str) -> str | None:
-    """The split that is a word of a name such as trainA or seg_test, and not the whole of it."""
-    words, nearly = _words(name), {w: split for split, ws in NEARLY.items() for w in ws}
-    found = (split_of(w) or nearly.get(w if len(w) > 2 or len(words) > 1 else "") for w in words)
-    return next((split for split in found if split), None) if not split_of(name) else None
-
-
-def _is_of_anything(name: str) -> bool:
-    """Whether a name that is nearly a split's says nothing besides."""
-    nearly = {word for words in (*SPLITS.values(), *NEARLY.values()) for word in words}
-    return all(w in nearly or w in OF_ANYTHING or len(w) == 1 for w in _words(name))
 
 
 # Listing
@@ -307,8 +178,8 @@ def _splits(root: AnyPath, folders: list[AnyPath]) -> dict[str, AnyPath]:
 
 
 def _refuse_nearly(root: AnyPath, exact: dict[str, list[AnyPath]], others: list[AnyPath]) -> None:
-    near = {f: split for f in others if (split := _nearly(f.name))}
-    sure = any(_is_of_anything(f.name) for f in near)
+    near = {f: split for f in others if (split := split_in(f.name))}
+    sure = any(is_of_anything(f.name) for f in near)
     # One folder such as test_tube among other classes is a class.
     if near and (exact or sure or len({*near.values()}) > 1 or len(near) == len(others)):
         raise SourceError(
