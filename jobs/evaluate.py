@@ -29,8 +29,9 @@ from tqdm import tqdm
 from mambaflow.checks import require
 from mambaflow.data.shards import MANIFEST
 from mambaflow.data.sources import EMBEDDED, open_source
-from mambaflow.data.staging import StageConfig, stage, stage_once
+from mambaflow.data.stage_config import StageConfig
 from mambaflow.data.staging import in_process as stage_here
+from mambaflow.data.staging import stage, stage_once
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.evaluation.cells import EvaluateConfig
 from mambaflow.evaluation.evaluate import Progress, Run, evaluate, in_process, status

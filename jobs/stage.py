@@ -19,15 +19,10 @@ from collections.abc import Iterable, Iterator
 import tyro
 from tqdm import tqdm
 
-from mambaflow.data.sources import Source
-from mambaflow.data.staging import (
-    ShardResult,
-    ShardTask,
-    StageConfig,
-    in_process,
-    opened,
-    stage,
-)
+from mambaflow.data.shard_task import ShardResult, ShardTask
+from mambaflow.data.source import Source
+from mambaflow.data.stage_config import StageConfig
+from mambaflow.data.staging import in_process, opened, stage
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.host import FAILED, leave, speak_plainly
 from mambaflow.variables import check_variables

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mambaflow.config import ModelConfig, RunConfig, ScaleConfig, TrainConfig
 from mambaflow.data.batches import Layout
-from mambaflow.data.sources import open_source, photograph
-from mambaflow.data.staging import StageConfig, in_process, stage
+from mambaflow.data.sample import photograph
+from mambaflow.data.sources import open_source
+from mambaflow.data.stage_config import StageConfig
+from mambaflow.data.staging import in_process, stage
 from mambaflow.models.velocity_field import VelocityField
 
 SIZE, TRAIN, VALIDATION, TEST = 12, 40, 8, 16

@@ -1,34 +1,33 @@
 """Staging: from a source's images to a split's shards, in parallel and restartable.
 
-    <root>/claim.json                             what is staged there: written first, by the first
     <root>/train/staging/shard-00000.parquet.json a note: this shard is whole, and its checksum
 
 A staging that stopped goes on where it was: a shard is kept if it has its note and its checksum.
-Two stagings of the same images write the same bytes; another one finds the claim, and is refused.
+Two stagings of the same images write the same bytes; another one finds the claim (`data.claim`),
+and is refused.
 """
 
 import hashlib
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
 
 from mambaflow.checks import require
-from mambaflow.data.decode import VERSION
+from mambaflow.data.claim import CLAIM, as_claimed, stake_claim
+from mambaflow.data.decode import VERSION, Pixels
+from mambaflow.data.duplicates import in_two_splits, told_twice
 from mambaflow.data.pixels import reduced
-from mambaflow.data.random_bits import drawn
+from mambaflow.data.remote import SourceError
+from mambaflow.data.shard_task import ShardResult, ShardTask
 from mambaflow.data.shards import (
     MANIFEST,
     Manifest,
-    ShardError,
     ShardInfo,
     ShardSpec,
     content_of,
@@ -39,302 +38,16 @@ from mambaflow.data.shards import (
     to_bytes,
     write_manifest,
 )
-from mambaflow.data.sources import (
-    OF_BYTES,
-    SPLIT_SEED,
-    Item,
-    Pixels,
-    Source,
-    SourceError,
-    embedded,
-    open_source,
-)
-from mambaflow.run_paths import FIRST_OF, require_free
+from mambaflow.data.source import Item, Source
+from mambaflow.data.sources import embedded, open_source
+from mambaflow.data.split_plan import SplitPlan, json_of, plan
+from mambaflow.data.stage_config import StageConfig
 from mambaflow.storage import at
-from mambaflow.storage_base import Storage, StorageError
+from mambaflow.storage_base import StorageError
 
-# Beside the shards' own names: a listing of "shard-" sees neither.
-CLAIM, NOTES = FIRST_OF["staged data"], "staging"
-TOLD = 3  # images in two splits that are named
+NOTES = "staging"  # beside the shards' own names: a listing of "shard-" does not see it
 LABELS = range(-1, 128)  # an int8; -1 where there is none
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """What to stage, how, and where."""
-
-    source: str = "sample"
-    """sample, cifar10, a .parquet file, a folder with train*.parquet, val*.parquet and
-    test*.parquet, or a folder of images by class, in train/, val/ and test/ or without them; files
-    and folders may be s3://bucket/key and s3://bucket/prefix/, which are read where they lie."""
-    out: str = "data/sample"
-    """Where to: a folder or s3://bucket/prefix."""
-    size: int = 32
-    """Side of the images in pixels, once reduced; an image of another shape is refused by name."""
-    reduce: int = 1
-    """Reduce every image by area first, this many times on a side: 2 makes 16 x 16 of 32 x 32. Ids
-    stay those of the images as the source has them."""
-    known_ratio: float = 0.2
-    """Share of the pixels that are known."""
-    target_ratio: float = 0.2
-    """Share of the pixels, disjoint from the known, that training asks for."""
-    mask_seed: int = 42
-    """Seed of the masks."""
-    validation: int = 256
-    """Training images held out for validation, unless the source has a validation split, which is
-    then taken whole; and as many again for testing where the source has no test images."""
-    full_images: bool = False
-    """Keep whole training images too, for training with fresh masks."""
-    rows_per_shard: int = 1024
-    """Images in a shard."""
-    on_corrupt: Literal["stop", "count"] = "stop"
-    """A corrupt image is named, and stops the staging, or is counted and left out."""
-    limit: int = 0
-    """Stage only as many training images as this, drawn from all of them; a larger limit keeps
-    those of a smaller one. 0: all."""
-    image_column: str = ""
-    """Of Parquet: the column of images; by default img or image."""
-    label_column: str = ""
-    """Of Parquet: the column of labels; by default label. CIFAR-100 has fine_label."""
-    labels: Literal["keep", "ignore"] = "keep"
-    """No training uses labels: ignore stages sources that have none, or more than 128 classes."""
-    ray: bool = True
-    """Fan out over Ray; --no-ray: one shard after the other in this process."""
-
-    def __post_init__(self) -> None:
-        # NaN is in no interval, and so is refused as well.
-        for name in ("known_ratio", "target_ratio"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"{name} (={value}) must be in (0, 1); use 0.2")
-        total = self.known_ratio + self.target_ratio
-        require(
-            total <= 1,
-            f"known_ratio + target_ratio (={total:g}) must be at most 1: the two are disjoint; "
-            "use 0.2 and 0.2",
-        )
-        # 256: a pixel's place must fit in 16 bits, in a shard and where masks are ranked.
-        require(1 <= self.size <= 256, f"size (={self.size}) must be in [1, 256]; use 32")
-        for name, pixels in (("known_ratio", self.known), ("target_ratio", self.target)):
-            require(
-                pixels > 0,
-                f"{name} (={getattr(self, name)}) keeps no pixel of {self.size} x {self.size}; "
-                f"use at least {1 / self.size**2:.3g}",
-            )
-        require(
-            0 <= self.mask_seed < 2**32,
-            f"mask_seed (={self.mask_seed}) must be in [0, 2^32); use 42",
-        )
-        for name in ("rows_per_shard", "validation", "reduce"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} (={value}) must be positive; use 1 or more")
-        require(self.limit >= 0, f"limit (={self.limit}) must not be negative; use 0 for all")
-
-    @property
-    def known(self) -> int:
-        """Known pixels of an image."""
-        # Rounded down: 204 of 1,024 for a fifth.
-        return int(self.known_ratio * self.size**2)
-
-    @property
-    def target(self) -> int:
-        """Pixels of an image that training asks for."""
-        return int(self.target_ratio * self.size**2)
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """A split to stage: which images, how, and where to."""
-
-    source: str
-    images: str
-    out: str
-    spec: ShardSpec
-    # The source's split that the images are in: most sources' validation images are in train.
-    stored_split: str
-    places: np.ndarray
-    on_corrupt: str
-    options: tuple[tuple[str, str], ...] = ()
-    """See `Source.options`."""
-
-    @property
-    def storage(self) -> Storage:
-        """Where its shards go."""
-        return at(self.out).child(self.spec.split)
-
-    @property
-    def claim(self) -> dict[str, Any]:
-        """All that the bytes of its shards depend on."""
-        # As int64 whatever the platform's integers are, so that every machine gets the same hash.
-        places = hashlib.sha256(self.places.astype(np.int64).tobytes()).hexdigest()[:16]
-        # The images themselves stand for the source's address, which may change. How corrupt images
-        # are met is left out: no byte of a shard hangs on it.
-        about = {"images": self.images, "count": len(self.places), "places": places}
-        return self.spec.fields | about
-
-    def tasks(self) -> Iterator["ShardTask"]:
-        """Its shards."""
-        rows = self.spec.rows_per_shard
-        claim_hash = hashlib.sha256(_json(self.claim)).hexdigest()
-        for number, first in enumerate(range(0, len(self.places), rows)):
-            # Corrupt images are left out of their shard, and none moves up: a shard's rows follow
-            # from its own places alone, whoever makes it.
-            places = self.places[first : first + rows]
-            yield ShardTask(
-                self.source, self.out, self.spec, self.stored_split, places, number,
-                self.on_corrupt, claim_hash, self.options,
-            )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to make, for a worker anywhere."""
-
-    source: str
-    out: str
-    spec: ShardSpec
-    stored_split: str
-    places: np.ndarray
-    number: int
-    on_corrupt: str
-    claim_hash: str
-    options: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """A shard that is in place."""
-
-    split: str
-    info: ShardInfo
-    reused: bool
-    corrupt: list[str]
-    contents: dict[int, str]
-    """Of each image's pixels, as the source has them: the same picture, the same text."""
-    content: str
-    """Of the shard's rows (see `shards.content_of`)."""
-
-
-def _json(value: Any) -> bytes:
-    # Sorted, since claims are compared by a hash of this text.
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def plan(config: StageConfig, source: Source) -> list[SplitPlan]:
-    """Every split, with addresses that mean the same to every process.
-
-    Raises:
-        SourceError: the source has too few images.
-    """
-    # Absolute, since workers run in folders of their own.
-    out, parts = at(config.out).uri, []
-    for split, (stored, places) in source.splits(config.validation).items():
-        spec = ShardSpec(
-            source=source.name,
-            split=split,
-            size=config.size,
-            known=config.known,
-            target=config.target,
-            mask_seed=config.mask_seed,
-            # Held-out images are scored whole.
-            full_images=config.full_images or split != "train",
-            rows_per_shard=config.rows_per_shard,
-            reduce=config.reduce,
-        )
-        # The held-out splits stay as they are.
-        if split == "train" and config.limit:
-            places = _limited(places, config.limit)
-        parts.append(
-            SplitPlan(
-                source.address,
-                source.fingerprint,
-                out,
-                spec,
-                stored,
-                places,
-                config.on_corrupt,
-                source.options,
-            )
-        )
-    return parts
-
-
-def _limited(places: Int[np.ndarray, " m"], limit: int) -> Int[np.ndarray, " n"]:
-    """Some of the images, drawn from all: the first of them are often of one class."""
-    kept = drawn(SPLIT_SEED, "limit", torch.from_numpy(places), limit).numpy()
-    return np.sort(places[kept])  # ascending, so that a Parquet file's row groups are read once
-
-
-def stake_claim(out: str, parts: list[SplitPlan]) -> None:
-    """Make the place this staging's own, or find it so.
-
-    Raises:
-        ValueError: something else is staged there; nothing was written.
-    """
-    for part in parts:
-        try:
-            # A published split without its claim, which somebody deleted, is in the way too.
-            theirs = read_manifest(part.storage).spec.fields
-        except ShardError as error:
-            log.debug("no manifest that could be in the way: %s", error)
-        else:
-            _refuse(out, part.spec.split, theirs, part.claim)
-    require_free(at(out), CLAIM, f"out (={out})", "give another --out")
-    # Of many processes one creates the file. The others find it whole, go on where it is their own
-    # staging too, and are refused where it is another.
-    ours = {part.spec.split: part.claim for part in parts}
-    if not at(out).create(CLAIM, _json(ours)):
-        for split, claim in _claimed(out, ours).items():
-            _refuse(out, split, claim, ours[split])
-
-
-def _claimed(out: str, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
-    try:
-        theirs = json.loads(at(out).read(CLAIM))
-        return {split: dict(theirs[split]) for split in splits}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"out (={out}) holds a {CLAIM} that is damaged ({error!r}); give another --out, or "
-            "remove that folder"
-        ) from error
-
-
-def _refuse(out: str, split: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    # Who says nothing of a reduction has reduced nothing.
-    theirs, ours = {"reduce": 1} | theirs, {"reduce": 1} | ours
-    # Over their fields: a manifest has fewer than a claim.
-    changes = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if v != ours.get(k)]
-    require(
-        not changes,
-        f"out (={out}) holds another staging of {split} ({'; '.join(changes)})"
-        f"{_about_images(theirs, ours)}; give another --out, or remove that folder",
-    )
-
-
-def _about_images(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What other fingerprints mean, where nothing else tells that the images are others."""
-    was, now = str(theirs.get("images", "")), str(ours["images"])
-    if was in ("", now) or theirs.get("count") != ours["count"]:
-        return ""
-    if now.startswith(OF_BYTES) and not was.startswith(OF_BYTES):
-        return ": an earlier version knew files by names and sizes; whether they changed is unknown"
-    return ": the files have changed since"
-
-
-def as_claimed(out: str, parts: list[SplitPlan]) -> list[SplitPlan]:
-    """The same parts, with the name of the source that the place knows where all else is the same:
-    a folder that was renamed or moved holds the same images."""
-    try:
-        theirs = json.loads(at(out).read(CLAIM))
-        names = [theirs[part.spec.split]["source"] for part in parts]
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
-        return parts  # nothing is staged there; or what is, is met by `stake_claim`
-    renamed = [
-        replace(part, spec=replace(part.spec, source=name))
-        for part, name in zip(parts, names, strict=True)
-    ]
-    same = all(theirs[part.spec.split] == part.claim for part in renamed)
-    return renamed if same else parts
 
 
 # For the life of a worker process, which makes the shards of one staging.
@@ -380,7 +93,7 @@ def make(task: ShardTask, source: Source | None = None) -> ShardResult:
     split.write(name, data)
     about = {"decoder": VERSION, "corrupt": corrupt, "contents": contents, "content": content}
     note = {"claim": task.claim_hash, "info": asdict(info), **about}
-    split.write(f"{NOTES}/{name}.json", _json(note))
+    split.write(f"{NOTES}/{name}.json", json_of(note))
     return ShardResult(task.spec.split, info, False, corrupt, contents, content)
 
 
@@ -535,7 +248,7 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
             log.warning("left out corrupt image %s", fault)
     for part in parts:
         _check_whole(part, done[part.spec.split])
-    shared = _in_two_splits(parts, done)
+    shared = in_two_splits(parts, done)
     for line in told_twice(source, shared):
         log.warning("%s", line)
     # All splits are whole before the first is published. "test" is the last of them.
@@ -553,46 +266,6 @@ def stage(config: StageConfig, source: Source, run: Run) -> dict[str, int]:
         # Where there is none there is nothing to say.
         **({"in two splits": len(shared)} if shared else {}),
     }
-
-
-Place = tuple[SplitPlan, int]
-
-
-def _in_two_splits(
-    parts: list[SplitPlan], done: dict[str, list[ShardResult]]
-) -> list[tuple[Place, Place]]:
-    """Images whose pixels an earlier split has too, each with one of these."""
-    first: dict[str, Place] = {}
-    shared = []
-    for part in parts:
-        mine: dict[str, Place] = {}
-        for shard in done[part.spec.split]:
-            for id, content in shard.contents.items():
-                if content in first:
-                    shared.append((first[content], (part, id)))
-                else:
-                    mine[content] = part, id
-        first |= mine
-    return shared
-
-
-def told_twice(source: Source, shared: list[tuple[Place, Place]]) -> list[str]:
-    """How many images are in two splits, for each two, and a few of them by name."""
-    pairs: dict[tuple[str, str], list[tuple[Place, Place]]] = defaultdict(list)
-    for one, other in shared:
-        pairs[one[0].spec.split, other[0].spec.split].append((one, other))
-    return [
-        f"{len(found)} image(s) of {b} have the pixels of an image of {a}, such as "
-        + "; ".join(f"{_where(source, y)} = {_where(source, x)}" for x, y in found[:TOLD])
-        + ": scores on them are of what was trained on" * (a == "train")
-        for (a, b), found in pairs.items()
-    ]
-
-
-def _where(source: Source, place: Place) -> str:
-    part, id = place
-    (item,) = source.items(part.stored_split, np.array([id]))
-    return item.where
 
 
 def _check_whole(part: SplitPlan, done: list[ShardResult]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from mambaflow.data.staging import ShardResult, ShardTask, make
+from mambaflow.data.shard_task import ShardResult, ShardTask
+from mambaflow.data.staging import make
 from mambaflow.disk import FullError
 from mambaflow.distributed.cluster import connect, head_watch, loss_named
 from mambaflow.distributed.progress import last_line

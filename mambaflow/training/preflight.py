@@ -13,7 +13,7 @@ from mambaflow.data.batches import Batches, Layout, require_queries
 from mambaflow.data.shard_reader import ShardSet, data_hash, other_splits
 from mambaflow.data.shards import ShardError, ShardSpec
 from mambaflow.data.sources import EMBEDDED
-from mambaflow.data.staging import StageConfig
+from mambaflow.data.stage_config import StageConfig
 from mambaflow.models.weights import read_best, saved_steps
 from mambaflow.run_paths import FIRST_OF, RunPaths, require_free
 from mambaflow.storage import at

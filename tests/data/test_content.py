@@ -14,10 +14,13 @@ from PIL import Image
 from small_shards import SPEC, published, rows_of
 
 from mambaflow.data import staging
+from mambaflow.data.claim import CLAIM
+from mambaflow.data.folder_source import OF_BYTES
 from mambaflow.data.shard_reader import ShardSet, data_hash, other_splits, split_hash
 from mambaflow.data.shards import MANIFEST, ShardError, content_of, joined, read_manifest
-from mambaflow.data.sources import OF_BYTES, open_source
-from mambaflow.data.staging import CLAIM, StageConfig, in_process, stage, stage_once
+from mambaflow.data.sources import open_source
+from mambaflow.data.stage_config import StageConfig
+from mambaflow.data.staging import in_process, stage, stage_once
 from mambaflow.storage import at
 
 
@@ -231,7 +234,7 @@ def test_a_cache_that_served_one_bucket_gives_another_its_own_rows(whole, tmp_pa
 @pytest.fixture
 def tiny(monkeypatch):
     sizes = {"train": 30, "validation": 256, "test": 20}
-    monkeypatch.setattr("mambaflow.data.sources.SAMPLE_COUNTS", sizes)
+    monkeypatch.setattr("mambaflow.data.sample.SAMPLE_COUNTS", sizes)
 
 
 def test_what_only_lies_where_the_sample_would_is_not_taken_for_it(tmp_path, tiny):
@@ -272,8 +275,8 @@ def test_the_sample_staged_by_hand_or_by_an_earlier_version_is_the_sample(tmp_pa
 
 def test_other_photographs_are_not_the_sample(tmp_path, tiny, monkeypatch):
     stage_once("sample", tmp_path)
-    made = staging.open_source("sample").fingerprint
-    monkeypatch.setattr("mambaflow.data.sources.Sample.fingerprint", "of others")
+    made = open_source("sample").fingerprint
+    monkeypatch.setattr("mambaflow.data.sample.Sample.fingerprint", "of others")
     with pytest.raises(ValueError, match=rf"images: {made} -> of others"):
         stage_once("sample", tmp_path)
 

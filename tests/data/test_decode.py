@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from mambaflow.data.decode import MOST_PIXELS, decode
-from mambaflow.data.sources import decoded, photograph
+from mambaflow.data.sample import photograph
+from mambaflow.data.source import decoded
 
 ORIENTATION = 274
 COLOUR = photograph("coffee.png")[100:116, 100:124]  # 16 x 24, so that a turn shows

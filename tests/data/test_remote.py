@@ -13,8 +13,8 @@ from test_staging import SIZE, config_of, contents
 from jobs import stage as job
 from mambaflow import s3_storage
 from mambaflow.data import staging
-from mambaflow.data.remote import remote
-from mambaflow.data.sources import SourceError, open_source
+from mambaflow.data.remote import SourceError, remote
+from mambaflow.data.sources import open_source
 from mambaflow.data.staging import in_process, make, opened, stage
 from mambaflow.storage import at
 from mambaflow.storage_base import StorageError

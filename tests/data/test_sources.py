@@ -16,17 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from mambaflow.data import sources
-from mambaflow.data.sources import (
-    CIFAR10_FOLDER,
-    PHOTOGRAPHS,
-    SAMPLE_COUNTS,
-    Sample,
-    SourceError,
-    decoded,
-    open_source,
-    photograph,
-)
+from mambaflow.data import sample
+from mambaflow.data.cifar10 import CIFAR10_FOLDER
+from mambaflow.data.remote import SourceError
+from mambaflow.data.sample import PHOTOGRAPHS, SAMPLE_COUNTS, Sample, photograph
+from mambaflow.data.source import Source, decoded
+from mambaflow.data.sources import open_source
 from mambaflow.storage import at
 
 
@@ -385,7 +380,7 @@ class CountedVelocity(Sample):
     def own_validation(self):
         return self.counts["validation"]
 
-    splits = sources.Source.splits
+    splits = Source.splits
 
 
 @given(
@@ -467,7 +462,7 @@ def test_crops_are_varied_photographs(split):
     assert crops.shape == (256, 32, 32, 3)
     assert len({crop.tobytes() for crop in crops}) == 256
     contrast = crops.std((1, 2)).max(-1)
-    assert (contrast > sources.CONTRAST).mean() > 0.97 and np.median(contrast) > 30
+    assert (contrast > sample.CONTRAST).mean() > 0.97 and np.median(contrast) > 30
     # Neighbours in a photograph are alike, in noise they are not.
     across = np.corrcoef(crops[:, :, :-1].ravel(), crops[:, :, 1:].ravel())[0, 1]
     assert across > 0.85
@@ -482,7 +477,7 @@ def test_the_sample_has_its_own_splits():
 
 
 def test_a_package_without_its_photographs_is_named(monkeypatch):
-    monkeypatch.setattr(sources, "KEPT_IN", {"skimage": "nowhere", "no_such_package": ""})
+    monkeypatch.setattr(sample, "KEPT_IN", {"skimage": "nowhere", "no_such_package": ""})
     photograph.cache_clear()
     with pytest.raises(SourceError, match="photograph coffee.png is in none of .*install"):
         photograph("coffee.png")

@@ -15,19 +15,14 @@ from test_sources import encoded, pictures, write_folder, write_parquet
 
 from jobs import stage as job
 from mambaflow.data import staging
+from mambaflow.data.claim import CLAIM
+from mambaflow.data.remote import SourceError
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.data.shards import MANIFEST, ShardError, shard_name
-from mambaflow.data.sources import SourceError, open_source
-from mambaflow.data.staging import (
-    CLAIM,
-    StageConfig,
-    in_process,
-    make,
-    opened,
-    plan,
-    stage,
-    stage_once,
-)
+from mambaflow.data.sources import open_source
+from mambaflow.data.split_plan import plan
+from mambaflow.data.stage_config import StageConfig
+from mambaflow.data.staging import in_process, make, opened, stage, stage_once
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.storage import at
 from mambaflow.storage_base import StorageError
@@ -757,7 +752,7 @@ def test_a_bucket_that_is_not_there_ends_with_a_cure_and_exit_code_2(bucket, sou
 
 def test_an_embedded_set_is_staged_once(tmp_path, monkeypatch):
     sizes = {"train": 30, "validation": 256, "test": 20}
-    monkeypatch.setattr("mambaflow.data.sources.SAMPLE_COUNTS", sizes)
+    monkeypatch.setattr("mambaflow.data.sample.SAMPLE_COUNTS", sizes)
     out = stage_once("sample", tmp_path)
     assert {split: len(ShardSet(out, split)) for split in SPLITS} == sizes
     assert ShardSet(out, "train").spec.full_images

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mambaflow.data.sources import SourceError, open_source
+from mambaflow.data.remote import SourceError
+from mambaflow.data.sources import open_source
 from mambaflow.data.tree import picture_endings
 
 COUNT = iter(range(10**6))

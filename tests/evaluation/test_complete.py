@@ -17,7 +17,8 @@ from mambaflow.config import RunConfig
 from mambaflow.data.batches import Layout, PixelBatch
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.data.sources import open_source
-from mambaflow.data.staging import StageConfig, in_process, stage
+from mambaflow.data.stage_config import StageConfig
+from mambaflow.data.staging import in_process, stage
 from mambaflow.evaluation import complete as complete_module
 from mambaflow.evaluation import final_report as report_module
 from mambaflow.evaluation.activity import activity, sextile_edges, sextiles

@@ -16,8 +16,9 @@ from mambaflow.config import RunConfig
 from mambaflow.data.batches import Layout
 from mambaflow.data.shard_reader import ShardSet
 from mambaflow.data.sources import open_source
-from mambaflow.data.staging import StageConfig, stage
+from mambaflow.data.stage_config import StageConfig
 from mambaflow.data.staging import in_process as stage_here
+from mambaflow.data.staging import stage
 from mambaflow.evaluation import answers as answers_module
 from mambaflow.evaluation.answers import Answerer
 from mambaflow.evaluation.cells import Cell, EvaluateConfig, Key, Unit, order

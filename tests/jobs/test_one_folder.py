@@ -10,8 +10,10 @@ import small
 
 from jobs.train import main
 from mambaflow.config import to_json
+from mambaflow.data.claim import stake_claim
 from mambaflow.data.sources import open_source
-from mambaflow.data.staging import StageConfig, plan, stake_claim
+from mambaflow.data.split_plan import plan
+from mambaflow.data.stage_config import StageConfig
 from mambaflow.evaluation.rows import Results
 from mambaflow.run_paths import FIRST_OF
 from mambaflow.search.config import SearchConfig, SweepConfig
