@@ -2,6 +2,7 @@
 examples of a property are tried, and which."""
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -46,6 +47,10 @@ event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 # Ray's workers give way to all else by themselves (niceness 15), and stand still beside whatever
 # else a busy machine runs.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Ray reads as it is imported how it authenticates: whichever test imports it first, and whichever
+# tests run, it is stated before.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
