@@ -133,9 +133,10 @@ def kriging(
 def kriging_of(
     among: Float[Tensor, "b k k"], across: Float[Tensor, "b k n"]
 ) -> tuple[Float[Tensor, "b n k"], Float[Tensor, "b n 1"]]:
-    """`kriging`, of the correlations among the known pixels and across to the queries."""
-    noisy = among + NUGGET * torch.eye(among.shape[-1], dtype=among.dtype, device=among.device)
-    weights = torch.cholesky_solve(across, torch.linalg.cholesky(noisy))
+    """`kriging`, of the correlations among the known pixels and across to the queries. `among` gets
+    its nugget in place: a copy would be one more pass over it at every step."""
+    among.diagonal(dim1=-2, dim2=-1).add_(NUGGET)
+    weights = torch.cholesky_solve(across, torch.linalg.cholesky(among))
     left = 1 - (weights * across).sum(1)
     # At a known pixel the difference of two ones: rounding may take it below zero.
     return weights.mT, left.clamp(min=NUGGET)[..., None]
