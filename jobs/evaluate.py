@@ -16,7 +16,6 @@ on; 2 bad input, nothing changed; 4 done, and some rows failed: they are kept wi
 import contextlib
 import logging
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,11 +38,11 @@ from mambaflow.evaluation.evaluation_report import write_report
 from mambaflow.evaluation.plan import Plan, plan
 from mambaflow.evaluation.rows import Results
 from mambaflow.host import FAILED, leave, speak_plainly
-from mambaflow.signals import stopping
+from mambaflow.signals import leaving
 from mambaflow.storage import at
 from mambaflow.variables import check_variables
 
-BAD_INPUT, ROWS_FAILED, STOPPED = 2, 4, 128 + signal.SIGTERM
+BAD_INPUT, ROWS_FAILED = 2, 4
 GOES_ON = "the same command goes on"
 LINE_S = 60.0  # between lines of progress where there is no terminal
 log = logging.getLogger(__name__)
@@ -178,11 +177,6 @@ def look(config: EvaluateConfig) -> int:
     return 0
 
 
-def _stop(number: signal.Signals) -> None:
-    # An exception, so that a private Ray is ended on the way out.
-    raise SystemExit(STOPPED)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Parse, and do what is asked for; returns the exit code."""
     speak_plainly()
@@ -198,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.status or config.report_only:
         return look(config)
     try:
-        with stopping(_stop):
+        with leaving():
             return run(config, f"python jobs/evaluate.py {shlex.join(given)}")
     except (RuntimeError, OSError) as error:
         print(f"error: {error}\n{GOES_ON}", file=sys.stderr)

@@ -8,8 +8,8 @@ What was found is said before anything is written: images of each split, classes
 over, by kind and why, and what will be fetched. A source in S3 is read where it lies; one that
 changes meanwhile is refused by name. Of a source without a validation or test split these are cut
 out of training. One Ray task makes one shard. A staging that stopped goes on where it was: finished
-shards are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed, the same
-command goes on.
+shards are kept. Exit codes: 0 done; 2 bad input, nothing published; 1 failed, and 143 stopped
+(SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP): the same command goes on.
 """
 
 import logging
@@ -25,6 +25,7 @@ from mambaflow.data.stage_config import StageConfig
 from mambaflow.data.staging import in_process, opened, stage
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.host import FAILED, leave, speak_plainly
+from mambaflow.signals import leaving
 from mambaflow.variables import check_variables
 
 GOES_ON = "the same command goes on"
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         # To stderr, as all that is said on the way: the last line alone is the answer.
         print(f"{config.source}:", *source.found().lines(), sep="\n  ", file=sys.stderr)
         # Called once, with the tasks of all splits: one bar for all of them.
-        done = stage(config, source, lambda tasks: shown(tasks, config, source))
+        with leaving():
+            done = stage(config, source, lambda tasks: shown(tasks, config, source))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

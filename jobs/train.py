@@ -7,9 +7,9 @@
 
 Exit codes: 0 done; 1 failed; 2 bad input, nothing changed; 3 a shard or all checkpoints were
 found damaged on the way: mend them, then go on with --resume; 143 stopped on request (SIGTERM,
-SIGUSR1, SIGUSR2, SIGHUP, Ctrl-C on Ray, or a file named STOP in the run's folder) with a checkpoint
-saved: go on with --resume. `ray job stop` grants 3 s before it kills; for a large model submit the
-job with --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'.
+SIGUSR1, SIGUSR2, SIGHUP, Ctrl-C on Ray, or a file named STOP in the run's folder) with the newest
+step saved: go on with --resume. `ray job stop` grants 3 s before it kills; for a large model submit
+the job with --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}'.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from mambaflow.kernels.build import NativeError, compiler
 from mambaflow.lease import owning
 from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
-from mambaflow.signals import stopping
+from mambaflow.signals import STOPPED, leaving, stopping
 from mambaflow.storage import at
 from mambaflow.training.preflight import (
     check_data,
@@ -59,8 +59,7 @@ from mambaflow.training.process_group import (
 from mambaflow.training.run import Outcome, RunFailed, train_and_score
 from mambaflow.variables import check_variables, launched, stated
 
-# 128 + a signal's number is what a shell says of a process that a signal ended.
-FAILED, BAD_INPUT, DAMAGED, STOPPED = 1, 2, 3, 128 + signal.SIGTERM
+FAILED, BAD_INPUT, DAMAGED = 1, 2, 3
 log = logging.getLogger(__name__)
 
 
@@ -257,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     # However this ends, what was entered is left: a private Ray with all its processes, or the
     # process group.
     with contextlib.ExitStack() as stack:
+        # Before anything is owned, and while the test is scored; steps have what saves.
+        stack.enter_context(leaving())
         try:
             # Before the processes find one another: each sees the same flags and refuses them
             # alike.

@@ -5,14 +5,19 @@ Each of them would end a process that does not know it, before it could save.
 """
 
 import contextlib
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 REPEAT_S = 5.0  # batch systems send several in a row, which are one request
+# The exit code of a job that was asked to stop: what a shell says of one that SIGTERM ended.
+STOPPED = 128 + signal.SIGTERM
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -42,6 +47,41 @@ def stopping(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Asked to stop in here, a job leaves at once, but by its own way out: what it owns is given
+    back, and a private Ray ended. For all of a job around what saves first, which has a `stopping`
+    of its own."""
+
+    def leave(number: signal.Signals) -> None:
+        log.info("asked to stop by %s: leaving", number.name)
+        raise SystemExit(STOPPED)
+
+    with stopping(leave):
+        yield
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """What is called in here leaves handlers of signals as they are: Ray takes SIGTERM's, and ends
+    its driver with 1 as it starts a node, and with 15 later."""
+    if threading.current_thread() is not threading.main_thread():  # where nobody can set one
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in ASKING}
+    try:
+        yield
+    except SystemExit as end:
+        # By one of those handlers, or by `leaving`.
+        end.code = STOPPED
+        raise
+    finally:
+        # None is a handler that is not of Python's: it can be neither seen nor set.
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

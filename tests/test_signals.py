@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mambaflow import signals
-from mambaflow.signals import ASKING, stopping, withheld
+from mambaflow.signals import ASKING, STOPPED, kept, leaving, stopping, withheld
 
 ASKED_ONCE = """
 import signal, sys, time
@@ -78,3 +78,36 @@ def test_what_is_withheld_reaches_no_descendant_not_even_one_with_a_handler():
     assert process.communicate(timeout=60)[0] == "asleep no more\n" and process.returncode == 0
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert signals.REPEAT_S > 0
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_who_is_asked_to_leave_does_so_by_its_own_way_out(number):
+    said = []
+    with pytest.raises(SystemExit) as end, leaving():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            said.append("given back")
+    assert end.value.code == STOPPED == 143 and said == ["given back"]
+
+
+def test_what_saves_is_asked_in_place_of_leaving():
+    asked: list[signal.Signals] = []
+    with pytest.raises(SystemExit), leaving():
+        with stopping(asked.append):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+        assert asked == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+
+
+def test_handlers_that_are_set_by_others_are_put_back_and_end_with_our_code():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, kept():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert end.value.code == STOPPED
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -53,12 +53,12 @@ from mambaflow.search.proposals import optuna_log
 from mambaflow.search.space import Product, Space, check_space
 from mambaflow.search.sweep_paths import SweepPaths
 from mambaflow.search.sweep_report import write_report
-from mambaflow.signals import stopping
+from mambaflow.signals import STOPPED, leaving, stopping
 from mambaflow.storage import at
 from mambaflow.training.preflight import check_data, check_flags, identified, settle
 from mambaflow.variables import check_variables
 
-FAILED, BAD_INPUT, TRIALS_FAILED, STOPPED = 1, 2, 4, 128 + signal.SIGTERM
+FAILED, BAD_INPUT, TRIALS_FAILED = 1, 2, 4
 LINE_S = 60.0  # between lines of progress where there is no terminal
 log = logging.getLogger(__name__)
 
@@ -336,7 +336,8 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     if flags.status or flags.report_only:
         return look(flags)
-    return sweep(SweepConfig(search=flags.search, run=flags.run))
+    with leaving():  # before its trials are there, and after: they are asked in between
+        return sweep(SweepConfig(search=flags.search, run=flags.run))
 
 
 if __name__ == "__main__":

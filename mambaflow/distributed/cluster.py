@@ -23,6 +23,7 @@ from mambaflow.config import ScaleConfig
 from mambaflow.distributed.environment import LOCAL, cluster_address, is_set, worker_environment
 from mambaflow.distributed.progress import last_line
 from mambaflow.distributed.reaper import named, reaper
+from mambaflow.signals import kept
 from mambaflow.training.run import RunFailed
 from mambaflow.variables import seconds
 
@@ -71,7 +72,7 @@ def connect(lost: Callable[[str], None] | None = None) -> Iterator[None]:
             settings |= {"num_cpus": host.cores(), "include_dashboard": False, "_temp_dir": temp}
             stack.enter_context(reaper(temp))  # a driver that is killed ends nothing itself
             naming = named(temp)
-        with naming:
+        with naming, kept():
             _join(settings, {"env_vars": worker_environment(address)})
         if lost is not None:
             stack.enter_context(_watching(lost))  # also while we part from it

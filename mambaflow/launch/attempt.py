@@ -19,14 +19,14 @@ from pathlib import Path
 import submitit
 
 from mambaflow.launch.beat import Beat, Watch, longest_silence_s
-from mambaflow.launch.command import STOPPED, Command, Running, resumed
+from mambaflow.launch.command import Command, Running, resumed
 from mambaflow.launch.node import Node
 from mambaflow.launch.ray_node import NodeFailed, RayNode, room
 from mambaflow.launch.scheduler import usable_nodes
 from mambaflow.launch.task_folder import TaskFolder
 from mambaflow.launch.turn import Turn, take
 from mambaflow.local_storage import LocalStorage
-from mambaflow.signals import stopping
+from mambaflow.signals import STOPPED, stopping
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 REQUEUE = STOPPED  # above 128: what a killed task has too, and the batch script looks for

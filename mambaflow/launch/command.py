@@ -16,8 +16,6 @@ from mambaflow.search.sweep_paths import SweepPaths
 from mambaflow.signals import withheld
 from mambaflow.storage import at
 
-STOPPED = 128 + signal.SIGTERM  # with a checkpoint, to go on from
-
 # Commands that take --run-name, --storage and --resume, and what is there once they have begun.
 # All others are resumed by being started again.
 RESUMED: dict[str, str] = {"jobs/train.py": RunPaths.CONFIG, "tune/sweep.py": SweepPaths.CONFIG}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,13 +38,14 @@ from mambaflow.distributed.environment import set_ray_environment
 set_ray_environment()
 import ray
 from mambaflow.distributed.cluster import connect
+from mambaflow.signals import leaving
 
 @ray.remote(num_cpus=0)
 class Actor:
     def answer(self):
         return "up"
 
-with connect():
+with leaving(), connect():
     actor = Actor.remote()
     print(ray.get(actor.answer.remote()), flush=True)
     sys.stdin.readline()
@@ -144,3 +146,25 @@ def test_a_private_ray_ends_with_a_driver_that_ends_in_order(private_ray, marked
     one.communicate("\n", timeout=120)
     assert one.returncode == 0
     wait_for(lambda: not processes(marked) and not folder.exists())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_private_ray_ends_with_a_driver_that_is_asked_to_stop(private_ray, marked, number):
+    """Ray's own handler of SIGTERM, which it puts in place of ours, would end it with 15."""
+    one, folder = private_ray
+    one.send_signal(number)
+    one.communicate(timeout=120)
+    assert one.returncode == 143
+    wait_for(lambda: not processes(marked) and not folder.exists())
+
+
+@pytest.mark.ray
+def test_a_driver_that_is_asked_to_stop_as_its_ray_starts_says_so(marked):
+    """The handler is that of Ray's node by then, which ends it with 1."""
+    one = driver(PRIVATE_RAY)
+    wait_for(lambda: "gcs_server" in titles(marked))
+    one.send_signal(signal.SIGTERM)
+    told, _ = one.communicate(timeout=120)
+    assert (one.returncode, told) == (143, "")
+    wait_for(lambda: not processes(marked))

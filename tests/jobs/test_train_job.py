@@ -4,9 +4,12 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -583,6 +586,21 @@ def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, m
         patch.setattr(job, "train_and_score", stopping)
         assert main(place.run()) == 143
     assert "stopped after step 1; go on with --resume --run-name new" in capsys.readouterr().out
+    assert main(place.run("--resume")) == 0
+
+
+def test_a_job_that_is_asked_to_stop_before_it_trains_gives_its_run_back(place, monkeypatch):
+    def asked(*_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "train_and_score", asked)
+        with pytest.raises(SystemExit) as end:
+            main(place.run())
+    assert end.value.code == 143
+    owner = json.loads((place.storage / "new" / "owner" / "0001.json").read_text())
+    assert owner["ended"], "or others would wait for it to show that it lives"
     assert main(place.run("--resume")) == 0
 
 
