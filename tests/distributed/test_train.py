@@ -97,7 +97,7 @@ def test_a_worker_takes_the_threads_of_its_configuration(monkeypatch):
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_undisturbed(
     shards, tmp_path, bucket, marked
 ):
-    flags = [*ON_RAY, "--epochs=60", "--eval-every=60", f"--data={shards}", "--num-workers=2"]
+    flags = [*ON_RAY, "--epochs=120", "--eval-every=60", f"--data={shards}", "--num-workers=2"]
     disturbed = at(f"{bucket}/runs/disturbed")
     job = subprocess.Popen(
         [*TRAIN, *flags, f"--storage={bucket}/runs", "--run-name=disturbed"],
@@ -105,7 +105,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_undisturbed(
     )  # fmt: skip
     wait_for(lambda: job.poll() is not None or weights.saved_steps(disturbed))
     workers = [pid for pid, title in processes(marked) if title.startswith("ray::RayTrainWorker")]
-    assert len(workers) == 2 and weights.saved_steps(disturbed)[-1] < 300
+    assert len(workers) == 2 and weights.saved_steps(disturbed)[-1] < 600
     os.kill(workers[1], signal.SIGKILL)
     said, _ = job.communicate(timeout=240)
     assert job.returncode == 0, said
