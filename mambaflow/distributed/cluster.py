@@ -112,15 +112,30 @@ def _part() -> None:
 
 @contextlib.contextmanager
 def loss_named() -> Iterator[None]:
-    """What a driver does in here with the cluster; that is lost with its head.
+    """What a driver does in here with the cluster, whose failures are told by what they are: that
+    of the cluster, which is lost with its head, or one of Ray's on a cluster that lives.
 
     Raises:
-        RunFailed: the cluster no longer answers.
+        RunFailed: the cluster no longer answers, or Ray failed.
     """
     try:
         yield
-    except (ray.exceptions.RayError, ConnectionError) as error:
+    except ConnectionError as error:
         raise RunFailed(_lost(last_line(error))) from error
+    except ray.exceptions.RayError as error:
+        told = f"Ray failed, and its head answers: {type(error).__name__}: {last_line(error)}"
+        raise RunFailed(told if _answers() else _lost(last_line(error))) from error
+
+
+def _answers() -> bool:
+    """Whether we are connected to a cluster whose head does."""
+    if not ray.is_initialized():
+        return False
+    try:
+        head_watch().require()
+    except (ConnectionError, ray.exceptions.RayError):
+        return False
+    return True
 
 
 def _lost(why: str) -> str:

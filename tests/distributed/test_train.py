@@ -333,6 +333,21 @@ def test_what_ray_raises_of_a_lost_cluster_is_a_run_that_failed():
             raise error
 
 
+def test_what_ray_raises_of_a_cluster_that_answers_is_not_called_its_loss(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        head = cluster.HeadWatch(f"127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(cluster, "head_watch", lambda: head)
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        with pytest.raises(run.RunFailed) as said, cluster.loss_named():
+            raise ray.exceptions.OutOfMemoryError("no memory on node 7")
+    told = "Ray failed, and its head answers: OutOfMemoryError: no memory on node 7"
+    assert str(said.value) == told
+    # The same of one that has stopped listening.
+    lost = pytest.raises(run.RunFailed, match="is lost: no memory on node 7")
+    with lost, cluster.loss_named():
+        raise ray.exceptions.OutOfMemoryError("no memory on node 7")
+
+
 def test_the_address_of_jobs_is_told_from_that_of_a_cluster(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(ValueError, match="is where jobs are submitted; use `ray job submit"):
