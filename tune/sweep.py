@@ -236,7 +236,8 @@ def sweep(config: SweepConfig) -> int:
         except (ValueError, OSError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT
-        from mambaflow.distributed.sweep import Asha, run_on_tune, threads_of
+        from mambaflow.distributed.asha import Asha
+        from mambaflow.distributed.sweep import run_on_tune, threads_of
 
         threads = threads_of(config.run.scale, concurrent)
         conductor = Conductor(config, space, Asha(config.search), threads)

@@ -1,7 +1,7 @@
 """What a sweep comes to: the numbers that its report is made of."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mambaflow.search.board import Board, Report, Trial
+from mambaflow.search.board import Board, Trial
 from mambaflow.search.config import SweepConfig
 from mambaflow.search.cost import Timing
 from mambaflow.search.effects import Effects, Noise, additive, label
 from mambaflow.search.space import values_of
+from mambaflow.search.time_spent import TimeSpent
+from mambaflow.search.trial_figures import flops, psnr, rate, told
 
 Point = tuple[float, float, str]
 """A number, the PSNR that was had for it, and the trial."""
@@ -50,31 +52,6 @@ class Rung:
     agreement: float
     """Spearman's rank correlation of the PSNR there and at the end, of trials that went to the
     end; nan of fewer than three."""
-
-
-@dataclass(frozen=True)
-class TimeSpent:
-    """Where the time of a sweep went, in seconds of one place for a trial."""
-
-    wall: float
-    """Seconds during which there was a driver."""
-    places: float
-    """The same times the trials that could run at once."""
-    training: float
-    """Training and validation."""
-    beginning: float
-    """From the start of a trial to its first report, less training and validation."""
-    besides: float
-    """What trials did later besides training and validation: saving, telling."""
-
-    @property
-    def rest(self) -> float:
-        """Places without a trial, and what trials had not told of."""
-        return max(self.places - self.training - self.beginning - self.besides, 0.0)
-
-    def share(self, seconds: float) -> float:
-        """Of all places; nan where there was no time yet."""
-        return seconds / self.places if self.places > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -328,14 +305,7 @@ class Findings:
     @cached_property
     def time(self) -> TimeSpent:
         """The sweep's time."""
-        trials = self.board.trials.values()
-        return TimeSpent(
-            self.board.seconds,
-            self.board.places,
-            training=sum((trial.seconds for trial in trials), 0.0),
-            beginning=sum((sum(trial.beginnings) for trial in trials), 0.0),
-            besides=sum((sum(_later(trial)) for trial in trials), 0.0),
-        )
+        return TimeSpent.of(self.board)
 
     # --- For programs ---
 
@@ -386,32 +356,6 @@ class Findings:
         }
 
 
-def psnr(trial: Trial) -> float:
-    """The newest PSNR of a trial; nan where there is none."""
-    return trial.last.psnr if trial.last else math.nan
-
-
-def told(trial: Trial) -> list[Report]:
-    """A trial's reports with a number, along its budget: of a share that was come to twice, as
-    after a start that was lost, the newer."""
-    known = {report.share: report for report in trial.reports if math.isfinite(report.psnr)}
-    return [known[share] for share in sorted(known)]
-
-
-def flops(trial: Trial) -> float:
-    """Of the training that was done; nan before the first report."""
-    if trial.last is None:
-        return math.nan
-    done = trial.last.step / trial.steps if trial.steps else trial.share
-    return trial.flops * done
-
-
-def rate(trial: Trial) -> float:
-    """Samples in a second of training and validation; nan before the first report."""
-    known = trial.last is not None and trial.seconds > 0
-    return trial.last.samples / trial.seconds if known and trial.last else math.nan
-
-
 def front(points: Sequence[Point]) -> list[Point]:
     """The points for which none costs as little or less and is better, by ascending cost."""
     found: list[Point] = []
@@ -436,13 +380,6 @@ def _effects_json(effects: Effects) -> dict[str, Any]:
         for one in effects.fields
     ]
     return {**asdict(effects), "fields": fields}
-
-
-def _later(trial: Trial) -> Iterator[float]:
-    """Of each start, what it did besides training and validation after its first report."""
-    last = {report.start: report.besides for report in trial.clocked}
-    for first, end in zip(trial.beginnings, last.values(), strict=True):
-        yield max(end - first, 0.0)
 
 
 def _agreement(pairs: Sequence[tuple[float, float]]) -> float:

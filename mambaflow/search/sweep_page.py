@@ -10,7 +10,8 @@ from mambaflow.report.palette import HUES, Look, looks
 from mambaflow.report.tables import Table
 from mambaflow.search.board import Trial
 from mambaflow.search.effects import Field, label
-from mambaflow.search.findings import Findings, flops, front, psnr, rate, told
+from mambaflow.search.findings import Findings, front
+from mambaflow.search.trial_figures import flops, psnr, rate, told
 
 SEARCHED, BASE = "proposed", "base, other seeds"
 # Signs that are not a line's, since the points are not joined.

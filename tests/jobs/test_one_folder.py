@@ -86,7 +86,7 @@ def test_a_run_is_not_kept_among_the_trials_of_a_sweep(data, tmp_path, capsys):
 
 def test_a_trial_of_a_sweep_that_was_copied_goes_on_in_the_copy(data, tmp_path):
     pytest.importorskip("ray")
-    from mambaflow.distributed.sweep import TrialActor
+    from mambaflow.distributed.trial_actor import TrialActor
 
     def opened(folder: Path, **train: object):
         run = small.run_config(data, folder / "trials", "0000", **train)

@@ -8,7 +8,7 @@ import small
 import small_shards  # noqa: F401
 
 from mambaflow.config import RunConfig
-from mambaflow.distributed.sweep import Asha
+from mambaflow.distributed.asha import Asha
 from mambaflow.run_paths import RunPaths
 from mambaflow.search.board import Board
 from mambaflow.search.conductor import Conductor, Told

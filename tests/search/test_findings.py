@@ -9,8 +9,9 @@ from scipy import stats
 
 from mambaflow.search.board import Board
 from mambaflow.search.config import SweepConfig
-from mambaflow.search.findings import Findings, flops, front, plain, rate, told
+from mambaflow.search.findings import Findings, front, plain
 from mambaflow.search.sweep_report import read_findings
+from mambaflow.search.trial_figures import flops, rate, told
 
 
 def found(tmp_path, events, **search) -> Findings:

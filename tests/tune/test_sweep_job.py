@@ -25,7 +25,8 @@ from mambaflow.storage import at
 
 set_ray_environment()  # before Ray is imported, which this import does
 
-from mambaflow.distributed.sweep import FAILURE, Asha  # noqa: E402
+from mambaflow.distributed.asha import Asha  # noqa: E402
+from mambaflow.distributed.trial_actor import FAILURE  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "tune" / "sweep.py"
