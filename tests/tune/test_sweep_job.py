@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[2]
 JOB = ROOT / "tune" / "sweep.py"
 RUN = [flag for flag in small.FLAGS if flag != "--no-ray"]
 SEARCH = ["--validations=4", "--num-samples=3", "--seed-trials=1", "--space=size"]
+# Trials of seconds, so that what disturbs them comes before they end, on any machine.
+LONG = ["--epochs=100", "--eval-images=8"]
 # Ray's own workers are nice; on a machine that is busy with other things they would wait for it.
 MINUTES = 8
 
@@ -140,7 +142,7 @@ def test_a_sweep_that_there_is_not_is_named(job, tmp_path, args, capsys):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_is_killed_goes_on_and_accounts_for_every_trial(sweep, marked):
-    driver = sweep.start()
+    driver = sweep.start(*LONG)
     wait_for(lambda: len(at(sweep.folder).list("ledger/")) and len(sweep.reports()) >= 2, 300)
     assert driver.poll() is None and len(processes(marked)) > 3
     os.kill(driver.pid, signal.SIGKILL)
@@ -150,7 +152,7 @@ def test_a_sweep_is_killed_goes_on_and_accounts_for_every_trial(sweep, marked):
     # What it had started ends with it.
     wait_for(lambda: not processes(marked), 60)
 
-    code, out, err = sweep.run("--resume")
+    code, out, err = sweep.run(*LONG, "--resume")
     assert code == 0, err
     board = sweep.board
     assert board.starts == 2 and board.ended == "finished"
@@ -234,7 +236,7 @@ def test_who_looks_sees_where_it_stands_and_its_report_again(job, finished, caps
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_keeps_its_trials_and_takes_more(job, sweep, marked):
-    driver = sweep.start("--epochs=40", "--eval-images=8")
+    driver = sweep.start(*LONG)
     wait_for(lambda: len(at(sweep.folder).list("ledger/")) and len(sweep.reports()) >= 1, 300)
     driver.send_signal(signal.SIGTERM)
     out, err = driver.communicate(timeout=60 * MINUTES)
@@ -246,7 +248,7 @@ def test_a_sweep_that_is_stopped_keeps_its_trials_and_takes_more(job, sweep, mar
     # More is asked for before it goes on.
     where = ["--run-name", "sweep", "--storage", str(sweep.folder.parent)]
     assert job.main(["add", "1", *where]) == 0
-    code, _, err = sweep.run("--epochs=40", "--eval-images=8", "--resume")
+    code, _, err = sweep.run(*LONG, "--resume")
     assert code == 0, err
     board = sweep.board
     assert board.wanted == 4 and len(board.trials) == 5
