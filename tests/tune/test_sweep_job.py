@@ -33,7 +33,7 @@ JOB = ROOT / "tune" / "sweep.py"
 RUN = [flag for flag in small.FLAGS if flag != "--no-ray"]
 SEARCH = ["--validations=4", "--num-samples=3", "--seed-trials=1", "--space=size"]
 # Trials of seconds, so that what disturbs them comes before they end, on any machine.
-LONG = ["--epochs=100", "--eval-images=8"]
+LONG = ["--epochs=60", "--eval-images=8"]
 # Ray's own workers are nice; on a machine that is busy with other things they would wait for it.
 MINUTES = 8
 
