@@ -166,9 +166,12 @@ def pictures(root: AnyPath) -> Tree:
     by_folder, splits = bool(splits), splits or {"train": root}
     _require_distinct(splits.values())
     files = {split: _of_split(split, folder, passed) for split, folder in splits.items()}
-    for found in files.values():
+    for split, found in files.items():
         _require_there(found)
         _refuse_by_name(found, by_folder)
+        # Without a training split there is another answer, which knows more.
+        if not found and files.get("train"):
+            raise SourceError(_nothing_in(splits[split], split, "picture that can be read"))
     return Tree(files, passed, splits)
 
 
@@ -190,6 +193,13 @@ def _splits(root: AnyPath, folders: list[AnyPath]) -> dict[str, AnyPath]:
             f"{root / 'train'}, or move it away"
         )
     return {split: exact[split][0] for split in SPLITS if split in exact}
+
+
+def _nothing_in(folder: AnyPath, split: str, what: str) -> str:
+    return (
+        f"{folder} holds no {what}, and {split} would be cut out of train instead; fetch what "
+        "belongs there, or remove the folder"
+    )
 
 
 def _refuse_nearly(root: AnyPath, exact: dict[str, list[AnyPath]], others: list[AnyPath]) -> None:
@@ -345,6 +355,9 @@ def parquet(root: AnyPath) -> Tree | None:
         return None
     files = _parquet_splits(near[0], passed)
     _refuse_nearly_parquet(near[0], files)
+    for inner in _listed(near[0], PassedOver()).folders:
+        if (split := split_of(inner.name)) and split not in files:
+            raise SourceError(_nothing_in(inner, split, "Parquet file"))
     for split, found in files.items():
         _require_there(found)
         _require_all_shards(split, found)
@@ -383,10 +396,21 @@ def _parquet_splits(folder: AnyPath, passed: PassedOver) -> dict[str, list[AnyPa
             passed.add("Parquet file(s)", "their names begin with no split", file)
     for begun, files in found.items():
         _require_one_name(begun, files)
-    for inner in here.folders:
-        if split := split_of(inner.name):
-            found[split] += _parquet_in(split, inner)
+    for split, files in _parquet_of_folders(folder, here.folders).items():
+        found[split] += files
     return {s: _one_set(s, found[s], passed) for s in SPLITS if found[s]}
+
+
+def _parquet_of_folders(folder: AnyPath, inside: list[AnyPath]) -> dict[str, list[AnyPath]]:
+    found: dict[str, tuple[AnyPath, list[AnyPath]]] = {}
+    for inner in inside:
+        if (split := split_of(inner.name)) and (files := _parquet_in(split, inner)):
+            first, _ = found.setdefault(split, (inner, files))
+            if first != inner:
+                raise SourceError(
+                    f"{_names([first, inner])} in {folder} are all {split}; leave one of them there"
+                )
+    return {split: files for split, (_, files) in found.items()}
 
 
 def _those_of_parquet(listing: _Listing) -> list[AnyPath]:
@@ -439,9 +463,9 @@ def _set_of(file: AnyPath) -> str:
 
 
 def _require_one_name(split: str, files: list[AnyPath]) -> None:
-    """Refuse several sets for a split by their names, of which none is the split's own."""
+    """Refuse several sets for a split by their names, of which not one is the split's own."""
     names = sorted({_set_of(file) for file in files})
-    if len(names) > 1 and not set(names) & set(SPLITS[split]):
+    if len(names) > 1 and len(set(names) & set(SPLITS[split])) != 1:
         raise SourceError(
             f"{files[0].parent} holds {split} in several sets: {', '.join(names[:NAMED])}; give "
             "one file, or leave one set there"

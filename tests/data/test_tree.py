@@ -213,6 +213,21 @@ def test_a_splits_word_in_some_names_is_no_split(tmp_path):
     assert open_source(str(tmp_path)).count("train") == 6
 
 
+@pytest.mark.parametrize("place", ["val/", "Test/cat/", "val/a.zip", "test/cat/a.heic"])
+def test_a_split_without_a_picture_is_refused(tmp_path, place):
+    """It is not cut out of training without a word."""
+    tree(tmp_path, "train/cat/9*.png")
+    if place.endswith("/"):
+        (tmp_path / place).mkdir(parents=True)
+    else:
+        tree(tmp_path, place)
+    split = place.split("/")[0]
+    with pytest.raises(
+        SourceError, match=f"{split} holds no picture that can be read, and .*fetch"
+    ):
+        open_source(str(tmp_path))
+
+
 def test_a_folder_that_is_no_split_is_passed_over_and_said(tmp_path):
     tree(tmp_path, "train/cat/2*.png", "test/cat/2*.png", "unlabeled/7*.png", "logo.png")
     assert "passed over 7 picture(s): in folders that are no split" in told(tmp_path)
@@ -470,6 +485,11 @@ ODD_SHARDS = {
         "holds train in several sets: train_gen, train_sft",
     ("train.parquet", "data/train-00000-of-00001.parquet"): "several sets of Parquet files",
     ("train_0.parquet", "train_2.parquet"): "lacks shard 0001 of train",
+    ("train.parquet", "training.parquet"): "holds train in several sets: train, training",
+    ("train.parquet", "dev.parquet", "val-0-of-1.parquet"): "validation in several sets: dev, val",
+    ("train/a.parquet", "val/a.parquet", "valid/b.parquet"): "val/, valid/ in .* are all valid",
+    ("train/a.parquet", "test/a.parquet.part"): "test holds no Parquet file, and test would be cut",
+    ("train.parquet", "val/a.parquet.part"): "val holds no Parquet file, and validation would be",
     ("train-2-of-3.parquet", "train-3-of-3.parquet"): "lacks shard 00001-of-3 of train",
     ("train/a.parquet", "train/test.parquet"): "train/test.parquet is of test by its name, and of",
     ("train.parquet", "cifar_test.parquet"): "cifar_test.parquet may be test, and nothing else is",
