@@ -73,7 +73,9 @@ class ParquetSource(Source):
         """Of every byte of the files."""
         # Of all of the data, hence cached.
         files = [file for split in sorted(self.files) for file in self.files[split]]
-        chosen = "".join(f", {name} {value}" for name, value in self.columns.options)
+        # But for what is taken unless another is chosen.
+        others = [option for option in self.columns.options if option != ("label_column", "label")]
+        chosen = "".join(f", {name} {value}" for name, value in others)
         return digest(part for file in files for part in blocks(file)) + chosen
 
     def count(self, split: str) -> int:

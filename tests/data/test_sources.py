@@ -146,6 +146,10 @@ def test_columns_of_other_names_are_refused_with_those_that_there_are_and_can_be
     without = open_source(file, labels="ignore")
     assert [i.label for i in read(without, "train")] == [-1] * 4
     assert len({s.fingerprint for s in (fine, coarse, without)}) == 3
+    by_name = pq.read_table(file).rename_columns(["img", "label", "coarse_label"])
+    pq.write_table(by_name, tmp_path / "l.parquet")
+    plain, said = (open_source(str(tmp_path / "l.parquet"), label_column=c) for c in ("", "label"))
+    assert plain.fingerprint == said.fingerprint
     again = open_source(fine.address, **dict(fine.options))
     assert again.fingerprint == fine.fingerprint
     with pytest.raises(SourceError, match="it must have picture and fine_label"):
