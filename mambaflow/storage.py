@@ -58,7 +58,7 @@ def _require_plain(text: str) -> None:
     if text != text.strip() or not text.isprintable():
         raise ValueError(
             f"{text!r} must have no blanks around it and no control characters, such as the end of "
-            "a line that was copied with it"
+            "a line that was copied with it, nor bytes that are not UTF-8"
         )
     if re.match(r"\$\{?\w", text):
         raise ValueError(f"{text!r} begins with a variable that no shell has put in; put it in")

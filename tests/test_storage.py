@@ -403,8 +403,8 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
         ("s3://b/runs/../x", "'s3://b/runs/../x' must have no part '.' or '..', which S3 does not "
          "follow"),
         *((odd, f"{odd!r} must have no blanks around it and no control characters, such as the end "
-           "of a line that was copied with it")
-          for odd in ("s3://b/x\r", "runs\n", " runs", "ru\0ns")),
+           "of a line that was copied with it, nor bytes that are not UTF-8")
+          for odd in ("s3://b/x\r", "runs\n", " runs", "ru\0ns", "ru\udcffns")),
         *((odd, f"{odd!r} begins with a variable that no shell has put in; put it in")
           for odd in ("$SCRATCH/runs", "${HOME}/x")),
     ],

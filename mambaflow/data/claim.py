@@ -73,6 +73,8 @@ def _about_images(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     was, now = str(theirs.get("images", "")), str(ours["images"])
     if was in ("", now) or theirs.get("count") != ours["count"]:
         return ""
+    if was.partition(",")[0] == now.partition(",")[0]:  # behind it stands what was chosen of them
+        return ": the same files, of which other columns or labels were chosen"
     if now.startswith(OF_BYTES) and not was.startswith(OF_BYTES):
         return ": an earlier version knew files by names and sizes; whether they changed is unknown"
     return ": the files have changed since"

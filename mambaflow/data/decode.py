@@ -3,7 +3,7 @@
 The same content gives the same pixels, whatever it was saved as without loss. In the file:
 
     orientation 1 to 8            turned upright (of EXIF, XMP, TIFF, or text in a PNG); another
-                                  number: is upright
+                                  number: is upright; what is no number: refused
     1 to 8 bits of grey, palettes what they show; TIFF may say that 0 is white, and must say which
     16 bits, grey or colours      the high byte, which is what Pillow gives of colours; refused if
                                   that is below 16 everywhere: 8 or 12 bits in the place of 16
@@ -12,7 +12,8 @@ The same content gives the same pixels, whatever it was saved as without loss. I
     integers of 32 bits (TIFF)    16 bits if the largest is in (255, 65535]; else refused, since
                                   nothing says what is white
     floats, numbers with a sign   refused for the same reason; FITS of more than 8 bits, too
-    a fourth channel of a TIFF    refused where nothing says what it is
+    a fourth channel of a TIFF,   refused where nothing says what it is
+      of a TGA
     transparency of any kind      laid on white, as on a page; opaque: dropped
     transparent everywhere        refused: an alpha channel that was never filled
     CMYK, YCCK                    by its profile, else R = (1 - C)(1 - K) and its like
@@ -24,15 +25,19 @@ The same content gives the same pixels, whatever it was saved as without loss. I
       other channels; broken EXIF
     PNG without a profile         gAMA is applied; cHRM or cICP other than sRGB's: refused
     AVIF, JPEG 2000 without one   colours by numbers (nclx, enumerated) other than sRGB's: refused
-    Adobe RGB by EXIF alone       refused
+    EXIF or a TIFF of Adobe RGB   refused
+      or other primaries, alone
     several frames or pages       refused: which is meant is not said; of MPO the first, to which
                                   cameras append copies and depths; of icons the largest
     cut off, zeros in place of    refused
       the end, wrong checksums,
+      PNG with too few rows,
       over 89 million pixels
 """
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -40,7 +45,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mambaflow.checks import require
 from mambaflow.data.exif import TURNS, orientation
-from mambaflow.data.srgb import in_srgb
+from mambaflow.data.srgb import chunks, in_srgb
 
 VERSION = 2
 """Another one where a picture comes to mean something else: it is then read anew."""
@@ -49,6 +54,9 @@ Grey = UInt8[np.ndarray, "h w"]
 # Pillow's own bound, above which it only warns.
 MOST_PIXELS = 89_478_485
 ALPHA = ("RGBA", "RGBa", "LA", "La", "PA", "P")
+# Where each pass of an interlaced PNG begins, and its steps.
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+         (0, 1, 1, 2)]  # fmt: skip
 # Names of TIFF tags.
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 SAMPLES, PLANES, PALETTE, EXTRA, SLICES = 277, 284, 320, 338, 32997
@@ -67,6 +75,8 @@ def decode(data: bytes) -> Pixels:
     _verify(data)
     with Image.open(io.BytesIO(data)) as image:
         _require_one_picture(image)
+        if image.format == "PNG":
+            _require_all_rows(data)
         # Asked of the file's own image, which alone has EXIF, and before Pillow turns a TIFF.
         turn = TURNS.get(orientation(image))
         image.load()  # raises where data are cut off
@@ -75,6 +85,8 @@ def decode(data: bytes) -> Pixels:
             _require_stated_layout(image)
         if image.format == "JPEG2000":
             _require_plain_samples(data)
+        if image.format == "TGA":
+            _require_stated_alpha(image, data)
         alpha = _alpha(image, data)
         channels = _channels(image)
         if alpha is None and _is_deep_colour(image, data):
@@ -107,6 +119,22 @@ def _has_end(data: bytes) -> bool:
             return True  # padded, or broken: left to the decoder
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return data.find(b"\xff\xd9", place) >= 0
+
+
+def _require_all_rows(data: bytes) -> None:
+    """Refuse a PNG that unpacks to fewer bytes than it has pixels, for which Pillow puts zeros."""
+    width, height, depth, kind, interlaced = struct.unpack(">IIBBxxB", data[16:29])
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(kind, 1)
+    lacking = 0
+    for x, y, across, down in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -(-(width - x) // across), -(-(height - y) // down)
+        lacking += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+    packed = b"".join(body for name, body in chunks(data) if name == b"IDAT")
+    # Some at a time: it may be much more than there should be.
+    unpacker = zlib.decompressobj()
+    while lacking > 0 and (some := unpacker.decompress(packed, min(lacking, 2**20))):
+        lacking, packed = lacking - len(some), unpacker.unconsumed_tail
+    require(lacking <= 0, "its last rows are missing: fetch it again")
 
 
 def _is_filled(kind: str | None, data: bytes) -> bool:
@@ -177,6 +205,16 @@ def _require_stated_layout(image: Image.Image) -> None:
     require(slices == 1, f"holds {slices} slices, and nothing says which is meant; save one as PNG")
     if image.mode == "P" and palette:
         _require_light(max(palette) >> 8)
+
+
+def _require_stated_alpha(image: Image.Image, data: bytes) -> None:
+    """Refuse a TGA whose head counts no bit of alpha, and yet there are other than opaque ones."""
+    bits = data[17] & 15
+    require(
+        image.mode not in ("LA", "RGBA") or bits > 0 or image.getextrema()[-1] == (255, 255),
+        f"a TGA of {len(image.getbands())} channels, of whose last the head counts {bits} bits as "
+        "alpha; save it without, or as PNG",
+    )
 
 
 def _samples(data: bytes) -> list[int]:

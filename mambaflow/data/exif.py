@@ -4,6 +4,8 @@ import re
 
 from PIL import Image
 
+from mambaflow.checks import require
+
 ORIENTATION = 274  # the name of a tag
 IN_XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>)\s*([0-9])""")
 TURNS = {
@@ -28,6 +30,11 @@ def orientation(image: Image.Image) -> int:
     """How a picture that is not unpacked yet is stored, as EXIF counts."""
     stated = exif_of(image).get(ORIENTATION)
     if stated is not None:
+        require(
+            isinstance(stated, int),
+            f"its orientation (={stated!r}) must be a number of EXIF's kind; turn it upright, and "
+            "save it without",
+        )
         # As it unpacks a TIFF Pillow turns it, by what it has found itself.
         return 1 if image.format == "TIFF" else stated
     xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""

@@ -1,5 +1,6 @@
 """Parquet files of encoded images as a source, read by the row group."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +12,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from mambaflow.data.found import Found, PassedOver
-from mambaflow.data.remote import AnyPath, RemotePath, SourceError
+from mambaflow.data.remote import AnyPath, SourceError
 from mambaflow.data.source import Item, Source, all_files, blocks, decoded, digest
-from mambaflow.data.split_names import SPLITS, nearly_split
+from mambaflow.data.split_names import SPLITS, is_of_anything, nearly_split
 from mambaflow.data.tree import Tree
 from mambaflow.storage_base import StorageError
 
-# Columns of tables that say of which split a row is; words of one that are looked at.
+# Columns that say of which split a row is, whatever else they say; words of one that are looked at.
 SPLIT_COLUMNS, MANY = {"split", "subset", "partition", "usage", "set"}, 100
 
 
@@ -72,7 +73,9 @@ class ParquetSource(Source):
         """Of every byte of the files."""
         # Of all of the data, hence cached.
         files = [file for split in sorted(self.files) for file in self.files[split]]
-        chosen = "".join(f", {name} {value}" for name, value in self.columns.options)
+        # But for what is taken unless another is chosen.
+        others = [option for option in self.columns.options if option != ("label_column", "label")]
+        chosen = "".join(f", {name} {value}" for name, value in others)
         return digest(part for file in files for part in blocks(file)) + chosen
 
     def count(self, split: str) -> int:
@@ -115,7 +118,7 @@ class ParquetSource(Source):
         if self._open is None or self._open[0] is not group:
             # The two columns alone: what else a release holds is not read.
             names = [group.image, group.label] if group.label else [group.image]
-            table = _parquet(group.file).read_row_group(group.number, names)
+            table = _table(group.file, _parquet(group.file), group.number, names)
             # The images stay encoded in Arrow's memory, and are decoded one at a time.
             cells = pc.struct_field(table[group.image], "bytes")
             self._open = group, cells, _labels_of(table, group)
@@ -124,7 +127,24 @@ class ParquetSource(Source):
 
 def _only_labels(group: RowGroup) -> np.ndarray:
     names = [group.label] if group.label else []
-    return _labels_of(_parquet(group.file).read_row_group(group.number, names), group)
+    return _labels_of(_table(group.file, _parquet(group.file), group.number, names), group)
+
+
+def _table(file: AnyPath, opened: pq.ParquetFile, group: int, names: list[str]) -> pa.Table:
+    """Some columns of a row group.
+
+    Raises:
+        SourceError: they are damaged, of which the footer knows nothing.
+    """
+    try:
+        return opened.read_row_group(group, names)
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())
+        raise SourceError(
+            f"{file} is damaged in row group {group}: {why}; fetch it again"
+        ) from error
 
 
 def _labels_of(table: pa.Table, group: RowGroup) -> np.ndarray:
@@ -142,7 +162,9 @@ def _labels_of(table: pa.Table, group: RowGroup) -> np.ndarray:
 
 def _parquet(file: AnyPath) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file.open("rb") if isinstance(file, RemotePath) else file)
+        # Opened here, since Arrow takes no name that is not UTF-8. A page that has a checksum is
+        # held against it: a flipped bit of a label is no other label.
+        return pq.ParquetFile(file.open("rb"), page_checksum_verification=True)
     except StorageError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -169,15 +191,66 @@ def _groups(file: AnyPath, columns: Columns) -> list[RowGroup]:
 def _refuse_rows_of_splits(file: AnyPath, opened: pq.ParquetFile) -> None:
     """Refuse a table that says in a column of which split each row is."""
     for kind in opened.schema_arrow:
-        # Text, or a dictionary of it.
-        if kind.name.lower() in SPLIT_COLUMNS and "string" in str(kind.type):
-            words = pc.unique(opened.read([kind.name])[kind.name].combine_chunks()).to_pylist()
-            named = {nearly_split(word or "") for word in words[:MANY]} - {""}
-            if len(named) > 1:
+        if _may_say_splits(file, opened, kind):
+            words = _values(file, opened, kind, opened.num_row_groups)
+            if _are_several_splits(kind, words):
                 raise SourceError(
                     f"{file} holds rows of several splits, by its column {kind.name} "
                     f"({', '.join(map(str, words[:5]))}); write each split to a file of its own"
                 )
+
+
+def _is_usual(kind: pa.Field) -> bool:
+    return kind.name.strip().lower() in SPLIT_COLUMNS
+
+
+def _is_text(kind: pa.Field) -> bool:
+    values = kind.type.value_type if pa.types.is_dictionary(kind.type) else kind.type
+    names = ("string", "binary") if _is_usual(kind) else ("string",)
+    return _plain(values) in names
+
+
+def _plain(kind: pa.DataType) -> str:
+    """The name of a type of texts or bytes, whichever way Arrow has them in memory."""
+    return str(kind).removeprefix("large_").removesuffix("_view")
+
+
+def _may_say_splits(file: AnyPath, opened: pq.ParquetFile, kind: pa.Field) -> bool:
+    """Whether a column is worth reading for it."""
+    if _is_text(kind):
+        # Of another name, by its first rows: captions are not read to their end.
+        return _is_usual(kind) or _are_splits(_values(file, opened, kind, 1))
+    if pa.types.is_boolean(kind.type):
+        return _is_split(re.sub(r"^(is|in|for)", "", kind.name.lower()))
+    return pa.types.is_integer(kind.type) and kind.name.strip().lower() == "split"
+
+
+def _are_several_splits(kind: pa.Field, words: list[object]) -> bool:
+    if not _is_text(kind):
+        return len(words) > 1
+    named = {nearly_split(str(word)) for word in words[:MANY]} - {""}
+    return len(named) > 1 and (_is_usual(kind) or _are_splits(words))
+
+
+def _are_splits(words: list[object]) -> bool:
+    return all(_is_split(str(word)) for word in words)
+
+
+def _is_split(word: str) -> bool:
+    """Whether a word is a split's, and says nothing besides."""
+    return bool(nearly_split(word)) and is_of_anything(word)
+
+
+def _values(file: AnyPath, opened: pq.ParquetFile, kind: pa.Field, groups: int) -> list[object]:
+    """The different values of a column in the first row groups, but for empty ones."""
+    found: dict[object, None] = {}
+    for group in range(min(groups, opened.num_row_groups)):
+        column = _table(file, opened, group, [kind.name])[kind.name]
+        if pa.types.is_dictionary(kind.type):
+            column = column.cast(kind.type.value_type)
+        found |= dict.fromkeys(column.unique().to_pylist())
+    words = (w.decode(errors="replace") if isinstance(w, bytes) else w for w in found)
+    return [word for word in words if word not in (None, "")]
 
 
 def _columns_of(file: AnyPath, schema: pa.Schema, columns: Columns) -> tuple[str, str]:
@@ -199,7 +272,7 @@ def _columns_of(file: AnyPath, schema: pa.Schema, columns: Columns) -> tuple[str
         )
     kind = schema.field(image).type
     encoded = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    encoded = encoded and str(kind.field("bytes").type).removeprefix("large_") == "binary"
+    encoded = encoded and _plain(kind.field("bytes").type) == "binary"
     if not encoded or (label and not pa.types.is_integer(schema.field(label).type)):
         raise SourceError(
             f"{file} has {kinds}; {image} must be struct<bytes, path> of encoded pictures"

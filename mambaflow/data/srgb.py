@@ -3,7 +3,7 @@
 import hashlib
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -21,14 +21,16 @@ SRGB_CICP = (1, 13, 0, 1)  # ITU-T H.273: BT.709 primaries, sRGB's curve, RGB, f
 NCLX_PRIMARIES, NCLX_CURVES = {1, 2}, {1, 2, 6, 13, 14, 15}
 # Of JPEG 2000: inks, sRGB, its grey, its YCC.
 COLOUR_SPACES = {12, 16, 17, 18}
-INTEROPERABILITY = 0xA005  # the name of a tag of EXIF
+# Names of tags of EXIF; values of one of them.
+INTEROPERABILITY, OF_CAMERA, COLOUR_SPACE, WHITE, PRIMARIES = 0xA005, 0x8769, 0xA001, 318, 319
+SRGB, ADOBE_RGB = 1, 2
 
 
 def in_srgb(image: Image.Image, channels: Image.Image, data: bytes) -> Image.Image:
     profile = _profile(image, data)
     if profile:
         return _by_profile(channels, profile)
-    _require_no_adobe_rgb(image)
+    _require_srgb_by_exif(image)
     if image.format in ("AVIF", "JPEG2000"):
         _require_srgb_boxes(image, data)
     return _by_png(image, channels, data) if image.format == "PNG" else channels
@@ -152,18 +154,34 @@ def _probe(mode: str) -> Image.Image:
     return Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 18, 3))
 
 
-def _require_no_adobe_rgb(image: Image.Image) -> None:
-    # What a camera writes that was set to Adobe RGB and embeds no profile (DCF 2.0, "R03").
-    stated = exif_of(image).get_ifd(INTEROPERABILITY).get(1)
+def _require_srgb_by_exif(image: Image.Image) -> None:
+    exif = exif_of(image)
+    camera = exif.get_ifd(OF_CAMERA)
+    # What a camera writes that was set to Adobe RGB and embeds no profile (DCF 2.0, "R03"); some
+    # have a number of their own for it.
+    r03 = exif.get_ifd(INTEROPERABILITY).get(1) == "R03"
     require(
-        stated != "R03", "EXIF says Adobe RGB, and there is no profile to convert it by; save it "
-        "as sRGB",
-    )  # fmt: skip
+        not r03 and camera.get(COLOUR_SPACE) != ADOBE_RGB,
+        "EXIF says Adobe RGB, and there is no profile to convert it by; save it as sRGB",
+    )
+    stated = tuple(map(float, (*exif.get(WHITE, ()), *exif.get(PRIMARIES, ()))))
+    # Of a TIFF, too. All must be there, and be something.
+    told = len(stated) == 8 and min(stated) > 0
+    require(
+        not told or camera.get(COLOUR_SPACE) == SRGB or _has_srgbs_primaries(stated),
+        f"primaries {stated} are not sRGB's, and there is no profile; save it as sRGB",
+    )
+
+
+def _has_srgbs_primaries(stated: Sequence[float]) -> bool:
+    """Whether white, red, green and blue are where sRGB has them."""
+    off = np.abs(np.array(stated, float) - SRGB_PRIMARIES)
+    return bool(off.max() <= SAME_PRIMARY)
 
 
 def _by_png(image: Image.Image, channels: Image.Image, data: bytes) -> Image.Image:
     """PNG's own words on colour; of several the first in the order of the standard counts."""
-    cicp = dict(_chunks(data)).get(b"cICP")
+    cicp = dict(chunks(data)).get(b"cICP")
     require(
         cicp is None or tuple(cicp) == SRGB_CICP,
         f"cICP {tuple(cicp or b'')} is not sRGB's {SRGB_CICP}; save it as sRGB",
@@ -172,7 +190,7 @@ def _by_png(image: Image.Image, channels: Image.Image, data: bytes) -> Image.Ima
         return channels
     primaries = image.info.get("chromaticity", SRGB_PRIMARIES)
     require(
-        bool(np.abs(np.subtract(primaries, SRGB_PRIMARIES)).max() <= SAME_PRIMARY),
+        _has_srgbs_primaries(primaries),
         f"cHRM {primaries} is not sRGB's, and there is no profile; save it as sRGB",
     )
     return _by_gamma(channels, image.info.get("gamma", SRGB_GAMMA))
@@ -188,12 +206,10 @@ def _by_gamma(channels: Image.Image, gamma: float) -> Image.Image:
     return channels.point(np.round(255 * srgb).astype(int).tolist() * len(channels.getbands()))
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Names and contents of a PNG's chunks, up to its pixels."""
+def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and contents of a PNG's chunks."""
     place = 8
     while place + 8 <= len(data):
         length, name = struct.unpack(">I4s", data[place : place + 8])
-        if name == b"IDAT":
-            return
         yield name, data[place + 8 : place + 8 + length]
         place += 12 + length

@@ -72,6 +72,15 @@ def test_a_picture_that_is_mended_in_place_is_another_staging_though_its_size_an
     assert data_hash(str(out)) != data_hash(str(tmp_path / "again"))
 
 
+def test_other_labels_of_the_same_files_are_not_taken_for_other_files(tmp_path):
+    source, out = bitmaps(tmp_path / "images"), tmp_path / "out"
+    staged(source, out)
+    unlabelled = open_source(str(source), labels="ignore")
+    config = StageConfig(source=str(source), out=str(out), size=8, validation=2, ray=False)
+    with pytest.raises(ValueError, match="the same files, of which other columns or labels were"):
+        stage(config, unlabelled, in_process(unlabelled))
+
+
 def test_two_pictures_that_change_places_are_another_staging(tmp_path):
     source, out = bitmaps(tmp_path / "images"), tmp_path / "out"
     staged(source, out)

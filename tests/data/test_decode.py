@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from mambaflow.data.decode import MOST_PIXELS, decode
+from mambaflow.data.decode import ADAM7, MOST_PIXELS, decode
 from mambaflow.data.sample import photograph
 from mambaflow.data.source import decoded
 
@@ -309,6 +309,15 @@ def test_an_orientation_that_is_none_leaves_a_picture_as_it_is(orientation):
     assert np.array_equal(decode(saved(COLOUR, exif=exif)), COLOUR)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"), [(2, b"6\0\0\0"), (1, b"\6\0\0\0")], ids=["text", "bytes"]
+)
+def test_an_orientation_that_is_no_number_is_refused(kind, value):
+    entry = struct.pack("<HHI", ORIENTATION, kind, len(value.rstrip(b"\0"))) + value
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + bytes(4)
+    assert "its orientation (=" in refusal(saved(COLOUR, "JPEG", exif=exif))
+
+
 def test_broken_exif_is_refused():
     assert "its EXIF is broken" in refusal(saved(COLOUR, exif=b"garbage-garbage"))
 
@@ -325,6 +334,16 @@ def test_what_is_transparent_shows_white_and_not_what_lies_under_it(kind):
     image = Image.fromarray(np.dstack([COLOUR, HALF]))
     settings = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     assert np.array_equal(decode(saved(image, kind, **settings)), ON_WHITE)
+
+
+def test_a_tgas_fourth_channel_that_its_head_does_not_call_alpha_is_refused():
+    for alpha, taken in ((255, True), (128, False)):
+        data = bytearray(saved(np.dstack([COLOUR, np.full_like(GREY, alpha)]), "TGA"))
+        data[17] &= 0xF0
+        if taken:
+            assert np.array_equal(decode(bytes(data)), COLOUR)
+        else:
+            assert "a TGA of 4 channels, of whose last the head counts 0" in refusal(bytes(data))
 
 
 def test_half_transparent_is_half_way_to_white():
@@ -567,6 +586,27 @@ def test_exif_that_says_adobe_rgb_without_a_profile_is_refused():
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
     data = saved(COLOUR, "JPEG", exif=exif)
     assert "EXIF says Adobe RGB" in refusal(data)
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = 2
+    assert "EXIF says Adobe RGB" in refusal(saved(COLOUR, "JPEG", exif=exif))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_primaries_in_exif_and_tiff_are_srgbs_or_refused(kind):
+    plain = decode(saved(COLOUR, kind))
+    # The last says sRGB besides, which Pillow writes into a JPEG alone.
+    cases = [((0.3, 0.6), None, True), ((0.21, 0.71), None, False), ((0, 0), None, True),
+             ((0.21, 0.71), 1, kind == "JPEG")]  # fmt: skip
+    for green, space, taken in cases:
+        exif = Image.Exif()
+        exif[318], exif[319] = (0.3127, 0.329), (0.64, 0.33, *green, 0.15, 0.06)
+        if space:
+            exif.get_ifd(0x8769)[0xA001] = space
+        data = saved(COLOUR, kind, exif=exif)
+        if taken:
+            assert np.array_equal(decode(data), plain)
+        else:
+            assert "0.21, 0.71, 0.15, 0.06) are not sRGB's" in refusal(data)
 
 
 # Several pictures, and damage
@@ -595,6 +635,29 @@ def test_a_gif_that_its_frame_does_not_fill_is_refused():
     data = bytearray(saved(FRAMES[0], "GIF"))
     data[6:10] = struct.pack("<HH", 99, 99)  # of the whole
     assert "a GIF that its frame does not fill" in refusal(bytes(data))
+
+
+def interlaced(values):
+    """What is packed of an interlaced PNG."""
+    passes = (values[y::down, x::across] for x, y, across, down in ADAM7)
+    return b"".join(b"\0" + row.tobytes() for part in passes if part.size for row in part)
+
+
+@pytest.mark.parametrize("values", [COLOUR, COLOUR[:3, :2], GREY, GREY[:1, :1]], ids=np.shape)
+@pytest.mark.parametrize("way", [0, 1], ids=["plain", "interlaced"])
+def test_a_png_whose_rows_end_too_soon_is_refused(values, way):
+    """All checksums are right; Pillow puts zeros for what lacks."""
+    packed = interlaced(values) if way else b"".join(b"\0" + row.tobytes() for row in values)
+    height, width, kind = *values.shape[:2], 2 * (values.ndim == 3)
+    head = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, way)
+
+    def cut(end):
+        whole = [(b"IHDR", head), (b"IDAT", zlib.compress(packed[:end])), (b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in whole)
+
+    assert np.array_equal(decode(cut(None)), values if kind else np.stack([values] * 3, -1))
+    for end in (0, len(packed) // 2, -1):
+        assert "its last rows are missing" in refusal(cut(end))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF"])

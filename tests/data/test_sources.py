@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import re
 import tarfile
@@ -145,6 +146,10 @@ def test_columns_of_other_names_are_refused_with_those_that_there_are_and_can_be
     without = open_source(file, labels="ignore")
     assert [i.label for i in read(without, "train")] == [-1] * 4
     assert len({s.fingerprint for s in (fine, coarse, without)}) == 3
+    by_name = pq.read_table(file).rename_columns(["img", "label", "coarse_label"])
+    pq.write_table(by_name, tmp_path / "l.parquet")
+    plain, said = (open_source(str(tmp_path / "l.parquet"), label_column=c) for c in ("", "label"))
+    assert plain.fingerprint == said.fingerprint
     again = open_source(fine.address, **dict(fine.options))
     assert again.fingerprint == fine.fingerprint
     with pytest.raises(SourceError, match="it must have picture and fine_label"):
@@ -215,6 +220,45 @@ def test_a_table_of_several_splits_is_refused(tmp_path, name, words):
     assert open_source(str(file)).count("train") == 6
 
 
+SPLIT_COLUMNS = {
+    "phase": ["train", "test"], "data_split": ["TRAIN", "Val"], "fold": ["train_set", "test_set"],
+    "is_train": [True, False], "isTest": [True, False], "split": [0, 1],
+    " Subset": [b"dev", b"test"],
+    "kind": pa.array(["train", "test"], pa.string_view()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLIT_COLUMNS)
+def test_a_column_of_splits_is_known_by_what_it_says_whatever_it_is_called(tmp_path, name):
+    """The second split begins behind the first row group."""
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(6)], range(6))
+    table = pq.read_table(file)
+    one, other = (pa.array(SPLIT_COLUMNS[name])[i : i + 1] for i in range(2))
+    for last, refused in ((other, True), (one, False)):
+        column = pa.chunked_array([one] * 4 + [last] * 2)
+        pq.write_table(table.append_column(name, column), file, row_group_size=3)
+        if refused:
+            with pytest.raises(SourceError, match=f"of several splits, by its column {name} "):
+                open_source(str(file))
+        else:
+            assert open_source(str(file)).count("train") == 6
+
+
+OTHER_COLUMNS = {
+    "caption": ["a train", "a test tube"], "vehicle": ["train", "bus"], "usage": ["train", "a"],
+    "training_is_done": [True, False], "split_second": [0, 1], "split": [["train"], ["test"]],
+    "note": ["", None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_COLUMNS)
+def test_a_column_that_only_has_a_splits_word_is_none_of_splits(tmp_path, name):
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(6)], range(6))
+    table = pq.read_table(file).append_column(name, pa.array(OTHER_COLUMNS[name] * 3))
+    pq.write_table(table, file)
+    assert open_source(str(file)).count("train") == 6
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(2)], range(2))
     table = pq.read_table(file)
@@ -228,6 +272,40 @@ def test_parquet_that_is_cut_off_is_refused_by_name(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SourceError, match=r"f.parquet is not whole Parquet: .*fetch it again"):
         open_source(str(file))
+
+
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+def test_a_damaged_page_is_named_with_its_file(tmp_path, compression):
+    """The footer is whole, and the file opens. What is not compressed has checksums here."""
+    file = write_parquet(tmp_path / "f.parquet", [encoded(i) for i in pictures(9)], range(9))
+    settings = {"use_dictionary": False, "write_page_checksum": compression == "none"}
+    pq.write_table(pq.read_table(file), file, 3, compression=compression, **settings)
+    label = pq.ParquetFile(file).metadata.row_group(1).column(2)
+    data, end = bytearray(file.read_bytes()), label.data_page_offset + label.total_compressed_size
+    data[end - 8] ^= 0xFF  # without compression: of the last label
+    file.write_bytes(data)
+    with pytest.raises(SourceError, match=r"f.parquet is damaged in row group 1: .*fetch it again"):
+        open_source(str(file)).labels("train")
+
+
+@pytest.mark.parametrize("name", [b"train-\xe9.parquet", b"train.parquet"])
+def test_a_name_that_is_not_utf_8_is_a_name(tmp_path, name):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    file = write_parquet(tmp_path / "a", [encoded(i) for i in pictures(4)], range(4))
+    file = file.rename(folder / os.fsdecode(name))
+    for address in (file, folder):
+        source = open_source(str(address))
+        assert [i.label for i in read(source, "train")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view()], ids=str)
+def test_pictures_may_be_bytes_of_any_kind(tmp_path, kind):
+    cells = [{"bytes": encoded(i), "path": None} for i in pictures(4)]
+    column = pa.array(cells, pa.struct([("bytes", kind), ("path", pa.string())]))
+    pq.write_table(pa.table({"img": column, "label": range(4)}), tmp_path / "f.parquet")
+    items = read(open_source(str(tmp_path / "f.parquet")), "train")
+    assert np.array_equal([i.pixels for i in items], pictures(4))
 
 
 def test_a_folder_of_other_parquet_is_refused(tmp_path):

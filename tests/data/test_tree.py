@@ -167,6 +167,67 @@ def test_two_folders_for_one_split_are_refused(tmp_path, both):
         open_source(str(tmp_path))
 
 
+INSIDE = {
+    ("train/cat/2*.png", "train/test/2*.png"): "train/test may be test, or a class of train; move",
+    ("train/train/2*.png", "train/Val/2*.png"): "train/Val may be validation, or a class of train",
+    ("train/trainA/2*.png", "train/testA/2*.png", "test/a/1*.png"):
+        "testA/, trainA/ in .*/train may be splits or classes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("places", INSIDE, ids="+".join)
+def test_a_split_inside_of_a_split_is_no_class(tmp_path, places):
+    with pytest.raises(SourceError, match=INSIDE[places]):
+        open_source(str(tree(tmp_path, *places)))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [("train/train/2*.png", "test/test/2*.png"), ("train/train/2*.png", "train/bus/2*.png"),
+     ("train/test_tube/2*.png", "train/cat/2*.png")],
+)  # fmt: skip
+def test_a_folder_packed_twice_and_a_class_of_trains_may_be_in_a_split(tmp_path, places):
+    assert open_source(str(tree(tmp_path, *places))).count("train") in (2, 4)
+
+
+BY_NAME = [
+    ("train_1.png", "test_1.png", "logo.png"), ("cat/Train (1).png", "cat/val (1).png"),
+    ("COCO_train2014_1.jpg", "COCO_val2014_2.jpg"), ("cat/1_train.png", "cat/2_test.png"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("places", BY_NAME, ids="+".join)
+def test_names_of_pictures_that_say_several_splits_are_refused(tmp_path, places):
+    tree(tmp_path / "t", *places)
+    with pytest.raises(SourceError, match="pictures of several splits by their names, such as "):
+        open_source(str(tmp_path / "t"))
+    # Where folders say it, names are of another time.
+    source = open_source(str(tree(tmp_path / "s", *(f"train/{place}" for place in places))))
+    assert source.count("train") == len(places)
+
+
+def test_a_splits_word_in_some_names_is_no_split(tmp_path):
+    tree(tmp_path, "cat/test_1.png", "cat/test_2.png", "train/train_1.png", "bus/valley_test.png",
+         "bus/bullet_train.png", "bus/1.png")  # fmt: skip
+    (tmp_path / "train").rename(tmp_path / "railway")
+    assert open_source(str(tmp_path)).count("train") == 6
+
+
+@pytest.mark.parametrize("place", ["val/", "Test/cat/", "val/a.zip", "test/cat/a.heic"])
+def test_a_split_without_a_picture_is_refused(tmp_path, place):
+    """It is not cut out of training without a word."""
+    tree(tmp_path, "train/cat/9*.png")
+    if place.endswith("/"):
+        (tmp_path / place).mkdir(parents=True)
+    else:
+        tree(tmp_path, place)
+    split = place.split("/")[0]
+    with pytest.raises(
+        SourceError, match=f"{split} holds no picture that can be read, and .*fetch"
+    ):
+        open_source(str(tmp_path))
+
+
 def test_a_folder_that_is_no_split_is_passed_over_and_said(tmp_path):
     tree(tmp_path, "train/cat/2*.png", "test/cat/2*.png", "unlabeled/7*.png", "logo.png")
     assert "passed over 7 picture(s): in folders that are no split" in told(tmp_path)
@@ -259,6 +320,22 @@ def test_folders_and_files_may_be_links_and_dangling_ones_are_refused(tmp_path):
         open_source(str(root))
 
 
+@pytest.mark.parametrize(
+    ("make", "place", "name"),
+    [*((tree, "cat/2*.png", name) for name in ("bird", "test", "St. Bernard", "v1.0")),
+     (tree, "train/cat/2*.png", "train/bird"), (tree, "train/cat/2*.png", "val"),
+     (shards, "train.parquet", "test"), (shards, "train/0.parquet", "val")],
+)  # fmt: skip
+def test_a_link_to_nothing_that_may_be_a_class_or_a_split_is_refused(tmp_path, make, place, name):
+    """It would vanish, and a test split be cut out of training instead."""
+    root = make(tmp_path / "t", place)
+    (root / "notes.txt").symlink_to(tmp_path / "gone")
+    assert open_source(str(root)).count("train") == 2
+    (root / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(SourceError, match=f"{name} is a link to what is not there"):
+        open_source(str(root))
+
+
 @pytest.mark.parametrize("where", ["", "train/"])
 @pytest.mark.parametrize(
     "pair", ["images masks", "Images Labels", "img GT", "JPEGImages SegmentationClass"]
@@ -271,6 +348,24 @@ def test_masks_beside_pictures_are_no_class(tmp_path, where, pair):
     for file in (tmp_path / where / masks).iterdir():
         file.rename(file.with_suffix(".txt"))  # as boxes are kept
     assert open_source(str(tmp_path)).count("train") == 2
+
+
+MASKED = [
+    ("b/1.png", "b/1_mask.png"), ("train/b/1.png", "train/b/1_mask.png", "train/b/1_mask_1.png"),
+    ("1.jpg", "1_Segmentation.png", "2.jpg", "2_Segmentation.png"),
+    ("b/x (1).png", "b/x (1)-GT.png"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("places", MASKED, ids="+".join)
+def test_masks_that_lie_beside_their_pictures_are_refused(tmp_path, places):
+    with pytest.raises(SourceError, match=r"look like masks of its pictures, such as .* of .*away"):
+        open_source(str(tree(tmp_path, *places)))
+
+
+def test_a_name_like_a_masks_is_a_picture_without_its_picture_or_among_many(tmp_path):
+    tree(tmp_path, "cat/face_mask.png", "cat/9*.png", "cat/000_mask.png", "dog/1_mask.png")
+    assert open_source(str(tmp_path)).count("train") == 12
 
 
 @pytest.mark.parametrize("names", [("cat", "dog"), ("train", "test")])
@@ -389,6 +484,17 @@ ODD_SHARDS = {
     ("train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"):
         "holds train in several sets: train_gen, train_sft",
     ("train.parquet", "data/train-00000-of-00001.parquet"): "several sets of Parquet files",
+    ("train_0.parquet", "train_2.parquet"): "lacks shard 0001 of train",
+    ("train.parquet", "training.parquet"): "holds train in several sets: train, training",
+    ("train.parquet", "dev.parquet", "val-0-of-1.parquet"): "validation in several sets: dev, val",
+    ("train/a.parquet", "val/a.parquet", "valid/b.parquet"): "val/, valid/ in .* are all valid",
+    ("train/a.parquet", "test/a.parquet.part"): "test holds no Parquet file, and test would be cut",
+    ("train.parquet", "val/a.parquet.part"): "val holds no Parquet file, and validation would be",
+    ("train-2-of-3.parquet", "train-3-of-3.parquet"): "lacks shard 00001-of-3 of train",
+    ("train/a.parquet", "train/test.parquet"): "train/test.parquet is of test by its name, and of",
+    ("train.parquet", "cifar_test.parquet"): "cifar_test.parquet may be test, and nothing else is",
+    ("train.parquet", "test.parquet", "my-val-0.parquet"): "my-val-0.parquet may be validation",
+    ("train/0.parquet", "eval/0.parquet"): "eval may be test, and nothing else is; call it test, o",
 }  # fmt: skip
 
 
@@ -403,6 +509,8 @@ def test_shards_that_are_no_whole_set_are_refused(tmp_path, places):
     [
         (f"train-00000-of-00002-{HASH}.parquet", f"train-00001-of-00002-{HASH}.parquet"),
         ("train_0.parquet", "train_1.parquet"),
+        ("train-1-of-2.parquet", "train-2-of-2.parquet"),
+        ("train-2016.parquet", "train-2018.parquet"),
         ("train/part-00000-3f-c000.snappy.parquet", "train/part-00001-3f-c000.snappy.parquet"),
         ("train/0000.parquet", "train/0001.parquet"),
     ],
