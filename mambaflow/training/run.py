@@ -20,7 +20,7 @@ from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet, other_splits
 from mambaflow.disk import FullError
-from mambaflow.evaluation.complete import EvalSet
+from mambaflow.evaluation.complete import EvalSet, NotFiniteError
 from mambaflow.evaluation.final_report import FinalReport, final_report, validate
 from mambaflow.models import weights
 from mambaflow.models.velocity_field import parameters
@@ -53,8 +53,8 @@ class Outcome:
     """How a run ended, and after which step."""
 
     status: str
-    """finished; stopped, as somebody asked; diverged: a gradient that is not finite; lost: another
-    process has taken the run over; or full: no room for what it writes."""
+    """finished; stopped, as somebody asked; diverged: a gradient, weights or answers that are not
+    finite; lost: another process has taken the run over; or full: no room for what it writes."""
     step: int
     cause: str = ""
     """Of a run that diverged, was lost or full: what a person should read."""
@@ -79,6 +79,9 @@ def train_and_score(config: RunConfig, group: ProcessGroup) -> Outcome:
         # Of the first worker, as it writes: by then no other waits for it.
         except FullError as error:
             return Outcome("full", outcome.step, str(error))
+        # Of all workers: an image of the test may be the first that is answered so.
+        except NotFiniteError as error:
+            return Outcome("diverged", outcome.step, f"{error}; {_lower(config)}")
     return outcome
 
 
@@ -227,8 +230,13 @@ class Trainer:
                 # all leave together; returned, not raised, since Ray would try again what cannot
                 # help.
                 if not self._finite(result, now=stopped):
-                    return Outcome("diverged", result.step, self._divergence(result))
-                self._after(result, stopped)
+                    return Outcome("diverged", result.step, self._divergence("gradient", result))
+                try:
+                    self._after(result, stopped)
+                # Raised by every worker, and before anything is saved: the step had a gradient, and
+                # the weights that it led to are the ones to blame.
+                except NotFiniteError:
+                    return Outcome("diverged", result.step, self._divergence("model", result))
                 if stopped:
                     break
         # What the first worker found as it saved last, all know before they score the test.
@@ -248,14 +256,12 @@ class Trainer:
             return bool(torch.isfinite(result.grad_norm))
         return before is None or bool(torch.isfinite(before))
 
-    def _divergence(self, result: StepResult) -> str:
+    def _divergence(self, what: str, result: StepResult) -> str:
         saved = weights.saved_steps(self.folder)
         newest = RunPaths.checkpoint(max(saved)) if saved else "none yet"
-        train = self.config.train
         return (
-            f"the gradient is not finite by step {result.step}; lower lr (={train.lr:g}) or "
-            f"grad_clip (={train.grad_clip:g}), or use precision fp32 (={train.precision}); the "
-            f"newest checkpoint is good: {newest}"
+            f"the {what} is not finite by step {result.step}; {_lower(self.config)}; the newest "
+            f"checkpoint is good: {newest}"
         )
 
     @contextlib.contextmanager
@@ -308,7 +314,14 @@ class Trainer:
         self.group.report_progress(Progress(result.step, self.steps, loss, rate))
 
     def _save(self, step: int, validating: bool) -> None:
-        """Validate, then save; a run that stops between two validations is saved as it is."""
+        """Validate, then save; a run that stops between two validations is saved as it is.
+
+        Raises:
+            NotFiniteError: by every worker, of weights or of what the model answers.
+        """
+        # By every worker alike, whose weights are the same; also where nothing is validated.
+        if not all(p.isfinite().all() for p in self.state.model.parameters()):
+            raise NotFiniteError(f"weights are not finite after step {step}")
         scores: dict[str, float] = {}
         if validating:
             # Collective; the picture comes to the first worker alone.
@@ -354,6 +367,15 @@ class Trainer:
         # In a run that ends by an error a second one would hide the first.
         with self._while_there_is_room():
             self.run_log.close(push=not self.stop_signal.taken_by and not self.stop_signal.full)
+
+
+def _lower(config: RunConfig) -> str:
+    """What helps against numbers that are not finite."""
+    train = config.train
+    return (
+        f"lower lr (={train.lr:g}) or grad_clip (={train.grad_clip:g}), or use precision fp32 "
+        f"(={train.precision})"
+    )
 
 
 def reported_steps(folder: Storage) -> int | None:
