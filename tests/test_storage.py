@@ -1,6 +1,7 @@
 """One contract, kept by a local folder and by a real S3 service; and S3's own refusals."""
 
 import errno
+import fcntl
 import io
 import os
 import pickle
@@ -110,6 +111,26 @@ def test_a_file_system_without_hard_links_lets_one_create(tmp_path, monkeypatch,
     assert storage.read("a/one") == b"%d" % won.index(True)
     assert not storage.create("a/one", b"late")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["one"]
+
+
+def test_a_share_whose_files_have_no_mode_and_whose_readers_may_not_sync_is_written_to(
+    tmp_path, monkeypatch
+):
+    """SMB mounted for somebody else, and some mounted buckets."""
+
+    def refuse(handle: int, mode: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def sync(handle: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(os, "fsync", sync)
+    storage = LocalStorage(tmp_path)
+    storage.write("a", b"1")
+    assert storage.create("b", b"2") and not storage.create("b", b"3")
+    assert (storage.read("a"), storage.read("b")) == (b"1", b"2")
 
 
 def test_a_process_that_was_killed_while_it_created_holds_nobody_up(tmp_path, monkeypatch):
