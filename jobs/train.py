@@ -81,11 +81,15 @@ def parse(argv: list[str]) -> RunConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--arch", "--recipe", "--config", "--data"):
         first.add_argument(name)
+    first.add_argument("--init-from", "--init_from")
     chosen, _ = first.parse_known_args(argv)
     default = defaults(chosen.arch, chosen.recipe, chosen.config)
-    # Data that are named are those that are meant; others must be what the configuration says.
+    # Data and weights that are named are those that are meant; others must be what the
+    # configuration says.
     if chosen.data is not None:
         default = replace(default, data_hash="")
+    if chosen.init_from is not None:
+        default = replace(default, init_hash="")
     flags = tyro.cli(
         Flags,
         args=argv,

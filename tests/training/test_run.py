@@ -769,6 +769,26 @@ def test_a_run_that_another_process_takes_over_ends_and_touches_nothing(data, tm
     assert weights.saved_steps(run) == ([6] if step > 6 else [])
 
 
+def test_a_run_that_is_taken_over_while_it_scores_the_test_writes_no_report(
+    data, tmp_path, monkeypatch
+):
+    config = small.run_config(data, tmp_path, "taken", max_steps=2)
+    run = open_run(config)
+    run.write("owner/0001.json", b"{}")
+    sound = run_module.final_report
+
+    def late(*args):
+        run.write("owner/0002.json", b"{}")
+        return sound(*args)
+
+    monkeypatch.setattr(run_module, "final_report", late)
+    group = Scripted({})
+    group.owner = 1
+    outcome = train_and_score(config, group)
+    assert (outcome.status, outcome.step) == ("lost", 2) and "was taken over by" in outcome.cause
+    assert reported_steps(run) is None and not run.exists("report/table.md")
+
+
 TWICE = [sys.executable, "jobs/train.py", *FLAGS, "--epochs=100000", "--run-name=one"]
 
 
