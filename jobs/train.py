@@ -81,11 +81,15 @@ def parse(argv: list[str]) -> RunConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--arch", "--recipe", "--config", "--data"):
         first.add_argument(name)
+    first.add_argument("--init-from", "--init_from")
     chosen, _ = first.parse_known_args(argv)
     default = defaults(chosen.arch, chosen.recipe, chosen.config)
-    # Data that are named are those that are meant; others must be what the configuration says.
+    # Data and weights that are named are those that are meant; others must be what the
+    # configuration says.
     if chosen.data is not None:
         default = replace(default, data_hash="")
+    if chosen.init_from is not None:
+        default = replace(default, init_hash="")
     flags = tyro.cli(
         Flags,
         args=argv,
@@ -152,7 +156,7 @@ def prepare(config: RunConfig, stack: contextlib.ExitStack) -> tuple[RunConfig, 
     # Before `settle`, which makes the addresses absolute.
     warn_of_a_copy(config.storage)
     check_copied(config.data)
-    config = settle(config, " ".join(["python", *sys.argv]))
+    config = settle(config, shlex.join(["python", *sys.argv]))
     # What flags alone can be refused for, then data that are there, then the cluster, which takes
     # seconds; data that must be staged come after it, and last the run's folder: what is refused
     # has made none.
@@ -300,7 +304,7 @@ def leads(group: ProcessGroup | None) -> bool:
 
 def carry_out(config: RunConfig, owner: int, group: ProcessGroup | None) -> int:
     """Train and show; returns the exit code."""
-    resuming = f"--resume --run-name {config.run_name}"
+    resuming = f"--resume --run-name {shlex.quote(config.run_name)}"
     try:
         outcome = train(config, group, owner)
     except (ShardError, CheckpointError) as error:

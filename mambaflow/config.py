@@ -277,6 +277,9 @@ class RunConfig:
     data_hash: Annotated[str, tyro.conf.Suppress] = ""
     """What the data hold, wherever they are (see `data.shard_reader.data_hash`); empty: they have
     not been looked at."""
+    init_hash: Annotated[str, tyro.conf.Suppress] = ""
+    """What the weights of `init_from` are, wherever they are; empty: they have not been looked
+    at."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -364,7 +367,7 @@ RENAMED = {"model": {"surroundings": "local_linear"}}
 ADDED: dict[str, dict[str, Any]] = {
     # data_hash: a run of before knew its data by their address alone. It goes on with whatever is
     # there, and with nothing that is elsewhere; from then on it knows what they hold.
-    "a run": {"init_from": "", "take_over": False, "data_hash": ""},
+    "a run": {"init_from": "", "take_over": False, "data_hash": "", "init_hash": ""},
     "model": {"query_attention": True},
     "train": {"max_steps": 0},
     "scale": {"threads": 0},

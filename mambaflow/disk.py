@@ -57,8 +57,10 @@ def _temporary(path: Path) -> Path:
         if error.errno in FULL:
             raise
         raise StorageError(f"{path}: {error}; give a folder that you may write to") from error
-    # mkstemp's files are for their owner alone; a run's may be read by others.
-    os.fchmod(handle, 0o644)
+    # mkstemp's files are for their owner alone; a run's may be read by others. Not where all files
+    # are somebody else's or have no mode, as on many SMB shares and mounted buckets.
+    with contextlib.suppress(OSError):
+        os.fchmod(handle, 0o644)
     os.close(handle)
     return Path(name)
 
@@ -75,6 +77,6 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    # fsync is of the file, whichever descriptor wrote to it.
-    with path.open("rb") as file:
+    # fsync is of the file, whichever descriptor wrote to it; SMB refuses one that only reads.
+    with path.open("r+b") as file:
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ The only room that knows S3; credentials, region and endpoint come from boto3's 
 import contextlib
 import io
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -102,12 +103,27 @@ def _client() -> Any:
     return _client_for(os.getpid(), tuple(sorted(family("AWS_").items())))
 
 
+# Secrets that boto3 found, in its own file for one -> what messages have in their place.
+_SECRETS: dict[str, str] = {}
+
+
 def _without_secrets(text: str) -> str:
     """A message without the values of secrets, which some services quote."""
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        if value := as_it_is(name):
-            text = text.replace(value, f"({name})")
-    return text
+    given = {as_it_is(name): name for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
+    for value, name in (_SECRETS | given).items():
+        text = text.replace(value, f"({name})") if value else text
+    # Of an endpoint or a proxy with a name and a password.
+    return re.sub(r"//[^/\s]*@", "//(hidden)@", text)
+
+
+def _cleaned(error: BaseException) -> BaseException:
+    """An error, and what caused it, without secrets: a traceback tells them all."""
+    found: BaseException | None = error
+    while found is not None:
+        told = (_without_secrets(x) if isinstance(x, str) else x for x in found.args)
+        found.args = tuple(told)
+        found = found.__cause__ or found.__context__
+    return error
 
 
 # One client for all threads of a process, which clients allow and sessions do not.
@@ -121,6 +137,10 @@ def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
     # A session of its own: boto3.client would take the process's one, which keeps the credentials
     # that it found first.
     session = boto3.session.Session()
+    if credentials := session.get_credentials():
+        frozen = credentials.get_frozen_credentials()
+        _SECRETS[frozen.secret_key or ""] = "the secret key"
+        _SECRETS[frozen.token or ""] = "the session token"
     config = Config(
         retries=_retries(session._session.get_scoped_config()),
         connect_timeout=CONNECT_S,
@@ -181,12 +201,13 @@ class S3Storage(Storage):
             if code in MISSING:
                 raise FileNotFoundError(f"{where} is not there") from error
             cure = CURES.get(code, "see the cause")
-            raise StorageError(_without_secrets(f"{where}: {error}; {cure}")) from error
+            raise StorageError(f"{where}: {_cleaned(error)}; {cure}") from error
         # No answer at all, or the transfer's own errors: botocore's and boto3's have no common
         # base.
         except (BotoCoreError, Boto3Error) as error:
-            told = f"{where}: {error}; check AWS_ENDPOINT_URL, the network and the credentials"
-            raise StorageError(_without_secrets(told)) from error
+            told = f"{where}: {_cleaned(error)}"
+            cure = "check AWS_ENDPOINT_URL, the network and the credentials"
+            raise StorageError(_without_secrets(f"{told}; {cure}")) from error
 
     def child(self, name: str) -> Storage:
         return S3Storage(self.bucket, self._key(name).strip("/"))
@@ -285,7 +306,8 @@ class S3Storage(Storage):
     def _keeps_conditions(self) -> bool:
         """Whether the service refuses to replace a file where it is asked to; some gateways answer
         that they do not know how, and some replace it without a word. Tried once a process."""
-        known = (_client(), self.bucket)
+        with self._named(""):
+            known = (_client(), self.bucket)
         if known not in _CONDITIONS:
             _CONDITIONS[known] = self._tried_condition()
         return _CONDITIONS[known]
@@ -340,7 +362,8 @@ class S3Storage(Storage):
         # SHA256, which the service checks and keeps, rather than botocore's CRC. Older services
         # know neither: their users set when_required, in the environment or in boto3's own file,
         # and nothing is added.
-        asked = _client().meta.config.request_checksum_calculation
+        with self._named(key):
+            asked = _client().meta.config.request_checksum_calculation
         extra = {"ChecksumAlgorithm": "SHA256"} if asked == "when_supported" else {}
         parts = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES

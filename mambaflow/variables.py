@@ -48,7 +48,9 @@ class Rule:
 
     def shown(self, text: str) -> str:
         """A value as messages have it."""
-        return f"of {len(text)} characters" if self.secret else f"={text!r}"
+        # Before an @ in an address stand a name and a password.
+        hidden = re.sub(r"//[^/\s]*@", "//(hidden)@", text)
+        return f"of {len(text)} characters" if self.secret else f"={hidden!r}"
 
 
 def _matches(pattern: str) -> Callable[[str], object]:
@@ -95,10 +97,12 @@ SWITCH = Rule(_matches("[01]"), "be 0 or 1")
 PLACE = Rule(_is_trimmed, "be a path, without blanks around it")
 TEXT = Rule(_is_trimmed, "have no blanks around it")
 # A value that may be one: of these no message shows it.
-SECRET = Rule(_matches(r"\S+"), "be one word, without blanks", "set it again", secret=True)
+SECRET = Rule(_matches("[!-~]+"), "be one word of ASCII, without blanks", "set it again",
+              secret=True)  # fmt: skip
 ADDRESS = Rule(_is_ray_address, "be the head's host:port, auto or local",
                "use HOST:6379, or unset it for a private Ray on this machine")  # fmt: skip
-ENDPOINT = Rule(_matches(r"https?://[^\s/?#]+(/\S*)?"), "be http://HOST or https://HOST")
+# Without a name and a password, which every message of a request that fails would tell.
+ENDPOINT = Rule(_matches(r"https?://[^\s/?#@]+(/\S*)?"), "be http://HOST or https://HOST")
 SWITCHES = ("when_supported", "when_required")
 RETRY_MODES = ("legacy", "standard", "adaptive")
 CHECKSUMS = Rule(lambda text: text.lower() in SWITCHES, f"be one of {', '.join(SWITCHES)}")

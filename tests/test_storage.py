@@ -1,12 +1,14 @@
 """One contract, kept by a local folder and by a real S3 service; and S3's own refusals."""
 
 import errno
+import fcntl
 import io
 import os
 import pickle
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,6 +111,26 @@ def test_a_file_system_without_hard_links_lets_one_create(tmp_path, monkeypatch,
     assert storage.read("a/one") == b"%d" % won.index(True)
     assert not storage.create("a/one", b"late")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["one"]
+
+
+def test_a_share_whose_files_have_no_mode_and_whose_readers_may_not_sync_is_written_to(
+    tmp_path, monkeypatch
+):
+    """SMB mounted for somebody else, and some mounted buckets."""
+
+    def refuse(handle: int, mode: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def sync(handle: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(os, "fsync", sync)
+    storage = LocalStorage(tmp_path)
+    storage.write("a", b"1")
+    assert storage.create("b", b"2") and not storage.create("b", b"3")
+    assert (storage.read("a"), storage.read("b")) == (b"1", b"2")
 
 
 def test_a_process_that_was_killed_while_it_created_holds_nobody_up(tmp_path, monkeypatch):
@@ -245,6 +267,38 @@ def test_no_message_holds_a_secret_and_common_faults_have_a_cure(bucket, code, m
             assert "sessiontokenvalue" not in told and "TESTSECRET" not in told
     finally:
         client.meta.events.unregister("before-call.s3", service)
+
+
+@pytest.mark.s3
+def test_neither_a_message_nor_its_traceback_holds_a_secret_of_boto3s_own_file(
+    bucket, tmp_path, monkeypatch
+):
+    key = os.environ["AWS_ACCESS_KEY_ID"]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "keys").write_text(
+        f"[default]\naws_access_key_id = {key}\naws_secret_access_key = verysecretkey\n"
+        "aws_session_token = verysecrettoken\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+
+    def service(model, params, request_signer, **rest):
+        told = "you sent verysecretkey and verysecrettoken to http://me:verysecret@proxy:3128"
+        error = {"Code": "Odd", "Message": told}
+        return _Answer(400), {"Error": error, "ResponseMetadata": {"HTTPStatusCode": 400}}
+
+    s3_storage._client().meta.events.register("before-call.s3", service)
+    with pytest.raises(StorageError, match="you sent .* to http://.*@proxy") as refused:
+        at(bucket).read("a")
+    assert "verysecret" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_a_profile_that_is_not_there_is_refused_by_name_whatever_is_asked_first(monkeypatch):
+    s3_environment(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    for act in (lambda s: s.write("a", b""), lambda s: s.create("a", b""), lambda s: s.read("a")):
+        with pytest.raises(StorageError, match="profile .*nobody.* could not be found"):
+            act(at("s3://bucket/prefix"))
 
 
 @pytest.mark.s3

@@ -148,7 +148,8 @@ BAD = {
 }  # fmt: skip
 HIDDEN = {
     "RAY_AUTH_TOKEN": ["verysecret two"], "AWS_ACCESS_KEY_ID": ["verysecret "],
-    "AWS_SECRET_ACCESS_KEY": [" verysecret"], "AWS_SESSION_TOKEN": ["a verysecret"],
+    "AWS_SECRET_ACCESS_KEY": [" verysecret"],
+    "AWS_SESSION_TOKEN": ["a verysecret", "\u201cverysecret\u201d"],
     "RAY_JOB_CONFIG_JSON_ENV_VAR": [
         "verysecret", '["verysecret"]', '{"runtime_env": "verysecret"}',
         '{"runtime_env": {"env_vars": ["verysecret"]}}'],
@@ -183,6 +184,14 @@ def test_a_bad_value_is_refused_by_name_rule_value_and_cure(monkeypatch, name, t
 def test_a_secret_is_refused_by_name_and_never_told(monkeypatch, name, text):
     monkeypatch.setenv(name, text)
     with pytest.raises(ValueError, match=rf"^{name} \(of \d+ characters\) must ") as refused:
+        check_variables()
+    assert "verysecret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_ADDRESS"])
+def test_a_name_and_a_password_in_an_address_are_refused_and_never_told(monkeypatch, name):
+    monkeypatch.setenv(name, "http://me:verysecret@host:9000")
+    with pytest.raises(ValueError, match=rf"^{name} \(=.*@host:9000'\) must ") as refused:
         check_variables()
     assert "verysecret" not in str(refused.value)
 

@@ -271,7 +271,8 @@ def finish(conductor: Conductor) -> int:
         print(f"error: {board.cause}", file=sys.stderr)
         return FAILED
     if board.ended == "interrupted":
-        print(f"stopped; go on with --resume --run-name {conductor.sweep.run.run_name}")
+        name = shlex.quote(conductor.sweep.run.run_name)
+        print(f"stopped; go on with --resume --run-name {name}")
         return STOPPED
     return TRIALS_FAILED if board.with_status("failed") else 0
 

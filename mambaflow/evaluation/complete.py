@@ -37,6 +37,10 @@ ORDER_SEED, ORDER = 0, "evaluation/order"
 Images = Float[Tensor, "m h w 3"]
 
 
+class NotFiniteError(ValueError):
+    """Answers of a model that are no numbers, or infinite: no score says anything of them."""
+
+
 @dataclass(frozen=True)
 class EvalSet:
     """Held-out images with their masks."""
@@ -221,6 +225,9 @@ def complete(
         around: the posterior mean, where the solver draws a sample around it.
         sample: of several of each image, which.
         settings: of the solver, such as its temperature.
+
+    Raises:
+        NotFiniteError: the model's weights are too large, or none.
     """
     # The time is of all that an answer takes, reading the known pixels included.
     start = time.perf_counter()
@@ -239,6 +246,9 @@ def complete(
         rgb = solver(velocity, draw(0), times_for(grid, steps), lambda i: draw(i + 1), **settings)
     whole = eval_set.unclipped(others, rgb)  # on CPU: what a GPU still had to do is done
     seconds = time.perf_counter() - start
+    # Before it is clipped, which would make an image of what is infinite.
+    if not whole.isfinite().all():
+        raise NotFiniteError(f"answers of the model (to {len(eval_set)} images) are not finite")
     return eval_set.completion(whole.clamp(0, 1), velocity.calls, seconds, around, whole)
 
 
@@ -290,19 +300,30 @@ def score(
 
     Args:
         names: what `methods` answers by: a worker without a chunk has no answer to learn it from.
+
+    Raises:
+        NotFiniteError: by every worker, where a chunk of any of them had such answers.
     """
     workers = workers or Alone()
     chunks = -(-len(eval_set) // CHUNK)
     # A row for each chunk, not one for each worker: rows are summed up below in their own order,
     # whoever filled them.
-    sums = torch.zeros(chunks, len(names) * len(Scores().flat()), dtype=torch.float64)
+    sums = torch.zeros(chunks, len(names) * len(Scores().flat()) + 1, dtype=torch.float64)
     for number in range(workers.rank, chunks, workers.size):
-        answers = methods(eval_set.chunk(number))
+        try:
+            answers = methods(eval_set.chunk(number))
+        # Told with the sums: the others wait for this worker in them.
+        except NotFiniteError:
+            sums[number, -1] = 1
+            continue
         # In the order of `names`, which all workers share.
         flat = [x for name in names for x in Scores().add(answers[name]).flat()]
-        sums[number] = torch.tensor(flat, dtype=torch.float64)
+        sums[number, :-1] = torch.tensor(flat, dtype=torch.float64)
+    sums = workers.all_reduce(sums)  # others' rows are zeros: each sum is exact
+    if sums[:, -1].any():
+        raise NotFiniteError("answers of the model to held-out images are not finite")
     total = {name: Scores() for name in names}
-    for row in workers.all_reduce(sums).tolist():  # others' rows are zeros: each sum is exact
+    for row in sums.tolist():
         # Each `unflat` takes from it as many numbers as its sums have.
         numbers = iter(row)
         total = {name: scores + scores.unflat(numbers) for name, scores in total.items()}

@@ -113,8 +113,9 @@ class FinalReport:
         """The table, under it what only samples have, and where the numbers come from."""
         facts = dict(self.facts)  # a copy, to take from
         command, data, seed = (facts.pop(key) for key in ("command", "data", "seed"))
-        # For programs: `reported_steps` tells by it whether the run has gone on since this report.
-        facts.pop("trained_steps")
+        # For programs: a run tells by them whether this is the report that it would write.
+        for name in ("trained_steps", "weights", "asked"):
+            facts.pop(name, None)
         brief = {key: column for key, column in COLUMNS.items() if column.brief}
         caption = provenance(str(command), str(data), int(seed), **facts)
         detailed = {key: column for key, column in COLUMNS.items() if column.detailed}

@@ -89,6 +89,7 @@ class Results:
         """
         ours = json.loads(json.dumps(fingerprint))  # as it will be read: lists, and text for keys
         require_free(self.storage, MANIFEST, f"out (={self.storage.uri})", "use another --out")
+        self._require_claimed_rows()
         claimed = self.storage.create(MANIFEST, _json(ours))
         while not claimed:
             number, theirs = self._newest(), self.manifest()
@@ -101,6 +102,16 @@ class Results:
             merged = _merged(theirs, ours)
             # Of several that add at once one writes the next; the others look at what it added.
             claimed = merged == theirs or self.storage.create(_added(number + 1), _json(merged))
+
+    def _require_claimed_rows(self) -> None:
+        """Rows of which nobody knows what they depend on would be taken for ours."""
+        # In this order: where a row is, its manifest was there before.
+        rows = self.storage.list("rows/")
+        if rows and not self.storage.exists(MANIFEST):
+            raise ResultsError(
+                f"out (={self.storage.uri}) holds rows, and no {MANIFEST} that says what they are "
+                "of; put it back, or use another --out"
+            )
 
     def manifest(self) -> dict[str, Any]:
         """What `claim` has written.

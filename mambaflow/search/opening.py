@@ -87,6 +87,9 @@ def _require_same(config: SweepConfig, before: SweepConfig) -> None:
     ]  # fmt: skip
     # The command differs by --resume; data are told by what they hold.
     theirs = before.run
+    # So are weights; those of an earlier version's sweep by their address.
+    known = theirs.init_hash and config.run.init_hash
+    same = known and theirs.init_hash == config.run.init_hash
     ours = replace(
         config.run,
         command=theirs.command,
@@ -94,6 +97,8 @@ def _require_same(config: SweepConfig, before: SweepConfig) -> None:
         take_over=theirs.take_over,
         data=theirs.data,
         data_hash=theirs.data_hash,
+        init_from=theirs.init_from if same else config.run.init_from,
+        init_hash=config.run.init_hash if known else theirs.init_hash,
     )
     changed += differences(theirs, ours)
     require(

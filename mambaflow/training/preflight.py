@@ -223,9 +223,9 @@ def _resolve_init_from(config: RunConfig) -> RunConfig:
     source, run = RunPaths.at(config.init_from), RunPaths.of(config)
     # A run that goes on keeps the checkpoint that it once began from, while the flag names its run.
     if config.resume and run.folder.exists(RunPaths.CONFIG):
-        before = _config_of(run.folder).init_from
-        if before.startswith(f"{source.folder.uri}/"):
-            return replace(config, init_from=before)
+        before = _config_of(run.folder)
+        if before.init_from.startswith(f"{source.folder.uri}/"):
+            return replace(config, init_from=before.init_from, init_hash=before.init_hash)
     info = read_best(config.init_from)
     other = list(differences(info.config.model, config.model, "model."))
     # Compared by configuration, no tensor read: fields by name tell more than shapes do.
@@ -234,7 +234,14 @@ def _resolve_init_from(config: RunConfig) -> RunConfig:
         f"init_from (={config.init_from}) is of another model ({'; '.join(other)}); give the "
         "flags of that model, or leave --init-from out",
     )
-    return replace(config, init_from=info.uri)
+    found = info.files[info.file("ema")]
+    require(
+        config.init_hash in ("", found),
+        f"config is of a run that began from other weights than init_from (={config.init_from}) "
+        f"holds now ({config.init_hash[:12]} -> {found[:12]}); give --init-from, with the address "
+        "of those that are meant",
+    )
+    return replace(config, init_from=info.uri, init_hash=found)
 
 
 def open_run(config: RunConfig) -> Storage:
@@ -316,20 +323,26 @@ def require_same_run(config: RunConfig, before: RunConfig) -> None:
         ValueError: naming what is different.
     """
     # All differences in one message, so that flags are mended at one go.
-    changed = [*differences(before.model, config.model, "model.")]
-    changed += [
-        line
-        for line in differences(before.train, config.train, "train.")
-        if line.split(":")[0].removeprefix("train.") not in MAY_CHANGE  # "train.lr: 0.1 -> 1"
-    ]
-    if before.init_from != config.init_from:
-        changed += [f"init_from: {before.init_from} -> {config.init_from}"]
+    changed = [*differences(before.model, config.model, "model."), *other_training(config, before)]
     require(
         not changed,
         f"run_name (={config.run_name!r}) cannot resume with another configuration "
         f"({'; '.join(changed)}); give the same flags, or another --run-name",
     )
     require_same_data(config, before)
+
+
+def other_training(config: RunConfig, before: RunConfig) -> list[str]:
+    """Each difference in what a run learns, its data and its model apart."""
+    changed = [
+        line
+        for line in differences(before.train, config.train, "train.")
+        if line.split(":")[0].removeprefix("train.") not in MAY_CHANGE  # "train.lr: 0.1 -> 1"
+    ]
+    # Weights are known by what they are; those of an earlier version's run by their address.
+    known = before.init_hash and config.init_hash
+    same = before.init_hash == config.init_hash if known else before.init_from == config.init_from
+    return changed if same else [*changed, f"init_from: {before.init_from} -> {config.init_from}"]
 
 
 def require_same_data(config: RunConfig, before: RunConfig) -> None:

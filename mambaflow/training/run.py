@@ -20,8 +20,9 @@ from mambaflow.data.batches import Batches, Layout, Prefetcher, Stream
 from mambaflow.data.device_rows import device_resident
 from mambaflow.data.shard_reader import ShardSet, other_splits
 from mambaflow.disk import FullError
-from mambaflow.evaluation.complete import EvalSet
+from mambaflow.evaluation.complete import EvalSet, NotFiniteError
 from mambaflow.evaluation.final_report import FinalReport, final_report, validate
+from mambaflow.lease import taken_by
 from mambaflow.models import weights
 from mambaflow.models.velocity_field import parameters
 from mambaflow.models.weights import CheckpointInfo
@@ -34,7 +35,12 @@ from mambaflow.training.flops import step_flops
 from mambaflow.training.law_fit import fit_law, residuals
 from mambaflow.training.loop import StepResult, TrainState, compiled, fit
 from mambaflow.training.objective import Objective
-from mambaflow.training.preflight import MAY_CHANGE, check_same_data, total_steps
+from mambaflow.training.preflight import (
+    MAY_CHANGE,
+    check_same_data,
+    other_training,
+    total_steps,
+)
 from mambaflow.training.process_group import ProcessGroup, Progress
 from mambaflow.training.stop_signal import StopSignal
 
@@ -53,8 +59,8 @@ class Outcome:
     """How a run ended, and after which step."""
 
     status: str
-    """finished; stopped, as somebody asked; diverged: a gradient that is not finite; lost: another
-    process has taken the run over; or full: no room for what it writes."""
+    """finished; stopped, as somebody asked; diverged: a gradient, weights or answers that are not
+    finite; lost: another process has taken the run over; or full: no room for what it writes."""
     step: int
     cause: str = ""
     """Of a run that diverged, was lost or full: what a person should read."""
@@ -75,10 +81,15 @@ def train_and_score(config: RunConfig, group: ProcessGroup) -> Outcome:
     outcome = train(config, group)
     if outcome.status == "finished":
         try:
-            score_test(config, group)
+            lost = score_test(config, group)
         # Of the first worker, as it writes: by then no other waits for it.
         except FullError as error:
             return Outcome("full", outcome.step, str(error))
+        # Of all workers: an image of the test may be the first that is answered so.
+        except NotFiniteError as error:
+            return Outcome("diverged", outcome.step, f"{error}; {_lower(config)}")
+        if lost:
+            return Outcome("lost", outcome.step, lost)
     return outcome
 
 
@@ -97,11 +108,11 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
     # Each worker reads the checkpoint for itself: storage is what they share.
     info = checkpoint.restore_newest(state, folder)
     if info is not None:
-        _require_same_data(info, config)
+        _require_same_run(info, config)
         log.info("resumed %s after step %d", config.run_name, info.step)
     # A checkpoint of the run's own goes first: other weights are where it began, not where it is.
     elif config.init_from:
-        _init_from(state, config.init_from)
+        _init_from(state, config)
     # Before DDP is made, which would hide it: it evens out the weights, not moments and steps.
     _require_together(state.step, group)
     # A collective too, which only those that begin anew enter: together, as is known by now.
@@ -119,8 +130,9 @@ def train(config: RunConfig, group: ProcessGroup) -> Outcome:
         shards.close()
 
 
-def _require_same_data(info: CheckpointInfo, config: RunConfig) -> None:
-    """A checkpoint knows its data itself: the run's configuration may have been lost since."""
+def _require_same_run(info: CheckpointInfo, config: RunConfig) -> None:
+    """A checkpoint knows its run itself: the run's configuration may have been lost since, or the
+    checkpoint may be another run's."""
     was, now = info.config.data_hash, config.data_hash
     changed = other_splits(was, now) if was and now else ""
     if changed:
@@ -128,11 +140,23 @@ def _require_same_data(info: CheckpointInfo, config: RunConfig) -> None:
             f"checkpoint {info.uri} is of other data than data (={config.data}) hold ({changed}); "
             "give --data with the address of those, or another --run-name"
         )
+    other = other_training(config, info.config)
+    if other:
+        raise weights.CheckpointError(
+            f"checkpoint {info.uri} is of another training ({'; '.join(other)}); give its flags, "
+            "or another --run-name"
+        )
 
 
-def _init_from(state: TrainState, run: str) -> None:
+def _init_from(state: TrainState, config: RunConfig) -> None:
     """Start from another run's weights: its best ones, averaged, and no optimiser's moments."""
-    model, info = weights.load_model(run)
+    model, info = weights.load_model(config.init_from)
+    found = info.files[info.file("ema")]
+    if config.init_hash not in ("", found):
+        raise weights.CheckpointError(
+            f"init_from (={info.uri}) holds other weights now than the run was begun from "
+            f"({config.init_hash[:12]} -> {found[:12]}); put those back, or use another --run-name"
+        )
     # The average too: it would otherwise begin at the weights that the seed drew.
     for module in (state.model, state.ema):
         module.load_state_dict(model.state_dict())
@@ -227,8 +251,13 @@ class Trainer:
                 # all leave together; returned, not raised, since Ray would try again what cannot
                 # help.
                 if not self._finite(result, now=stopped):
-                    return Outcome("diverged", result.step, self._divergence(result))
-                self._after(result, stopped)
+                    return Outcome("diverged", result.step, self._divergence("gradient", result))
+                try:
+                    self._after(result, stopped)
+                # Raised by every worker, and before anything is saved: the step had a gradient, and
+                # the weights that it led to are the ones to blame.
+                except NotFiniteError:
+                    return Outcome("diverged", result.step, self._divergence("model", result))
                 if stopped:
                     break
         # What the first worker found as it saved last, all know before they score the test.
@@ -248,14 +277,12 @@ class Trainer:
             return bool(torch.isfinite(result.grad_norm))
         return before is None or bool(torch.isfinite(before))
 
-    def _divergence(self, result: StepResult) -> str:
+    def _divergence(self, what: str, result: StepResult) -> str:
         saved = weights.saved_steps(self.folder)
         newest = RunPaths.checkpoint(max(saved)) if saved else "none yet"
-        train = self.config.train
         return (
-            f"the gradient is not finite by step {result.step}; lower lr (={train.lr:g}) or "
-            f"grad_clip (={train.grad_clip:g}), or use precision fp32 (={train.precision}); the "
-            f"newest checkpoint is good: {newest}"
+            f"the {what} is not finite by step {result.step}; {_lower(self.config)}; the newest "
+            f"checkpoint is good: {newest}"
         )
 
     @contextlib.contextmanager
@@ -271,8 +298,7 @@ class Trainer:
     def _why_it_cannot_write(self) -> str:
         if self.stop_signal.full:
             return self.stop_signal.full
-        who = self.stop_signal.taken_by or "another process"
-        return f"{self.folder.uri} was taken over by {who}; this run ends, and leaves it as it is"
+        return _lost(self.folder, self.stop_signal.taken_by or "another process")
 
     def _after(self, result: StepResult, stopped: bool) -> None:
         """What is due after a step; the same on every worker, since all of it is collective."""
@@ -308,7 +334,14 @@ class Trainer:
         self.group.report_progress(Progress(result.step, self.steps, loss, rate))
 
     def _save(self, step: int, validating: bool) -> None:
-        """Validate, then save; a run that stops between two validations is saved as it is."""
+        """Validate, then save; a run that stops between two validations is saved as it is.
+
+        Raises:
+            NotFiniteError: by every worker, of weights or of what the model answers.
+        """
+        # By every worker alike, whose weights are the same; also where nothing is validated.
+        if not all(p.isfinite().all() for p in self.state.model.parameters()):
+            raise NotFiniteError(f"weights are not finite after step {step}")
         scores: dict[str, float] = {}
         if validating:
             # Collective; the picture comes to the first worker alone.
@@ -356,10 +389,32 @@ class Trainer:
             self.run_log.close(push=not self.stop_signal.taken_by and not self.stop_signal.full)
 
 
+def _lost(folder: Storage, who: str) -> str:
+    return f"{folder.uri} was taken over by {who}; this run ends, and leaves it as it is"
+
+
+def _lower(config: RunConfig) -> str:
+    """What helps against numbers that are not finite."""
+    train = config.train
+    return (
+        f"lower lr (={train.lr:g}) or grad_clip (={train.grad_clip:g}), or use precision fp32 "
+        f"(={train.precision})"
+    )
+
+
 def reported_steps(folder: Storage) -> int | None:
     """After how many steps the run's report was written, if it was."""
-    there = folder.exists(RunPaths.RESULTS)
-    return json.loads(folder.read(RunPaths.RESULTS))["trained_steps"] if there else None
+    return _reported(folder).get("trained_steps")
+
+
+def _reported(folder: Storage) -> dict[str, Any]:
+    """What the run's report says for programs; nothing where it is not there, or not whole."""
+    try:
+        # What a person reads belongs to it: it was written before.
+        found = json.loads(folder.read(RunPaths.RESULTS)) if folder.exists(RunPaths.TABLE) else {}
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def compared(config: RunConfig) -> dict[str, Any]:
@@ -376,26 +431,44 @@ def compared(config: RunConfig) -> dict[str, Any]:
     return {name: values[name] for name in COMPARED} | {"others": others}
 
 
-def score_test(config: RunConfig, group: ProcessGroup) -> None:
+def score_test(config: RunConfig, group: ProcessGroup) -> str:
     """Score the best checkpoint on the test split, shared out over the workers, and write the
-    run's report; nothing where it is written already, or where no test image is asked for."""
+    run's report; nothing where it is written already, or where no test image is asked for.
+
+    Returns:
+        Why there is none, on the first worker, where another process has taken the run over.
+    """
     folder, steps = RunPaths.of(config).folder, max(weights.saved_steps(RunPaths.of(config).folder))
+    if not config.train.test_images:
+        return ""
+    # What the report is of: these weights, asked so. By their number of steps alone it could be
+    # that of a run which was here before.
+    best, asked = weights.read_best(folder.uri, BEST), config.train
+    of: dict[str, str | int] = {
+        "trained_steps": steps,
+        "weights": best.files[best.file("ema")],
+        "asked": f"{asked.test_images} images, {asked.sample_steps} steps",
+    }
     # The first worker writes the report after all scores are summed up, and so after every worker
     # has looked here.
-    if not config.train.test_images or reported_steps(folder) == steps:
-        return
+    if of.items() <= _reported(folder).items():
+        return ""
     check_same_data(config)  # again: hours have gone by, and of the test split nothing was read
     # By each worker from storage: the best checkpoint need not be the one that training ended with.
     model, info = weights.load_model(folder.uri, score=BEST, device=str(group.device))
     test = ShardSet(config.data, "test")
     eval_set = EvalSet.read(test, Layout.of(test.spec, config.model), config.train.test_images)
     report = final_report(model, eval_set, config, info.step, steps, group)
-    if report is not None:
+    # Its log would cut the other's curves off, and its report stand for a run that goes on.
+    who = taken_by(folder, group.owner) if report is not None and group.owner else ""
+    if report is not None and not who:
         # Of the training split, whose shards hold targets.
         spec = ShardSet(config.data, "train").spec
         flops = steps * step_flops(config.model, config.train, spec.known, spec.target)
         cost = {"steps": steps, "parameters": parameters(model), "flops": flops}
+        report = replace(report, facts=report.facts | of)
         _write_report(report, config, folder, cost)
+    return _lost(folder, who) if who else ""
 
 
 def _write_report(

@@ -199,6 +199,99 @@ def test_checkpoints_that_lost_their_configuration_are_not_trained_on_with_other
     assert "is of other data than data" in err and "step_0000002" in err and "(train: " in err
 
 
+def test_checkpoints_that_lost_their_configuration_are_not_taken_for_another_trainings(
+    root, capsys
+):
+    (root / "runs/r/config.json").unlink()
+    flags = [*QUICK, "--max-steps=3", f"--data={root}/shards", f"--storage={root}/runs"]
+    assert main([*flags, "--run-name=r", "--lr=1e-3", "--seed=5"]) == 3
+    err = capsys.readouterr().err
+    assert (
+        "step_0000002 is of another training (train.lr: 0.002 -> 0.001; train.seed: 0 -> 5" in err
+    )
+
+
+def results(root: Path) -> dict:
+    return json.loads((root / "runs/r/report/results.json").read_bytes())
+
+
+def test_a_report_is_made_again_where_more_is_asked_of_it(root, capsys):
+    assert results(root)["images"] == 4
+    assert go_on(root, root / "shards", "--max-steps=2", "--test-images=7") == 0
+    assert results(root)["images"] == 7 and "images 7" in capsys.readouterr().out
+
+
+def test_the_report_of_a_run_that_was_there_before_is_not_taken_for_this_ones(root, capsys):
+    before = results(root)
+    for name in ("config.json", "metrics.jsonl", "step_0000002"):
+        path = root / "runs/r" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    flags = [*QUICK, f"--data={root}/shards", f"--storage={root}/runs", "--run-name=r"]
+    assert main([*flags, "--seed=5"]) == 0
+    assert results(root)["seed"] == 5 and results(root)["rows"] != before["rows"]
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", None])
+def test_a_report_that_is_damaged_is_made_again(root, text):
+    before = results(root)
+    if text is None:
+        (root / "runs/r/report/table.md").unlink()
+    else:
+        (root / "runs/r/report/results.json").write_bytes(text)
+    assert go_on(root, root / "shards", "--max-steps=2") == 0
+    again = results(root)
+    for found in (before, again):
+        for row in found["rows"].values():
+            row.pop("seconds", None)
+    assert again["rows"] == before["rows"]
+
+
+# Weights to begin from
+
+
+@pytest.fixture
+def descended(root) -> Path:
+    """Also runs/next, two steps from the weights of runs/r."""
+    assert begin(root, f"--init-from={root}/runs/r") == 0
+    return root
+
+
+def begin(root: Path, *more: str) -> int:
+    flags = [*QUICK, f"--data={root}/shards", f"--storage={root}/runs", "--run-name=next"]
+    return main([*flags, *more])
+
+
+def test_weights_that_were_moved_are_the_same_weights(descended):
+    (descended / "runs/r").rename(descended / "moved")
+    assert begin(descended, "--resume", "--max-steps=3", f"--init-from={descended}/moved") == 0
+
+
+def train_anew(root: Path) -> None:
+    """Other weights at the address of runs/r."""
+    shutil.rmtree(root / "runs/r")
+    flags = [*QUICK, f"--data={root}/shards", f"--storage={root}/runs", "--run-name=r"]
+    assert main([*flags, "--seed=5"]) == 0
+
+
+def test_other_weights_at_the_address_are_not_begun_from(descended, capsys):
+    train_anew(descended)
+    # Before its first checkpoint a run would go on from them.
+    for folder in (descended / "runs/next").glob("step_*"):
+        shutil.rmtree(folder)
+    assert begin(descended, "--resume", f"--init-from={descended}/runs/r") == 3
+    assert "holds other weights now than the run was begun from" in capsys.readouterr().err
+
+
+def test_a_configuration_brings_its_weights_or_says_that_they_are_others(descended, capsys):
+    again = [f"--config={descended}/runs/next/config.json", "--run-name=again"]
+    assert main(again) == 0
+    train_anew(descended)
+    again = [again[0], "--run-name=third"]
+    assert main(again) == 2
+    assert "config is of a run that began from other weights" in capsys.readouterr().err
+    assert main([*again, f"--init-from={descended}/runs/r"]) == 0
+
+
 # A sweep, and an evaluation
 
 

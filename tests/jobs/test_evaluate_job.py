@@ -135,6 +135,17 @@ def test_results_of_something_else_are_not_touched(shards, run, tmp_path, capsys
     assert {p: p.read_bytes() for p in out.rglob("*.parquet")} == before
 
 
+def test_rows_that_lost_their_manifest_are_not_taken_for_another_models(
+    shards, run, tmp_path, capsys
+):
+    out, few = tmp_path / "out", ["--samplers", "mean", "--limit=2"]
+    assert main(flags(shards, run, out, *few)) == 0
+    (out / "manifest.json").unlink()
+    assert main(flags(shards, run, out, *few)) == BAD_INPUT
+    assert "holds rows, and no manifest.json that says what they are of" in capsys.readouterr().err
+    assert not (out / "manifest.json").exists()
+
+
 def test_a_look_at_nothing_is_refused(tmp_path, capsys):
     for what in ("--status", "--report-only"):
         assert main([f"--out={tmp_path}", what]) == BAD_INPUT

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -81,7 +82,7 @@ def option(name: str, value: object) -> str:
 
 def test_the_list_of_flags_is_pinned():
     names = [f.name for kind in (RunConfig, *PARTS.values()) for f in fields(kind)]
-    assert sorted(FLAG_VALUES) == sorted(set(names) - {*PARTS, "command", "data_hash"})
+    assert sorted(FLAG_VALUES) == sorted(set(names) - {*PARTS, "command", "data_hash", "init_hash"})
 
 
 @pytest.mark.parametrize("name", sorted(FLAG_VALUES.keys() - {"arch", "recipe"}))
@@ -587,6 +588,15 @@ def test_a_stopped_run_ends_with_code_143_and_says_how_to_go_on(place, capsys, m
         assert main(place.run()) == 143
     assert "stopped after step 1; go on with --resume --run-name new" in capsys.readouterr().out
     assert main(place.run("--resume")) == 0
+
+
+def test_the_command_and_the_way_on_are_quoted_for_a_shell(place, capsys, monkeypatch):
+    monkeypatch.setattr(job, "train", lambda *_: job.Outcome("stopped", 1))
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--storage=my runs"])
+    assert main(place.run(name="a;b")) == 143
+    assert "go on with --resume --run-name 'a;b'" in capsys.readouterr().out
+    config = from_json((place.storage / "a;b" / "config.json").read_bytes())
+    assert config.command == "python jobs/train.py '--storage=my runs'"
 
 
 def test_a_job_that_is_asked_to_stop_before_it_trains_gives_its_run_back(place, monkeypatch):

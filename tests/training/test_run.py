@@ -656,6 +656,29 @@ def test_a_run_whose_gradient_is_not_finite_stops_at_once_and_saves_nothing_of_i
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+@pytest.mark.parametrize(
+    ("lr", "train"),
+    [
+        (1e12, {"eval_every": 1}),  # finite weights whose answers are not
+        (1e12, {"max_steps": 1}),
+        (1e39, {"eval_every": 1}),  # no such weights in 32 bits
+    ],
+)
+def test_a_step_of_finite_gradient_to_a_model_that_is_not_is_never_saved(data, tmp_path, lr, train):
+    config = small.run_config(data, tmp_path, "far", lr=lr, log_every=1, **train)
+    outcome = start(config)
+    assert outcome.status == "diverged" and outcome.step <= 2
+    assert "the model is not finite by step" in outcome.cause and f"lr (={lr:g})" in outcome.cause
+    assert weights.saved_steps(at(folder(config))) == []
+
+
+def test_a_stop_does_not_save_weights_that_are_not_finite(data, tmp_path):
+    config = small.run_config(data, tmp_path, "far", lr=1e39, warmup_steps=0)
+    ask = {1: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    outcome = start(config, ask)
+    assert outcome.status == "diverged" and weights.saved_steps(at(folder(config))) == []
+
+
 def fill(disk: Path) -> None:
     room = os.statvfs(disk)
     (disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize))
@@ -744,6 +767,26 @@ def test_a_run_that_another_process_takes_over_ends_and_touches_nothing(data, tm
         k: v for k, v in files.items() if "tfevents" not in k
     }
     assert weights.saved_steps(run) == ([6] if step > 6 else [])
+
+
+def test_a_run_that_is_taken_over_while_it_scores_the_test_writes_no_report(
+    data, tmp_path, monkeypatch
+):
+    config = small.run_config(data, tmp_path, "taken", max_steps=2)
+    run = open_run(config)
+    run.write("owner/0001.json", b"{}")
+    sound = run_module.final_report
+
+    def late(*args):
+        run.write("owner/0002.json", b"{}")
+        return sound(*args)
+
+    monkeypatch.setattr(run_module, "final_report", late)
+    group = Scripted({})
+    group.owner = 1
+    outcome = train_and_score(config, group)
+    assert (outcome.status, outcome.step) == ("lost", 2) and "was taken over by" in outcome.cause
+    assert reported_steps(run) is None and not run.exists("report/table.md")
 
 
 TWICE = [sys.executable, "jobs/train.py", *FLAGS, "--epochs=100000", "--run-name=one"]
