@@ -29,7 +29,6 @@ from mambaflow.config import RECIPES, RunConfig
 from mambaflow.data.shards import ShardError
 from mambaflow.data.sources import EMBEDDED
 from mambaflow.data.staging import stage_once
-from mambaflow.disk import FullError
 from mambaflow.distributed.environment import set_ray_environment
 from mambaflow.distributed.job_copy import check_copied, warn_of_a_copy
 from mambaflow.host import leave, speak_plainly
@@ -39,6 +38,7 @@ from mambaflow.models.weights import CheckpointError
 from mambaflow.run_paths import RunPaths
 from mambaflow.signals import STOPPED, leaving, stopping
 from mambaflow.storage import at
+from mambaflow.storage_base import StorageError
 from mambaflow.training.preflight import (
     check_data,
     check_flags,
@@ -310,8 +310,9 @@ def carry_out(config: RunConfig, owner: int, group: ProcessGroup | None) -> int:
     except (ShardError, CheckpointError) as error:
         print(f"error: {error}\nmended? go on with {resuming}", file=sys.stderr)
         return DAMAGED
-    # A full disk is the run's outcome, or met by the driver, as it asks the workers to stop.
-    except (RunFailed, FullError) as error:
+    # Storage that does not answer, or is full: met by a worker without Ray, whose tries at it are
+    # over, or by the driver, as it asks the workers to stop.
+    except (RunFailed, StorageError) as error:
         print(f"error: {error}\ngo on with {resuming}", file=sys.stderr)
         return FAILED
     if outcome.failed:

@@ -530,6 +530,37 @@ def test_a_failed_job_exits_1_with_a_traceback_and_keeps_its_last_checkpoint(dat
     assert max(weights.saved_steps(at(folder(config)))) == 12
 
 
+SILENT = """
+import runpy, sys
+from mambaflow.storage_base import StorageError
+from mambaflow.training.run import Trainer
+write = Trainer._write
+
+def silent(self, step, scores):
+    if step == 12:
+        raise StorageError("s3://bucket/runs does not answer; check AWS_ENDPOINT_URL")
+    write(self, step, scores)
+
+Trainer._write = silent
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_storage_that_does_not_answer_ends_a_job_by_name_and_it_goes_on_later(data, tmp_path):
+    config = small.run_config(data, tmp_path, "cut-off")
+    command = job(config)
+    failed = subprocess.run(
+        [command[0], "-c", SILENT, *command[1:]], env=ENVIRONMENT, cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    told = "error: s3://bucket/runs does not answer; check AWS_ENDPOINT_URL"
+    assert f"{told}\ngo on with --resume --run-name cut-off" in failed.stderr
+    assert weights.saved_steps(at(folder(config))) == [6]
+    subprocess.run(job(config, "--resume"), env=ENVIRONMENT, cwd=tmp_path, check=True, timeout=120)
+
+
 PARTED = """
 import os, sys, torch
 import torch.distributed as dist
