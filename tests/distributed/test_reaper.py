@@ -149,11 +149,10 @@ def test_a_private_ray_ends_with_a_driver_that_ends_in_order(private_ray, marked
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_private_ray_ends_with_a_driver_that_is_asked_to_stop(private_ray, marked, number):
+def test_a_private_ray_ends_with_a_driver_that_is_asked_to_stop(private_ray, marked):
     """Ray's own handler of SIGTERM, which it puts in place of ours, would end it with 15."""
     one, folder = private_ray
-    one.send_signal(number)
+    one.send_signal(signal.SIGTERM)
     one.communicate(timeout=120)
     assert one.returncode == 143
     wait_for(lambda: not processes(marked) and not folder.exists())
