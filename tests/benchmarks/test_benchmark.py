@@ -80,7 +80,12 @@ def test_ratios_are_to_the_base():
     ]
 
 
-@pytest.mark.parametrize("what", ["scan", "attention", "step", "sample", "loader", "stall"])
+SHORT, LONG = ["scan", "attention", "step", "loader"], ["sample", "stall"]
+
+
+@pytest.mark.parametrize(
+    "what", [*SHORT, *(pytest.param(what, marks=pytest.mark.slow) for what in LONG)]
+)
 def test_a_part_is_measured_and_written_as_it_is_printed(what, tmp_path, capsys):
     out, data = tmp_path / "numbers.json", str(staged(tmp_path))
     flags = ["--what", what, "--out", str(out), "--sizes", "16", "--steps", "2", "--data", data]

@@ -61,6 +61,7 @@ def test_parameters_are_those_of_the_model_that_is_trained():
     assert parameters_of(BASE) == sum(p.numel() for p in state.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_budget_of_seconds_is_asked_of_the_machine(shards):
     assert steps_of(BASE, BASE, SearchConfig(budget="seconds", trial_minutes=1.0), shards) == 0
     run = replace(BASE, data=shards.storage.uri.removesuffix("/train"))

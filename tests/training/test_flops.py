@@ -35,11 +35,17 @@ MODELS = {
 }
 
 
+# V1's products, and V2's in their smallest sizes; the others take a minute.
+IN_SHORT = ("v1", "one of each")
+
+
 def objective(model: ModelConfig) -> Objective:
     return Objective(VelocityField(model), TrainConfig())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n not in IN_SHORT else ()) for n in MODELS]
+)
 def test_six_small_counts_give_the_count_of_any_size(name):
     found, whole = image_flops(MODELS[name]), objective(MODELS[name])
     # 70 tokens are beyond a chunk of the scan.
@@ -117,6 +123,7 @@ def test_precision_and_schedule_change_nothing():
 FULL = {"v1": 16 * 28_767_913_984, "v2": 16 * 7_743_698_080}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", FULL)
 def test_full_size_is_what_is_known_of_it(arch):
     assert step_flops(ARCHITECTURES[arch], TrainConfig(batch_size=16), 204, 204) == FULL[arch]

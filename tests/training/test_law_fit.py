@@ -110,6 +110,7 @@ def surprise(of: ResidualLaw, given: Residuals) -> float:
         return start.surprise(residual).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.4])
 def test_amplitude_and_colours_are_as_likely_as_the_true_ones_at_least(weight):
     given, found = drawn(3.0, 1.8, weight), fitted(3.0, 1.8, weight)
